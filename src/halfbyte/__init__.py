@@ -1,0 +1,26 @@
+"""halfbyte: make a language model small, prove that it is still good, and put it into service.
+
+``halfbyte.quantize``, ``halfbyte.plan``, ``halfbyte.verify``, ``halfbyte.compare`` and ``halfbyte.inspect`` are the
+Python face of the commands of the same names. They are imported when first used, so ``import halfbyte`` is instant.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_PUBLIC = {
+    "quantize": "halfbyte.pipeline",
+    "plan": "halfbyte.plan",
+    "verify": "halfbyte.verify",
+    "compare": "halfbyte.evaluation.divergence",
+    "inspect": "halfbyte.inspection",
+}
+__all__ = ["compare", "inspect", "plan", "quantize", "verify"]  # noqa: F822
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -1,0 +1,267 @@
+"""The records that commands leave on disk, and their JSON.
+
+    plan.json       Plan           what will be done to every tensor, and what it will cost
+    halfbyte.json   Manifest       what was done, to what, with what error; travels with the checkpoint
+    verify.json     VerifyRecord   what was checked in the written bytes, and the outcome
+    compare.json    CompareRecord  divergence of a checkpoint from its baseline
+
+Every number that a report or a model card prints is read from one of these. Fields that differ between two runs of the
+same work (seconds, memory, dates) live under ``Manifest.run`` and nowhere else, so that everything else can be compared
+byte for byte. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from halfbyte.errors import CheckpointError
+
+T = TypeVar("T")
+
+MANIFEST_NAME = "halfbyte.json"
+VERIFY_NAME = "verify.json"
+COMPARE_NAME = "compare.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPlan:
+    """What happens to one source tensor.
+
+    Attributes:
+        name: name in the source checkpoint.
+        action: ``"quantize"`` or ``"copy"`` (byte for byte, same name).
+        shape: source shape; dtype: safetensors dtype name (``"BF16"``).
+        bytes_before, bytes_after: on disk, scales included.
+        block: index of the decoder block it belongs to, ``None`` outside the blocks.
+        scheme: preset name when quantised; group_size: ``None`` for one scale a row.
+        bits_per_weight: stored bits a weight, scales included, when quantised.
+        reason: why a tensor is copied.
+    """
+
+    name: str
+    action: str
+    shape: list[int]
+    dtype: str
+    bytes_before: int
+    bytes_after: int
+    block: int | None = None
+    scheme: str | None = None
+    group_size: int | None = None
+    bits_per_weight: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """An amount with the reckoning behind it: ``value`` is the sum (or the quotient) of ``parts``."""
+
+    value: float
+    unit: str
+    how: str
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that is known before any work starts. ``problems`` empty means the work can start."""
+
+    source: str
+    architecture: str
+    block_prefix: str
+    num_blocks: int
+    scheme: str
+    method: str
+    tensors: list[TensorPlan]
+    quantized_parameters: int
+    copied_parameters: int
+    bits_per_weight: float
+    bits_per_parameter: float
+    bytes_before: int
+    bytes_after: int
+    estimates: dict[str, Estimate]
+    problems: list[str]
+    notes: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearRecord:
+    """How the quantisation of one Linear went.
+
+    Attributes:
+        name: module name in the source checkpoint (without ``.weight``).
+        block: index of its decoder block.
+        scheme, group_size, method: what was applied.
+        bits_per_weight: stored bits, scales included.
+        relative_error: ``tr(E H E^T) / tr(W H W^T)`` with ``E = W_q - W`` and ``H`` the calibration inputs' second
+            moment, i.e. the share of the output's energy that is error; with no calibration, ``H = I``.
+        damp_fraction: share of H's mean diagonal added before factoring (0 where none was factored).
+        damp_raises: how often damping had to be raised before H could be factored.
+        tokens: calibration tokens that entered its statistic.
+        dead_columns: input features that were zero in all of them.
+    """
+
+    name: str
+    block: int
+    scheme: str
+    group_size: int | None
+    method: str
+    bits_per_weight: float
+    relative_error: float
+    damp_fraction: float = 0.0
+    damp_raises: int = 0
+    tokens: int = 0
+    dead_columns: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationRecord:
+    """Which tokens the statistics come from. ``sha256`` is over the token ids and lengths, in order."""
+
+    spec: str
+    samples: int
+    tokens: int
+    seq_len: int
+    seed: int
+    sha256: str
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """``halfbyte.json``: how a checkpoint was made.
+
+    ``source`` holds ``name``, ``architecture`` and ``sha256`` (over the sorted names and contents of all its tensors,
+    see :func:`halfbyte.checkpoint.reader.combined_digest`). ``recipe`` holds every option that shaped the output.
+    ``files`` maps each written safetensors file to its sha256. ``run`` alone varies between equal runs.
+    """
+
+    format_version: int
+    source: dict[str, str]
+    recipe: dict[str, Any]
+    calibration: CalibrationRecord | None
+    linears: list[LinearRecord]
+    bits_per_weight: float
+    bytes_before: int
+    bytes_after: int
+    files: dict[str, str]
+    versions: dict[str, str]
+    run: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One thing that ``verify`` looked at. ``status``: ``"passed"``, ``"failed"`` or ``"skipped"`` (with the reason)."""
+
+    name: str
+    status: str
+    detail: str
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyRecord:
+    """``verify.json``. ``passed`` is true when no check failed."""
+
+    checkpoint: str
+    source: str | None
+    passed: bool
+    checks: list[Check]
+    tensors: int
+    bytes_read: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareRecord:
+    """``compare.json``: divergence of Q (``checkpoint``) from P (``base``) on the same tokens, in nats."""
+
+    base: str
+    checkpoint: str
+    text: str
+    text_sha256: str
+    tokens: int
+    window: int
+    metrics: dict[str, float]
+    versions: dict[str, str]
+
+
+def to_json(record: Any) -> str:
+    """Indented JSON of a record (or of plain containers), newline-terminated, keys in field order."""
+    plain = dataclasses.asdict(record) if dataclasses.is_dataclass(record) and not isinstance(record, type) else record
+    return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write a record so that a reader sees the old file or the new one, never a part: temporary, fsync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(to_json(record))
+        f.flush()
+        os.fsync(f.fileno())
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and creations in ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; a missing or malformed one is a :class:`CheckpointError` that names line and column."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError("the file is missing", where=str(path)) from None
+    except json.JSONDecodeError as e:
+        raise CheckpointError(
+            f"not valid JSON at line {e.lineno}, column {e.colno}: {e.msg}",
+            where=str(path),
+            remedy="Repair the file or download it again.",
+        ) from None
+    except (UnicodeDecodeError, OSError) as e:
+        raise CheckpointError(f"cannot be read: {e}", where=str(path)) from None
+
+
+def read_record(kind: type[T], path: Path) -> T:
+    """Read a record back; unknown or missing fields are errors that name them."""
+    try:
+        return from_plain(kind, read_json(path))
+    except (TypeError, KeyError, ValueError) as e:
+        raise CheckpointError(f"is not a {kind.__name__} record: {e}", where=str(path)) from None
+
+
+def from_plain(kind: Any, value: Any) -> Any:
+    """Rebuild ``kind`` (a dataclass, container or scalar annotation) from plain JSON values."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return from_plain(next(a for a in arguments if a is not type(None)), value)
+    if origin is list:
+        return [from_plain(arguments[0], v) for v in value]
+    if origin is dict:
+        return {k: from_plain(arguments[1], v) for k, v in value.items()}
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, dict):
+            raise TypeError(f"expected an object for {kind.__name__}, found {type(value).__name__}")
+        hints = typing.get_type_hints(kind)
+        unknown = sorted(value.keys() - hints.keys())
+        if unknown:
+            raise TypeError(f"unknown fields {', '.join(unknown)} in {kind.__name__}")
+        return kind(**{k: from_plain(hints[k], v) for k, v in value.items()})
+    if kind is float and isinstance(value, int):
+        return float(value)
+    return value
