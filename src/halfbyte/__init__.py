@@ -10,8 +10,8 @@ from typing import Any
 
 _PUBLIC = {
     "quantize": "halfbyte.pipeline",
-    "plan": "halfbyte.plan",
-    "verify": "halfbyte.verify",
+    "plan": "halfbyte.planner",
+    "verify": "halfbyte.verifier",
     "compare": "halfbyte.evaluation.divergence",
     "inspect": "halfbyte.inspection",
 }
