@@ -1,0 +1,138 @@
+"""Which tensors of a checkpoint are the Linears of its language model's decoder blocks.
+
+The rule needs tensor names and the config, not the model's code, so it works on the headers of a 70B checkpoint:
+
+1. the decoder blocks are the numbered module list with the most entries outside vision, audio and projector parts;
+   its length must be ``num_hidden_layers``;
+2. the Linears are the 2-D ``weight`` tensors in those blocks, less routers and gates (:data:`KEPT_MODULES`).
+
+:data:`KNOWN_ARCHITECTURES` lists the model classes that tests cover; any other is tried by the rule, and the plan
+says so. The loop checks against the real module tree that each planned module is an ``nn.Linear``.
+
+Does not cover fused three-dimensional expert weights; blocks that hold them are reported as unsupported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from halfbyte.checkpoint.reader import Checkpoint, TensorInfo
+from halfbyte.errors import ArchitectureError
+
+NUMBERED = re.compile(r"^(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<rest>.+)$")
+NOT_LANGUAGE = re.compile(r"(^|[._])(vision|visual|vit|image|audio|speech|projector|connector|resampler|encoder|mtp)")
+# Modules inside blocks that hold a 2-D weight and stay in original precision: they steer tokens to experts.
+KEPT_MODULES = re.compile(r"(^|\.)(router|gate|shared_expert_gate|wg)$")
+
+KNOWN_ARCHITECTURES = frozenset(
+    {
+        "LlamaForCausalLM",
+        "MistralForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen3ForCausalLM",
+        "Gemma3ForCausalLM",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMap:
+    """Names of a checkpoint's tensors, sorted by where they belong.
+
+    Attributes:
+        prefix: path of the block list on disk, e.g. ``model.layers``.
+        linears: for each block, module names (without ``.weight``) whose weight is to be quantised, in file order.
+        others: for each block, the names of its remaining tensors.
+        outside: names of all tensors outside the blocks.
+        unsupported: names of tensors in blocks that should be quantised but cannot be yet.
+    """
+
+    prefix: str
+    linears: tuple[tuple[str, ...], ...]
+    others: tuple[tuple[str, ...], ...]
+    outside: tuple[str, ...]
+    unsupported: tuple[str, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.linears)
+
+    @property
+    def decoder_prefix(self) -> str:
+        """Path of the module that holds the block list, with its dot: ``model.`` for ``model.layers``."""
+        parent, _, _ = self.prefix.rpartition(".")
+        return parent + "." if parent else ""
+
+    def block_tensors(self, index: int) -> tuple[str, ...]:
+        """All tensor names of one block, by the full names on disk (weights of Linears included)."""
+        return tuple(f"{m}.weight" for m in self.linears[index]) + self.others[index]
+
+
+def map_blocks(checkpoint: Checkpoint) -> BlockMap:
+    """Sort a dense checkpoint's tensors into decoder blocks and the rest.
+
+    Raises:
+        ArchitectureError: no block list is found, or layers that the config announces are absent.
+    """
+    expected = checkpoint.text_config.get("num_hidden_layers")
+    prefix = find_block_prefix(checkpoint.tensors)
+    if prefix is None or not isinstance(expected, int):
+        raise ArchitectureError(
+            f"no decoder blocks were found for architecture {checkpoint.architecture}",
+            where=checkpoint.name,
+            why="the tensor names hold no numbered module list" if prefix is None else "the config has no num_hidden_layers",  # noqa: E501
+            remedy="halfbyte quantises decoder-only language models; `halfbyte inspect` lists what is in the checkpoint.",
+        )
+    linears: list[list[str]] = [[] for _ in range(expected)]
+    others: list[list[str]] = [[] for _ in range(expected)]
+    outside: list[str] = []
+    unsupported: list[str] = []
+    seen: set[int] = set()
+    for name, info in checkpoint.tensors.items():
+        match = NUMBERED.match(name)
+        if match is None or match["prefix"] != prefix or int(match["index"]) >= expected:
+            outside.append(name)
+            continue
+        index = int(match["index"])
+        seen.add(index)
+        if is_linear_weight(info):
+            linears[index].append(name.removesuffix(".weight"))
+        else:
+            others[index].append(name)
+            if len(info.shape) == 3:
+                unsupported.append(name)
+    missing = sorted(set(range(expected)) - seen)
+    if missing:
+        raise ArchitectureError(
+            f"layers {', '.join(map(str, missing[:8]))} of {expected} are absent from the weights",
+            where=f"{checkpoint.name}: {prefix}",
+            remedy="The checkpoint is incomplete; download it again.",
+        )
+    return BlockMap(
+        prefix=prefix,
+        linears=tuple(map(tuple, linears)),
+        others=tuple(map(tuple, others)),
+        outside=tuple(outside),
+        unsupported=tuple(unsupported),
+    )
+
+
+def find_block_prefix(names: Iterable[str]) -> str | None:
+    """Path of the longest numbered module list under the language model, ``None`` when there is none."""
+    indices: Mapping[str, set[int]] = defaultdict(set)
+    for name in names:
+        match = NUMBERED.match(name)
+        if match is not None and not NOT_LANGUAGE.search(match["prefix"]):
+            indices[match["prefix"]].add(int(match["index"]))
+    if not indices:
+        return None
+    return max(indices, key=lambda p: (len(indices[p]), -len(p)))
+
+
+def is_linear_weight(info: TensorInfo) -> bool:
+    """Whether a tensor inside a decoder block is the weight of a Linear that is to be quantised."""
+    module, _, leaf = info.name.rpartition(".")
+    return leaf == "weight" and len(info.shape) == 2 and KEPT_MODULES.search(module) is None

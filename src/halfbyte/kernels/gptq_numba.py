@@ -1,0 +1,169 @@
+"""The CPU kernels: the GPTQ column loop inside a panel of columns, and the scale search.
+
+Column loop: threads over chunks of rows. A chunk's panel is held transposed (``[columns, rows]``, 16 KiB), so that both
+the rounding and the update of the columns still open run over contiguous rows and vectorise. Between panels one matrix
+product updates everything to the right.
+
+Same mathematics as ``gptq_reference``; float32 instead of float64.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import torch
+
+PANEL = 128
+ROWS = 32
+
+Array = npt.NDArray[np.float32]
+
+
+@numba.njit(parallel=True, cache=True, fastmath={"contract"})  # type: ignore[untyped-decorator]
+def _panel(
+    weight: Array,
+    start: int,
+    width: int,
+    factor: Array,
+    scales: Array,
+    zeros: Array,
+    group_of: npt.NDArray[np.int64],
+    q_min: float,
+    q_max: float,
+    codes: npt.NDArray[np.int8],
+    errors: Array,
+) -> None:
+    """Quantise columns ``start .. start + width`` of all rows; fills ``codes`` and ``errors [rows, width]``."""
+    rows = weight.shape[0]
+    for chunk in numba.prange((rows + ROWS - 1) // ROWS):
+        first = chunk * ROWS
+        count = min(ROWS, rows - first)
+        open_columns = np.zeros((PANEL, ROWS), dtype=np.float32)
+        error = np.zeros(ROWS, dtype=np.float32)
+        for r in range(count):
+            for j in range(width):
+                open_columns[j, r] = weight[first + r, start + j]
+        for j in range(width):
+            group = group_of[start + j]
+            reciprocal = np.float32(1.0) / factor[start + j, start + j]
+            for r in range(count):
+                s = scales[first + r, group]
+                z = zeros[first + r, group]
+                w = open_columns[j, r]
+                q = min(max(np.rint(w / s) + z, q_min), q_max)
+                codes[first + r, start + j] = np.int8(q)
+                error[r] = (w - (q - z) * s) * reciprocal
+                errors[first + r, j] = error[r]
+            for k in range(j + 1, width):
+                f = factor[start + j, start + k]
+                for r in range(ROWS):
+                    open_columns[k, r] -= error[r] * f
+
+
+def solve_columns(
+    weight: torch.Tensor,
+    factor: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    group_of: torch.Tensor,
+    q_min: int,
+    q_max: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """GPTQ over all columns, see :func:`halfbyte.kernels.gptq_reference.solve_columns`.
+
+    Args:
+        weight: ``[rows, n]`` float32, columns in the order of processing; overwritten.
+        factor: ``R [n, n]`` float32 upper triangular, ``H^-1 = R^T R``.
+        scales, zeros: ``[rows, groups]`` float32.
+        group_of: ``[n]`` int64.
+        q_min, q_max: code range.
+
+    Returns:
+        codes ``[rows, n]`` int8 and the loss ``[rows]`` float32.
+    """
+    rows, n = weight.shape
+    codes = torch.empty((rows, n), dtype=torch.int8)
+    loss = torch.zeros(rows, dtype=torch.float32)
+    errors = torch.empty((rows, PANEL), dtype=torch.float32)
+    for start in range(0, n, PANEL):
+        width = min(PANEL, n - start)
+        _panel(
+            weight.numpy(),
+            start,
+            width,
+            factor.numpy(),
+            scales.numpy(),
+            zeros.numpy(),
+            group_of.numpy(),
+            np.float32(q_min),
+            np.float32(q_max),
+            codes.numpy(),
+            errors.numpy(),
+        )
+        e = errors[:, :width]
+        loss += e.square().sum(dim=1)
+        if start + width < n:
+            weight[:, start + width :].addmm_(e, factor[start : start + width, start + width :], alpha=-1.0)
+    return codes, loss
+
+
+@numba.njit(parallel=True, cache=True, fastmath={"contract", "reassoc", "nsz"})  # type: ignore[untyped-decorator]
+def _search(
+    weight: Array,
+    importance: Array,
+    candidates: Array,
+    zeros: Array,
+    q_min: float,
+    q_max: float,
+    best: npt.NDArray[np.int64],
+) -> None:
+    rows, groups, count = candidates.shape
+    width = weight.shape[1] // groups
+    for row in numba.prange(rows):
+        for g in range(groups):
+            base = g * width
+            least = np.float32(np.inf)
+            for c in range(count):
+                s = candidates[row, g, c]
+                z = zeros[row, g, c]
+                reciprocal = np.float32(1.0) / s
+                total = np.float32(0.0)
+                for k in range(width):
+                    w = weight[row, base + k]
+                    q = min(max(np.rint(w * reciprocal) + z, q_min), q_max)
+                    d = w - (q - z) * s
+                    total += importance[base + k] * d * d
+                if total < least:
+                    least = total
+                    best[row, g] = c
+
+
+def search_scales(
+    weight: torch.Tensor,
+    importance: torch.Tensor,
+    candidates: torch.Tensor,
+    zeros: torch.Tensor,
+    q_min: int,
+    q_max: int,
+) -> torch.Tensor:
+    """Best candidate for each row and group, see :func:`halfbyte.kernels.gptq_reference.search_scales`.
+
+    Args:
+        weight: ``[rows, groups * width]`` float32; importance ``[groups * width]`` float32, not negative.
+        candidates, zeros: ``[rows, groups, count]`` float32, scales positive.
+
+    Returns:
+        indices ``[rows, groups]`` int64; the first of equals wins.
+    """
+    best = torch.zeros(candidates.shape[:2], dtype=torch.int64)
+    _search(
+        weight.numpy(),
+        importance.numpy(),
+        candidates.numpy(),
+        zeros.numpy(),
+        np.float32(q_min),
+        np.float32(q_max),
+        best.numpy(),
+    )
+    return best

@@ -1,0 +1,79 @@
+"""Choosing scales (and zero points): from the range of a group, or by search around it.
+
+Min-max, as compressed-tensors reckons it, with ``lo = min(w, 0)`` and ``hi = max(w, 0)`` over a group::
+
+    symmetric    s = max(|lo|, |hi|) / ((q_max - q_min) / 2)          z = 0
+    asymmetric   s = (hi - lo) / (q_max - q_min)                      z = clip(q_min - rint(lo / s))
+    float8       s = max|w| / 448
+
+Scales are rounded to the dtype they will be stored in before any code is chosen, so that codes fit the scales on disk.
+A group of zeros gets the smallest scale that keeps ``0 * s`` and every check finite: 1.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from halfbyte.kernels.gptq_numba import search_scales
+from halfbyte.packing import FLOAT8_MAX
+from halfbyte.schemes import WeightFormat
+
+# Shares of the min-max range that the search tries. Shrinking clips the extremes to serve the many; the few above 1
+# help where compensation pushes weights outwards.
+SHRINK = torch.linspace(0.40, 1.05, 66)
+CANDIDATES_PER_CALL = 1 << 23
+
+
+def minmax(weight: torch.Tensor, fmt: WeightFormat, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points ``[out, groups]`` from each group's range, float32 values representable in ``dtype``."""
+    lo, hi = _range(weight, fmt)
+    return _from_range(lo, hi, fmt, dtype)
+
+
+def searched(
+    weight: torch.Tensor, importance: torch.Tensor, fmt: WeightFormat, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points that minimise the weighted squared error of rounding, group by group.
+
+    ``argmin_{s, z} sum_k h_k (w_k - (q_k - z) s)^2`` over shares :data:`SHRINK` of the min-max range.
+
+    Args:
+        weight: ``[out, in]`` float32.
+        importance: ``h [in]`` float32, not negative.
+        fmt: an integer format.
+        dtype: what scales are stored in.
+    """
+    lo, hi = _range(weight, fmt)
+    rows, groups = lo.shape
+    scales, zeros = torch.empty_like(lo), torch.empty_like(lo)
+    step = max(1, CANDIDATES_PER_CALL // (groups * len(SHRINK)))
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        s, z = _from_range(lo[part, :, None] * SHRINK, hi[part, :, None] * SHRINK, fmt, dtype)
+        best = search_scales(weight[part], importance, s, z, fmt.q_min, fmt.q_max).unsqueeze(-1)
+        scales[part], zeros[part] = s.gather(2, best).squeeze(-1), z.gather(2, best).squeeze(-1)
+    return scales, zeros
+
+
+def _range(weight: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    grouped = weight.reshape(weight.shape[0], fmt.groups(weight.shape[1]), -1)
+    lo, hi = grouped.aminmax(dim=-1)
+    return lo.clamp(max=0), hi.clamp(min=0)
+
+
+def _from_range(
+    lo: torch.Tensor, hi: torch.Tensor, fmt: WeightFormat, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    extreme = torch.maximum(-lo, hi)
+    if fmt.kind == "float":
+        scales = extreme / FLOAT8_MAX
+    elif fmt.symmetric:
+        scales = extreme / ((fmt.q_max - fmt.q_min) / 2)
+    else:
+        scales = (hi - lo) / (fmt.q_max - fmt.q_min)
+    scales = scales.to(dtype).to(torch.float32)
+    tiny = torch.finfo(dtype).tiny
+    scales = torch.where(extreme == 0, torch.ones_like(scales), scales.clamp(min=tiny))
+    if fmt.symmetric:
+        return scales, torch.zeros_like(scales)
+    return scales, (fmt.q_min - torch.round(lo / scales)).clamp(fmt.q_min, fmt.q_max)
