@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from halfbyte.errors import CheckpointError, raise_all
+from halfbyte.errors import CheckpointError, HalfbyteError, raise_all
 from halfbyte.records import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -122,6 +122,21 @@ class Checkpoint:
                 done += count
         return buffer.view(DTYPES[info.dtype]).reshape(info.shape)
 
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Some rows of a 2-D tensor, ``[n]`` sorted int64 -> ``[n, columns]`` in the dtype on disk."""
+        info = self.tensors[name]
+        width = info.size_bytes // info.shape[0]
+        buffer = torch.empty((rows.numel(), width), dtype=torch.uint8)
+        view = memoryview(buffer.numpy())
+        descriptor = os.open(self.path / info.file, os.O_RDONLY)
+        try:
+            for i, row in enumerate(rows.tolist()):
+                if os.preadv(descriptor, [view[i]], info.offset + row * width) != width:
+                    raise CheckpointError(f"ends inside tensor {name}", where=str(self.path / info.file))
+        finally:
+            os.close(descriptor)
+        return buffer.view(DTYPES[info.dtype]).reshape(rows.numel(), *info.shape[1:])
+
     def fingerprint(self) -> str:
         """sha256 over config, headers, sizes and modification times: equal means unchanged since, at the cost of stat.
 
@@ -154,8 +169,15 @@ def combined_digest(digests: Mapping[str, str]) -> str:
     return total.hexdigest()
 
 
-def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
-    """Read config and all headers of a local checkpoint; every problem found is reported in one error."""
+def open_checkpoint(path: Path, name: str | None = None, found: list[HalfbyteError] | None = None) -> Checkpoint:
+    """Read config and all headers of a local checkpoint.
+
+    Args:
+        path: the folder.
+        name: what to call it in messages.
+        found: a list that takes what is wrong with the weight files, so that a plan can go on and find more; without
+            it, all of that is raised in one error.
+    """
     name = name or str(path)
     if not path.is_dir():
         raise CheckpointError("there is no such folder", where=str(path), remedy="Give a checkpoint folder or a hub id.")
@@ -166,10 +188,18 @@ def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
         )
     if not isinstance(config, dict):
         raise CheckpointError("holds no JSON object", where=str(path / "config.json"))
-    files, listed = _weight_files(path)
+    problems: list[HalfbyteError] = []
+    files, listed, missing = _weight_files(path)
+    if missing:
+        problems.append(
+            CheckpointError(
+                f"{len(missing)} of {len(files)} shards are missing: {', '.join(missing)}",
+                where=str(path),
+                remedy="Download them again.",
+            )
+        )
     tensors: dict[str, TensorInfo] = {}
-    problems: list[CheckpointError] = []
-    for file in files:
+    for file in (f for f in files if f not in missing):
         try:
             for info in read_header(path, file):
                 if info.name in tensors:
@@ -181,12 +211,15 @@ def open_checkpoint(path: Path, name: str | None = None) -> Checkpoint:
             problems.append(e)
     if not problems and listed is not None:
         problems += _index_problems(path, listed, tensors)
-    raise_all(problems)
+    if found is None:
+        raise_all(problems)
+    else:
+        found += problems
     return Checkpoint(path=path, name=name, config=config, tensors=tensors)
 
 
-def _weight_files(path: Path) -> tuple[list[str], dict[str, str] | None]:
-    """Names of the safetensors files, and the index's weight map when there is one."""
+def _weight_files(path: Path) -> tuple[list[str], dict[str, str] | None, list[str]]:
+    """Names of the safetensors files, the index's weight map when there is one, and which files are missing."""
     if (path / INDEX_NAME).exists():
         index = read_json(path / INDEX_NAME)
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -198,17 +231,10 @@ def _weight_files(path: Path) -> tuple[list[str], dict[str, str] | None]:
             raise CheckpointError(
                 f"weight_map names a file outside the folder: {outside[0]}", where=str(path / INDEX_NAME)
             )
-        missing = [f for f in files if not (path / f).exists()]
-        if missing:
-            raise CheckpointError(
-                f"{len(missing)} of {len(files)} shards are missing: {', '.join(missing)}",
-                where=str(path),
-                remedy="Download them again.",
-            )
-        return files, weight_map
+        return files, weight_map, [f for f in files if not (path / f).exists()]
     files = sorted(p.name for p in path.glob("*.safetensors"))
     if SINGLE_NAME in files:
-        return [SINGLE_NAME], None
+        return [SINGLE_NAME], None, []
     if files:
         raise CheckpointError(
             f"holds {len(files)} safetensors files but neither {SINGLE_NAME} nor {INDEX_NAME}",
