@@ -127,11 +127,11 @@ class Checkpoint:
         info = self.tensors[name]
         width = info.size_bytes // info.shape[0]
         buffer = torch.empty((rows.numel(), width), dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
+        target = buffer.numpy()
         descriptor = os.open(self.path / info.file, os.O_RDONLY)
         try:
             for i, row in enumerate(rows.tolist()):
-                if os.preadv(descriptor, [view[i]], info.offset + row * width) != width:
+                if os.preadv(descriptor, [target[i]], info.offset + row * width) != width:
                     raise CheckpointError(f"ends inside tensor {name}", where=str(self.path / info.file))
         finally:
             os.close(descriptor)
