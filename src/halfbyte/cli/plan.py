@@ -1,0 +1,99 @@
+"""``halfbyte plan``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from halfbyte.cli.console import duration, emit, json_option, size
+from halfbyte.cli.options import scheme_options
+from halfbyte.errors import HalfbyteError
+from halfbyte.records import Plan
+
+
+@click.command("plan")
+@click.argument("source")
+@scheme_options
+@click.option("--samples", type=click.IntRange(min=1), help="Calibration sequences, for the estimates.  [default: 128]")
+@click.option("--seq-len", type=click.IntRange(min=2), help="Tokens in each, for the estimates.  [default: 512]")
+@click.option("--offload", is_flag=True, help="Reckon with hidden states on disk.")
+@click.option("--tensors", "every_tensor", is_flag=True, help="List every tensor, not only groups of them.")
+@json_option
+def command(
+    source: str,
+    scheme: str,
+    group_size: int | Literal["channel"] | None,
+    method: Literal["gptq", "rtn"] | None,
+    ignore: tuple[str, ...],
+    recipe: Path | None,
+    samples: int | None,
+    seq_len: int | None,
+    offload: bool,
+    every_tensor: bool,
+    as_json: bool,
+) -> None:
+    """Say what quantising SOURCE (a folder or a hub id) would do, without doing it.
+
+    Reads headers only. Exit status 2 when something would stop the run; all of it is listed at once.
+    """
+    from halfbyte.planner import plan
+
+    result = plan(
+        source,
+        scheme=scheme,
+        group_size=group_size,
+        method=method,
+        ignore=ignore,
+        recipe=recipe,
+        samples=samples,
+        seq_len=seq_len,
+        offload=offload,
+    )
+    emit(result, as_json=as_json, render=lambda console: render(console, result, every_tensor=every_tensor))
+    if result.problems:
+        count = len(result.problems)
+        raise HalfbyteError(f"{count} problem{'s' if count > 1 else ''} would stop this run", where=source)
+
+
+def render(console: Console, plan: Plan, *, every_tensor: bool = False) -> None:
+    """Draw a plan for a person."""
+    console.print(f"{plan.source}: {plan.architecture}, {plan.num_blocks} blocks at {plan.block_prefix or '(none)'}")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("tensors", "count", "shape", "action", "before", "after", "bits/weight"):
+        table.add_column(heading, justify="left" if heading in ("tensors", "shape", "action") else "right")
+    rows: dict[tuple[str, str, str], list[float]] = {}
+    for t in plan.tensors:
+        name = t.name
+        if not every_tensor and t.block is not None:
+            name = name.replace(f"{plan.block_prefix}.{t.block}.", f"{plan.block_prefix}.*.", 1)
+        label = f"{t.scheme} g{t.group_size}" if t.group_size else f"{t.scheme}"
+        action = label if t.action == "quantize" else f"copy ({t.reason})"
+        row = rows.setdefault((name, " x ".join(map(str, t.shape)), action), [0, 0, 0, t.bits_per_weight or 0.0])
+        row[0] += 1
+        row[1] += t.bytes_before
+        row[2] += t.bytes_after
+    for (name, shape, action), (count, before, after, bits) in rows.items():
+        table.add_row(
+            name, f"{count:.0f}", shape, action, size(before), size(after), f"{bits:.3f}" if bits else ""
+        )
+    console.print(table)
+    if plan.quantized_parameters:
+        console.print(
+            f"\n{plan.quantized_parameters / 1e6:,.1f} M weights quantised by {plan.method} to {plan.scheme}: "
+            f"{plan.bits_per_weight:.3f} bits each, scales included; {plan.copied_parameters / 1e6:,.1f} M parameters "
+            f"copied; {plan.bits_per_parameter:.2f} bits a parameter over all"
+        )
+        console.print(f"on disk {size(plan.bytes_before)} -> {size(plan.bytes_after)}")
+    for name, estimate in plan.estimates.items():
+        show = duration if estimate.unit == "seconds" else size
+        console.print(f"\nestimated {name.replace('_', ' ')}: {show(estimate.value)} ({estimate.how})")
+        for part, value in estimate.parts.items():
+            console.print(f"  {show(value):>12}  {part}")
+    for note in plan.notes:
+        console.print(f"\nnote: {note}", markup=False)
+    for problem in plan.problems:
+        console.print(f"\nproblem: {problem}", markup=False)

@@ -1,0 +1,394 @@
+"""What will happen to every tensor, what it will cost, and every reason why it cannot: before any work starts.
+
+Works on headers and the config alone: no weights are read, no model code runs, so a 70B checkpoint (or a hub id whose
+headers alone are fetched) is planned in seconds.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from halfbyte.architectures import KEPT_MODULES, KNOWN_ARCHITECTURES, NOT_LANGUAGE, BlockMap, map_blocks
+from halfbyte.checkpoint.layout import TensorSpec
+from halfbyte.checkpoint.reader import DTYPES, Checkpoint, TensorInfo
+from halfbyte.checkpoint.source import open_headers
+from halfbyte.errors import ArchitectureError, CheckpointError, HalfbyteError, UsageError
+from halfbyte.packing import stored_tensors
+from halfbyte.recipe import Recipe, load_recipe
+from halfbyte.records import Estimate, Plan, TensorPlan
+from halfbyte.schemes import Scheme, group_size_problem, preset
+
+GroupSize = int | Literal["channel"] | None
+WEIGHT_DTYPES = ("BF16", "F16", "F32")
+# Measured resident memory of an idle process with torch, transformers and numba imported (benchmarks/memory.py).
+RUNTIME_BYTES = 550e6
+TOKENS_PER_BATCH = 4096
+DISK_BYTES_PER_S = 400e6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkPlan:
+    """The plan with what the pipeline needs to carry it out."""
+
+    plan: Plan
+    blocks: BlockMap
+    schemes: dict[str, Scheme]
+    outputs: list[TensorSpec]
+    problems: list[HalfbyteError]
+    ignore_patterns: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSize:
+    """How much calibration there will be; zero samples where a method needs none."""
+
+    samples: int
+    seq_len: int
+    offload: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.seq_len
+
+
+def plan(
+    source: str | Path,
+    *,
+    scheme: str = "W4A16",
+    group_size: GroupSize = None,
+    method: Literal["gptq", "rtn"] | None = None,
+    ignore: Sequence[str] = (),
+    recipe: Path | None = None,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    offload: bool = False,
+) -> Plan:
+    """Plan a quantisation.
+
+    Args:
+        source: a checkpoint folder or a hub id.
+        scheme, group_size, method, ignore: what to do, unless a recipe says so.
+        recipe: a recipe file; ``scheme``, ``group_size`` and ``method`` must then be left alone.
+        samples, seq_len, offload: calibration size, for the estimates.
+
+    Returns:
+        the plan; ``problems`` lists everything that would stop it, all at once.
+
+    Raises:
+        CheckpointError: the source is no checkpoint at all.
+        UsageError, RecipeError: options or recipe make no sense.
+    """
+    chosen = choose_recipe(scheme=scheme, group_size=group_size, method=method, ignore=ignore, recipe=recipe)
+    found: list[HalfbyteError] = []
+    checkpoint = open_headers(source, found)
+    size = calibration_size(chosen, samples, seq_len, offload)
+    return make_plan(checkpoint, chosen, size, found=found).plan
+
+
+def choose_recipe(
+    *,
+    scheme: str,
+    group_size: GroupSize,
+    method: Literal["gptq", "rtn"] | None,
+    ignore: Sequence[str],
+    recipe: Path | None,
+) -> Recipe:
+    """The recipe of a file, or one made of options."""
+    if recipe is None:
+        return Recipe.of_options(preset(scheme).with_group_size(group_size), method=method, ignore=list(ignore))
+    if group_size is not None or method is not None or ignore:
+        raise UsageError(
+            "a recipe already says scheme, group size, method and what to ignore",
+            where="--recipe",
+            remedy="Put them into the recipe, or leave the recipe out.",
+        )
+    return load_recipe(recipe)
+
+
+def calibration_size(recipe: Recipe, samples: int | None, seq_len: int | None, offload: bool) -> CalibrationSize:
+    """Options before recipe before defaults (128 samples of 512 tokens)."""
+    if recipe.method == "rtn":
+        return CalibrationSize(samples=0, seq_len=0)
+    chosen = samples if samples is not None else recipe.samples
+    length = seq_len if seq_len is not None else recipe.seq_len
+    return CalibrationSize(
+        samples=128 if chosen is None else chosen, seq_len=512 if length is None else length, offload=offload
+    )
+
+
+def make_plan(
+    checkpoint: Checkpoint, recipe: Recipe, size: CalibrationSize, *, found: Iterable[HalfbyteError] = ()
+) -> WorkPlan:
+    """Sort tensors, collect problems, add up bytes. ``found`` are problems that reading the headers brought up."""
+    problems = list(found)
+    notes: list[str] = []
+    if isinstance(checkpoint.config.get("quantization_config"), dict):
+        problems.append(
+            CheckpointError(
+                f"is quantised already ({checkpoint.config['quantization_config'].get('quant_method')})",
+                where=checkpoint.name,
+                remedy="Start from the original checkpoint.",
+            )
+        )
+    try:
+        blocks = map_blocks(checkpoint)
+    except ArchitectureError as e:
+        problems.append(e)
+        blocks = BlockMap("", (), (), tuple(checkpoint.tensors), ())
+    if blocks.num_blocks and checkpoint.architecture not in KNOWN_ARCHITECTURES:
+        notes.append(
+            f"architecture {checkpoint.architecture} is not among those tested; its {blocks.num_blocks} blocks were "
+            "found by the general rule"
+        )
+    if blocks.unsupported:
+        problems.append(
+            ArchitectureError(
+                f"{len(blocks.unsupported)} fused three-dimensional expert weights cannot be quantised yet",
+                where=blocks.unsupported[0],
+                remedy="Mixtures of experts are not supported in this version.",
+            )
+        )
+    schemes: dict[str, Scheme] = {}
+    outputs: list[TensorSpec] = []
+    tensors: list[TensorPlan] = []
+    linear_of = {f"{m}.weight": (m, i) for i, block in enumerate(blocks.linears) for m in block}
+    block_of = {n: i for i in range(blocks.num_blocks) for n in blocks.others[i]}
+    everything = [m for block in blocks.linears for m in block]
+    for entry in recipe.unmatched(everything):
+        if blocks.num_blocks and entry not in ("lm_head", "re:.*lm_head"):
+            notes.append(f"pattern {entry!r} matches no Linear of the decoder blocks")
+    for name, info in checkpoint.tensors.items():
+        module, index = linear_of.get(name, ("", block_of.get(name)))
+        scheme = recipe.scheme_for(module) if module else None
+        problem = _linear_problem(info, module, scheme) if scheme is not None else None
+        if problem is not None:
+            problems.append(problem)
+        if scheme is None or problem is not None:
+            reason = "problem" if problem else _copy_reason(module, name, index)
+            outputs.append(TensorSpec(name=name, dtype=info.dtype, shape=info.shape))
+            tensors.append(_copied(info, index, reason))
+            continue
+        schemes[module] = scheme
+        out_features, in_features = info.shape
+        stored = stored_tensors(scheme, (out_features, in_features), info.dtype)
+        specs = [TensorSpec(name=f"{module}.{leaf}", dtype=d, shape=s) for leaf, (d, s) in stored.items()]
+        outputs += specs
+        after = sum(s.size_bytes for s in specs)
+        tensors.append(
+            TensorPlan(
+                name=name,
+                action="quantize",
+                shape=list(info.shape),
+                dtype=info.dtype,
+                bytes_before=info.size_bytes,
+                bytes_after=after,
+                block=index,
+                scheme=scheme.name,
+                group_size=scheme.weights.group_size,
+                bits_per_weight=8 * after / info.numel,
+            )
+        )
+    if blocks.num_blocks and not schemes and not problems:
+        problems.append(
+            UsageError(
+                "nothing is left to quantise: every Linear is ignored or untargeted", where="--ignore", remedy="Narrow it."
+            )
+        )
+    summary = _summary(checkpoint, blocks, recipe, tensors, size, problems, notes)
+    return WorkPlan(
+        plan=summary,
+        blocks=blocks,
+        schemes=schemes,
+        outputs=outputs,
+        problems=problems,
+        ignore_patterns=ignore_patterns(blocks, recipe, schemes),
+    )
+
+
+def ignore_patterns(blocks: BlockMap, recipe: Recipe, schemes: dict[str, Scheme]) -> list[str]:
+    """The ``ignore`` list of the written config: what loaders must leave unquantised, as ``re:.*NAME.*``.
+
+    vLLM, transformers and the files spell the same module with different prefixes, so patterns name the part that all
+    of them share; the head is listed under its plain name too, which is what loaders look for.
+    """
+    patterns = ["lm_head"]
+    if blocks.decoder_prefix not in ("model.", ""):
+        patterns.append("re:.*lm_head.*")
+    for name in blocks.outside:
+        match = NOT_LANGUAGE.search(name)
+        if match is not None:
+            component = next(part for part in name.split(".") if NOT_LANGUAGE.search(part))
+            patterns.append(f"re:.*{re.escape(component)}.*")
+    for i in range(blocks.num_blocks):
+        for name in blocks.others[i]:
+            module, _, leaf = name.rpartition(".")
+            if leaf == "weight" and KEPT_MODULES.search(module):
+                tail = module.removeprefix(f"{blocks.prefix}.{i}.")
+                patterns.append(f"re:.*{re.escape(tail)}$")
+    patterns += recipe.ignore
+    covered = Recipe(groups=recipe.groups, ignore=tuple(patterns))
+    targeted = [m for block in blocks.linears for m in block if m not in schemes]
+    patterns += [m for m in targeted if covered.scheme_for(m) is not None]
+    return list(dict.fromkeys(patterns))
+
+
+def _linear_problem(info: TensorInfo, module: str, scheme: Scheme) -> HalfbyteError | None:
+    if info.dtype not in WEIGHT_DTYPES:
+        return CheckpointError(
+            f"is stored as {info.dtype}, not as one of {', '.join(WEIGHT_DTYPES)}",
+            where=info.name,
+            remedy="Start from the original checkpoint.",
+        )
+    size = scheme.weights.group_size
+    if size is not None and not scheme.weights.fits(info.shape[1]):
+        return UsageError(group_size_problem(info.shape[1], size), where=module)
+    if not scheme.weights.symmetric and info.shape[0] % (32 // scheme.weights.num_bits):
+        return UsageError(
+            f"out_features {info.shape[0]} is not divisible by 8, which packed zero points need",
+            where=module,
+            remedy="Use the symmetric W4A16, or skip it with --ignore.",
+        )
+    return None
+
+
+def _copy_reason(module: str, name: str, index: int | None) -> str:
+    if module:
+        return "ignored by the recipe"
+    if index is not None:
+        return "not a Linear weight"
+    return "vision, audio or projector" if NOT_LANGUAGE.search(name) else "outside the decoder blocks"
+
+
+def _copied(info: TensorInfo, index: int | None, reason: str) -> TensorPlan:
+    return TensorPlan(
+        name=info.name,
+        action="copy",
+        shape=list(info.shape),
+        dtype=info.dtype,
+        bytes_before=info.size_bytes,
+        bytes_after=info.size_bytes,
+        block=index,
+        reason=reason,
+    )
+
+
+def _summary(
+    checkpoint: Checkpoint,
+    blocks: BlockMap,
+    recipe: Recipe,
+    tensors: list[TensorPlan],
+    size: CalibrationSize,
+    problems: list[HalfbyteError],
+    notes: list[str],
+) -> Plan:
+    quantized = [t for t in tensors if t.action == "quantize"]
+    parameters = sum(_numel(t) for t in quantized)
+    total = sum(_numel(t) for t in tensors)
+    after = sum(t.bytes_after for t in tensors)
+    names = dict.fromkeys(_scheme_label(t) for t in quantized)
+    return Plan(
+        source=checkpoint.name,
+        architecture=checkpoint.architecture,
+        block_prefix=blocks.prefix,
+        num_blocks=blocks.num_blocks,
+        scheme=" + ".join(names),
+        method=recipe.method,
+        tensors=tensors,
+        quantized_parameters=parameters,
+        copied_parameters=total - parameters,
+        bits_per_weight=8 * sum(t.bytes_after for t in quantized) / parameters if parameters else 0.0,
+        bits_per_parameter=8 * after / total if total else 0.0,
+        bytes_before=sum(t.bytes_before for t in tensors),
+        bytes_after=after,
+        estimates=_estimates(checkpoint, blocks, tensors, size, after) if quantized else {},
+        problems=[str(p) for p in problems],
+        notes=notes,
+    )
+
+
+def _scheme_label(t: TensorPlan) -> str:
+    return f"{t.scheme} g{t.group_size}" if t.group_size else f"{t.scheme} per channel"
+
+
+def _numel(t: TensorPlan) -> int:
+    return t.bytes_before // DTYPES[t.dtype].itemsize
+
+
+def _estimates(
+    checkpoint: Checkpoint, blocks: BlockMap, tensors: list[TensorPlan], size: CalibrationSize, after: int
+) -> dict[str, Estimate]:
+    """Peak memory, time and disk. Every figure lists its parts."""
+    by_block: dict[int, list[TensorPlan]] = {}
+    for t in tensors:
+        if t.block is not None and t.action == "quantize":
+            by_block.setdefault(t.block, []).append(t)
+    largest = max(by_block.values(), key=lambda ts: sum(_numel(t) for t in ts))
+    weights = sum(_numel(t) for t in largest)
+    widths = sorted({t.shape[1] for t in largest})
+    hidden = int(checkpoint.text_config.get("hidden_size", widths[0]))
+    state_bytes = 4.0 * size.tokens * hidden
+    biggest_linear = max(_numel(t) for t in largest)
+    memory = {
+        "runtime (torch, transformers, numba)": RUNTIME_BYTES,
+        "one block's weights, float32": 4.0 * weights,
+    }
+    per_block = sum(sum(_numel(t) for t in ts) for ts in by_block.values()) / len(by_block)
+    disk = {"quantised checkpoint": float(after)}
+    if size.tokens:
+        widest = max(t.shape[0] for t in largest)
+        batch = min(TOKENS_PER_BATCH, size.tokens)
+        memory |= {
+            "second moments of its inputs, float32": 4.0 * sum(w * w for w in widths),
+            "factoring the widest": (24.0 if widths[-1] <= 4096 else 8.0) * widths[-1] ** 2,
+            "solving the largest Linear": 13.0 * biggest_linear,
+            "activations of one batch": 4.0 * batch * (2 * widest + widths[-1] + 4 * hidden),
+            "hidden states" + (" (on disk: --offload)" if size.offload else ""): 0.0 if size.offload else state_bytes,
+        }
+        disk["hidden states, kept for --resume until the end"] = 2 * state_bytes
+    else:
+        memory["rounding the largest Linear"] = 9.0 * biggest_linear
+    rate = matmul_rate()
+    flops = 2.0 * 2.0 * size.tokens * per_block * blocks.num_blocks
+    moments = 1.3 * size.tokens * sum(w * w for w in widths) * blocks.num_blocks
+    seconds = {
+        "two passes through the blocks": flops / rate,
+        "second moments": moments / rate,
+        "scales and columns": blocks.num_blocks * per_block * (9e-8 if size.tokens else 5e-9),
+        "reading and writing": (checkpoint.size_bytes + after) / DISK_BYTES_PER_S,
+    }
+    return {
+        "peak_memory": Estimate(
+            value=sum(memory.values()),
+            unit="bytes",
+            how="sum of what is held at once while the largest block is solved",
+            parts=memory,
+        ),
+        "time": Estimate(
+            value=sum(seconds.values()),
+            unit="seconds",
+            how=f"arithmetic at this machine's float32 matmul rate, measured now: {rate / 1e9:.0f} GFLOP/s; "
+            "calibration text not included",
+            parts=seconds,
+        ),
+        "disk": Estimate(
+            value=sum(disk.values()), unit="bytes", how="written beside each other in the output folder", parts=disk
+        ),
+    }
+
+
+def matmul_rate() -> float:
+    """Float32 matrix products a second on this CPU, in FLOP/s: the best of three of 1024 x 1024 x 1024."""
+    a, b = torch.ones(1024, 1024), torch.ones(1024, 1024)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
