@@ -1,0 +1,371 @@
+"""llm-compressor's ``recipe.yaml``: one GPTQModifier or QuantizationModifier, in any wrapping found in the wild.
+
+    default_stage: {default_modifiers: {GPTQModifier: {...}}}       what llm-compressor writes (any stage or group name)
+    quant_modifiers: {GPTQModifier: {...}}                          without a stage
+    GPTQModifier: {...}        or        - GPTQModifier: {...}      bare
+
+What changes no result (block sizes, batching, offloading, sequential order) is accepted; what picks another way to the
+same kind of file (observers, no activation order) is accepted with a note; whatever would change what the file means is
+an error that names the line. Number formats are matched against the presets field by field. Checked against the
+recipes that llm-compressor 0.14 serialises.
+"""
+
+from __future__ import annotations
+
+import re
+
+from halfbyte.errors import raise_all
+from halfbyte.recipe.document import Node
+from halfbyte.recipe.model import DEFAULT_DAMP_FRACTION, LINEAR, Recipe, SchemeGroup
+from halfbyte.recipe.native import check_ignore, check_method, check_reachable, check_targets, known_scheme
+from halfbyte.recipe.section import Problems, Section, kind_of, string_list
+from halfbyte.schemes import GROUP_SIZES, PRESETS, ActivationFormat, Scheme
+
+METHOD_OF_MODIFIER = {"GPTQModifier": "gptq", "QuantizationModifier": "rtn"}
+UNSUPPORTED_MODIFIERS = {
+    "SmoothQuantModifier": "it rescales channels between layers, which halfbyte does not do yet",
+    "AWQModifier": "it rescales channels between layers, which halfbyte does not do yet",
+    "SpinQuantModifier": "it rotates weights, which halfbyte does not do",
+    "QuIPModifier": "it rotates weights, which halfbyte does not do",
+    "AutoRoundModifier": "it learns the rounding by gradient descent, which halfbyte does not do yet",
+    "SparseGPTModifier": "it prunes weights, which halfbyte does not do",
+    "WandaPruningModifier": "it prunes weights, which halfbyte does not do",
+    "MagnitudePruningModifier": "it prunes weights, which halfbyte does not do",
+    "ConstantPruningModifier": "it prunes weights, which halfbyte does not do",
+}
+ALWAYS_SEQUENTIAL = "halfbyte always calibrates a decoder block on the outputs of the quantised blocks before it"
+# Accepted without a word: how many columns or Linears a solver takes at a time and where it keeps its statistics change
+# no result; requires_calibration_data follows from the method; the rest schedules training.
+WITHOUT_EFFECT = (
+    "block_size",
+    "batched_quantization",
+    "offload_hessians",
+    "requires_calibration_data",
+    "index",
+    "group",
+    "start",
+    "end",
+    "update",
+)
+OBSERVERS = ("minmax", "mse", "memoryless_minmax", "memoryless_mse", "static_minmax")
+_STAGE = re.compile(r"\w*_stage(_\d+)?$")
+_GROUP = re.compile(r"\w*modifiers$")
+
+
+def is_llmcompressor(root: Node) -> bool:
+    """Whether the keys are llm-compressor's: stages, modifier groups or modifiers, or a list of them."""
+    if isinstance(root.value, list):
+        return True
+    return isinstance(root.value, dict) and any(
+        _STAGE.match(k) or _GROUP.match(k) or k.endswith("Modifier") for k in root.value
+    )
+
+
+def read_llmcompressor(root: Node, file: str) -> Recipe:
+    """Read an llm-compressor recipe.
+
+    Raises:
+        RecipeError: everything that cannot be honoured, each with its line and the reason.
+    """
+    problems = Problems(file)
+    modifiers: list[tuple[str, Node]] = []
+    _find_modifiers(root, modifiers, problems)
+    usable = []
+    for name, node in modifiers:
+        if name in METHOD_OF_MODIFIER:
+            usable.append((name, node))
+            continue
+        why = UNSUPPORTED_MODIFIERS.get(name, "")
+        what = f"{name} cannot be honoured" if why else f"unknown modifier {name!r}"
+        problems.add(node.line, what, why=why, remedy=f"Known: {', '.join(METHOD_OF_MODIFIER)}.")
+    if not modifiers and not problems.found:
+        problems.add(root.line, "there is no modifier in it", remedy="Add a GPTQModifier or a QuantizationModifier.")
+    for name, node in usable[1:]:
+        problems.add(
+            node.line,
+            f"a second modifier, {name}, after {usable[0][0]} in line {usable[0][1].line}",
+            why="halfbyte quantises in one pass with one method",
+            remedy="Put all schemes into one modifier's scheme mapping or config_groups.",
+        )
+    recipes = [_read_modifier(name, node, problems) for name, node in usable]
+    raise_all(problems.in_order())
+    return recipes[0]
+
+
+def _find_modifiers(node: Node, found: list[tuple[str, Node]], problems: Problems) -> None:
+    """Walk stages and groups down to modifiers."""
+    if isinstance(node.value, list):
+        for item in node.value:
+            if isinstance(item.value, dict):
+                _find_modifiers(item, found, problems)
+            else:
+                problems.add(item.line, f"a modifier must be a table of keys, not {kind_of(item.value)}")
+        return
+    if not isinstance(node.value, dict):
+        problems.add(node.line, f"stages and modifier groups must be tables of keys, not {kind_of(node.value)}")
+        return
+    for key, value in node.value.items():
+        if key.endswith("Modifier"):
+            found.append((key, value))
+        elif _STAGE.match(key) or _GROUP.match(key):
+            _find_modifiers(value, found, problems)
+        elif (key == "run_type" and value.value in ("oneshot", None)) or (key == "args" and not value.value):
+            continue
+        elif key == "args":
+            problems.add(value.line, "recipe args cannot be honoured", remedy="Write the values where they are used.")
+        else:
+            problems.add(value.line, f"unknown key {key!r}", remedy="Expected a stage, a modifier group or a modifier.")
+
+
+def _read_modifier(name: str, node: Node, problems: Problems) -> Recipe:
+    s = Section(node, name, problems)
+    notes: list[str] = []
+    for key in WITHOUT_EFFECT:
+        s.get(key)
+    notes += [f"{key}: {ALWAYS_SEQUENTIAL}" for key in ("sequential_update", "sequential_targets") if key in s]
+    if s.boolean("bypass_divisibility_checks"):
+        problems.add(
+            s.line_of("bypass_divisibility_checks"),
+            "bypass_divisibility_checks cannot be honoured",
+            why="a row that does not divide into whole groups is read wrongly by engines",
+            remedy="Choose a group size that divides, or ignore the layer.",
+        )
+    if "kv_cache_scheme" in s:
+        problems.add(
+            s.line_of("kv_cache_scheme"),
+            "kv_cache_scheme cannot be honoured",
+            why="halfbyte does not quantise the key-value cache",
+            remedy="Remove it; engines can store the cache in FP8 on their own.",
+        )
+    targets = s.strings("targets") or [Node(LINEAR, s.line)]
+    placed: list[tuple[SchemeGroup, list[Node]]] = []
+    scheme, groups = s.get("scheme"), s.get("config_groups")
+    if scheme is not None and groups is not None:
+        problems.add(scheme.line, "both scheme and config_groups are given", remedy="Keep one of them.")
+    elif scheme is not None:
+        placed = _from_scheme(scheme, targets, problems)
+    elif groups is not None:
+        for group in Section(groups, "config_groups", problems).nodes():
+            placed += _config_group(Section(group, "a config group", problems), notes)
+    if scheme is None and (groups is None or not groups.value):
+        problems.add(
+            s.line, f"{name} names neither scheme nor config_groups", remedy="Add a scheme, e.g. scheme: W4A16."
+        )
+    placed = _by_specificity(placed)
+    check_reachable(placed, problems)
+    ignore = check_ignore(s.strings("ignore"), problems)
+    damp = s.fraction("dampening_frac") if name == "GPTQModifier" else None
+    if name == "GPTQModifier":
+        _actorder(s)
+        if s.is_null("actorder"):
+            notes.append("actorder: halfbyte visits columns in static activation order all the same; the file is alike")
+    for key in ("weight_observer", "input_observer", "output_observer"):
+        _observer(s, key, notes)
+    if "observer" in s:
+        observers = Section(s.get("observer") or node, "observer", problems)
+        for key in ("weights", "input", "output"):
+            _observer(observers, key, notes)
+        observers.finish()
+    s.finish()
+    method = METHOD_OF_MODIFIER[name]
+    chosen = check_method(method, [g.scheme for g, _ in placed], problems, line=node.line)
+    return Recipe(
+        groups=tuple(group for group, _ in placed),
+        ignore=ignore,
+        method=chosen,
+        damp_fraction=DEFAULT_DAMP_FRACTION if damp is None else damp,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _from_scheme(scheme: Node, targets: list[Node], problems: Problems) -> list[tuple[SchemeGroup, list[Node]]]:
+    """``scheme: W4A16``, or ``scheme: {W4A16: [targets], ...}``."""
+    if isinstance(scheme.value, str):
+        pairs = [(scheme.value, scheme.line, targets)]
+    elif isinstance(scheme.value, dict):
+        pairs = [(k, n.line, string_list(n, f"the targets of {k}", problems)) for k, n in scheme.value.items()]
+    else:
+        problems.add(scheme.line, f"scheme must be a name or a table of names, not {kind_of(scheme.value)}")
+        return []
+    placed = []
+    for name, line, nodes in pairs:
+        check_targets(nodes, problems)
+        known = known_scheme(name, line, problems)
+        if known is not None:
+            placed.append((SchemeGroup(scheme=known, targets=tuple(n.value for n in nodes)), nodes))
+    return placed
+
+
+def _config_group(s: Section, notes: list[str]) -> list[tuple[SchemeGroup, list[Node]]]:
+    problems = s.problems
+    targets = s.strings("targets") or []
+    if not targets:
+        problems.add(s.line, "a config group needs targets", remedy="Add targets: [Linear].")
+    check_targets(targets, problems)
+    storage = s.string("format")
+    weights_node, inputs_node = s.get("weights"), s.get("input_activations")
+    if "output_activations" in s:
+        problems.add(
+            s.line_of("output_activations"),
+            "output_activations cannot be honoured",
+            why="halfbyte quantises weights and inputs only",
+            remedy="Set it to null.",
+        )
+    s.finish()
+    if weights_node is None:
+        problems.add(s.line, "a config group without weights quantises nothing here", remedy="Add weights.")
+        return []
+    activations = None
+    before = len(problems.found)
+    if inputs_node is not None:
+        activations = _activations(Section(inputs_node, "input_activations", problems))
+    scheme = _weights(Section(weights_node, "weights", problems), activations, notes)
+    if scheme is None or len(problems.found) > before:
+        return []
+    if storage is not None and storage != scheme.storage:
+        problems.add(
+            s.line_of("format"), f"format {storage!r} cannot be honoured", why=f"{scheme.name} is {scheme.storage}"
+        )
+    return [(SchemeGroup(scheme=scheme, targets=tuple(t.value for t in targets)), targets)]
+
+
+def _weights(s: Section, activations: ActivationFormat | None, notes: list[str]) -> Scheme | None:
+    """The preset whose weights and activations equal these, with its group size."""
+    problems = s.problems
+    before = len(problems.found)
+    bits = s.integer("num_bits", 1)
+    kind = s.string("type", ("int", "float"))
+    symmetric = s.boolean("symmetric")
+    size = s.integer("group_size", -1)
+    strategy = s.string("strategy", ("group", "channel", "tensor", "block", "token", "tensor_group", "attn_head"))
+    if s.boolean("dynamic"):
+        problems.add(s.line_of("dynamic"), "dynamic weights cannot be honoured", why="weights are stored, not measured")
+    if "block_structure" in s:
+        problems.add(
+            s.line_of("block_structure"), "block_structure cannot be honoured", why="no scheme here has blocks"
+        )
+    _observer(s, "observer", notes)
+    s.get("observer_kwargs")
+    _actorder(s)
+    _dtypes(s)
+    s.finish()
+    if len(problems.found) > before:
+        return None
+    bits = 8 if bits is None else bits
+    kind = kind or "int"
+    symmetric = symmetric is not False
+    if strategy is None:
+        strategy = "tensor" if size is None else "channel" if size == -1 else "group"
+    if strategy not in ("group", "channel"):
+        problems.add(
+            s.line_of("strategy"),
+            f"weight strategy {strategy!r} cannot be honoured",
+            why="halfbyte writes one scale for a group or for an output channel",
+            remedy="Use strategy: group with group_size, or strategy: channel.",
+        )
+        return None
+    if strategy == "group" and (size is None or size not in GROUP_SIZES):
+        problems.add(
+            s.line_of("group_size"),
+            f"group_size {size} is not supported by the engines",
+            remedy=f"Use {', '.join(map(str, GROUP_SIZES))}.",
+        )
+        return None
+    wanted = size if strategy == "group" else None
+    for scheme in PRESETS.values():
+        w = scheme.weights
+        if (w.num_bits, w.kind, w.symmetric, scheme.activations) != (bits, kind, symmetric, activations):
+            continue
+        if w.group_size == wanted:
+            return scheme
+        if scheme.storage == "pack-quantized" and (wanted is not None or symmetric):
+            return scheme.with_group_size("channel" if wanted is None else wanted)
+    inputs = "16-bit" if activations is None else f"{activations.num_bits}-bit {activations.kind}"
+    problems.add(
+        s.line,
+        f"no scheme of halfbyte has {bits}-bit {'symmetric' if symmetric else 'asymmetric'} {kind} weights"
+        f" by {strategy} with {inputs} inputs",
+        remedy=f"halfbyte writes {', '.join(PRESETS)}.",
+    )
+    return None
+
+
+def _activations(s: Section) -> ActivationFormat | None:
+    """Run-time activations: dynamic, one scale a token, symmetric. Anything else is a problem."""
+    problems = s.problems
+    bits = s.integer("num_bits", 1)
+    kind = s.string("type", ("int", "float"))
+    symmetric = s.boolean("symmetric")
+    strategy = s.string("strategy")
+    size = s.get("group_size")
+    dynamic = s.get("dynamic")
+    for key in ("observer", "observer_kwargs", "actorder", "block_structure"):
+        s.get(key)
+    _dtypes(s)
+    s.finish()
+    if dynamic is None or dynamic.value is not True:
+        problems.add(
+            s.line_of("dynamic"),
+            "static input_activations cannot be honoured",
+            why="halfbyte stores no activation scales",
+            remedy="Use dynamic: true with strategy: token.",
+        )
+    elif strategy != "token" or size is not None:
+        problems.add(
+            s.line_of("strategy"),
+            f"input_activations strategy {strategy or 'tensor'!r} cannot be honoured",
+            why="engines measure one scale for each token",
+            remedy="Use strategy: token and no group_size.",
+        )
+    if symmetric is False:
+        problems.add(
+            s.line_of("symmetric"),
+            "asymmetric input_activations cannot be honoured",
+            why="no scheme of halfbyte has a zero point for inputs",
+            remedy="Use symmetric: true.",
+        )
+    return ActivationFormat(num_bits=8 if bits is None else bits, kind="float" if kind == "float" else "int")
+
+
+def _actorder(s: Section) -> None:
+    """``static`` (or ``weight``) is what halfbyte does, and none gives the same kind of file; others do not."""
+    given = s.get("actorder")
+    if given is None or given.value is False:
+        return
+    value = given.value.lower() if isinstance(given.value, str) else given.value
+    if value is True or value in ("group", "dynamic"):
+        s.problems.add(
+            given.line,
+            f"actorder {given.value!r} cannot be honoured",
+            why="it needs a g_idx in the file, which loaders reject",
+            remedy="Use actorder: static.",
+        )
+    elif value not in ("static", "weight"):
+        s.problems.add(given.line, f"unknown actorder {kind_of(given.value)}", remedy="Use static or null.")
+
+
+def _observer(s: Section, key: str, notes: list[str]) -> None:
+    if s.string(key, OBSERVERS) is not None:
+        notes.append("observer: halfbyte searches scales by the error they cause; no observer is run")
+
+
+def _dtypes(s: Section) -> None:
+    """Scales follow the model's dtype; anything else was meant for a format that halfbyte does not write."""
+    if "scale_dtype" in s:
+        s.problems.add(s.line_of("scale_dtype"), "scale_dtype cannot be honoured", why="scales have the model's dtype")
+    s.get("zp_dtype")
+
+
+def _by_specificity(placed: list[tuple[SchemeGroup, list[Node]]]) -> list[tuple[SchemeGroup, list[Node]]]:
+    """Put exact names first and class names last, as llm-compressor ranks them whatever the order of the groups."""
+    parts = []
+    for rank in range(3):
+        for group, nodes in placed:
+            chosen = [n for n in nodes if _rank(n.value) == rank]
+            if chosen:
+                parts.append((SchemeGroup(scheme=group.scheme, targets=tuple(n.value for n in chosen)), chosen))
+    return parts
+
+
+def _rank(target: str) -> int:
+    return 1 if target.startswith("re:") else 2 if target == LINEAR else 0
