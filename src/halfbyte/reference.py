@@ -186,7 +186,8 @@ def to_float32(bits: npt.NDArray[Any], dtype: str) -> Float32:
     if dtype == "BF16":
         return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
     if dtype == "F8_E4M3":
-        return E4M3[bits]
+        values: Float32 = E4M3[bits]
+        return values
     if dtype in ("F16", "F32", "F64"):
         return bits.astype(np.float32)
     raise CheckpointError(f"dtype {dtype} does not hold weights")

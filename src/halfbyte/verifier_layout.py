@@ -39,7 +39,7 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """One config group: what it targets and how a weight of it is stored. ``unsupported`` says why it is not decoded."""
+    """One config group: what it targets, how it stores a weight; ``unsupported`` says why it is not decoded."""
 
     name: str
     targets: list[str]
@@ -174,7 +174,7 @@ class Skeleton:
 
 
 def config_problems(
-    rules: Rules, modules: Sequence[QuantizedModule], dense: Sequence[StoredTensor], skeleton: Skeleton
+    rules: Rules, modules: Sequence[QuantizedModule], dense: Mapping[str, StoredTensor], skeleton: Skeleton
 ) -> list[str]:
     """Where config and disk disagree about what is quantised."""
     problems = []
@@ -187,8 +187,8 @@ def config_problems(
             problems.append(f"{m.name} is quantised on disk, but no config group targets it")
         groups[m.name] = m.group.name if m.group else ""
     quantized_tails = {m.name.rpartition(".")[2] for m in modules}
-    for tensor in dense:
-        module, _, last = tensor.name.rpartition(".")
+    for name, tensor in dense.items():
+        module, _, last = name.rpartition(".")
         if last != "weight" or len(tensor.shape) != 2:
             continue
         classes = skeleton.classes_of(module)
@@ -200,6 +200,8 @@ def config_problems(
                 f"{module} is dense on disk, but config group {group.name} targets it and no ignore entry covers it"
             )
         groups.setdefault(module, "dense")
+    if not modules:
+        problems.append("quantization_config is there, but no tensor is quantised")
     for fused in FUSED:
         for module in groups:
             parent, _, last = module.rpartition(".")

@@ -13,7 +13,7 @@ import numpy as np
 from halfbyte.errors import CheckpointError
 from halfbyte.progress import Reporter
 from halfbyte.records import Check
-from halfbyte.reference import FLOATS, Decoded, StoredTensor, decode_rows, to_float32
+from halfbyte.reference import FLOATS, Decoded, Float32, StoredTensor, decode_rows, to_float32
 from halfbyte.schemes import WeightFormat
 from halfbyte.verifier_layout import QuantizedModule
 
@@ -28,7 +28,7 @@ def scan(
     source: Mapping[str, StoredTensor] | None,
     unread: int,
     reporter: Reporter,
-) -> list[Check]:
+) -> tuple[Check, Check, Check]:
     """Decode every module once, in slices of rows: the checks ``scales``, ``codes`` and ``error``.
 
     Args:
@@ -59,18 +59,16 @@ def scan(
     reporter.finish()
     left_out = f"; {unread} not read" if unread else ""
     counted = f"{len(modules)} modules{left_out}"
-    checks = [
-        _outcome("scales", scale_problems, f"finite and positive in {counted}", empty=not modules),
-        _outcome("codes", code_problems, f"within range in {counted}", empty=not modules),
-    ]
+    scales_check = _outcome("scales", scale_problems, f"finite and positive in {counted}", empty=not modules)
+    codes_check = _outcome("codes", code_problems, f"within range in {counted}", empty=not modules)
     if source is None:
-        return [*checks, Check(name="error", status="skipped", detail="no source was given (--source)")]
+        return scales_check, codes_check, Check(name="error", status="skipped", detail="no source was given (--source)")
     detail = f"no module to compare{left_out}"
     if errors:
         worst = max(errors, key=lambda n: errors[n] if math.isfinite(errors[n]) else math.inf)
         mean = sum(errors.values()) / len(errors)
         detail = f"relative error: mean {mean:.4f}, worst {errors[worst]:.4f} ({worst}); limit {MAX_RELATIVE_ERROR:g}"
-    return [*checks, _outcome("error", error_problems, detail, empty=not errors)]
+    return scales_check, codes_check, _outcome("error", error_problems, detail, empty=not errors)
 
 
 def _outcome(name: str, problems: list[str], detail: str, *, empty: bool) -> Check:
@@ -108,7 +106,7 @@ def _scan_one(module: QuantizedModule, dense: StoredTensor | None) -> tuple[list
     return bad_scales, list(bad_codes), error
 
 
-def _scale_problems(name: str, values: np.ndarray) -> list[str]:
+def _scale_problems(name: str, values: Float32) -> list[str]:
     counts = {
         "not finite": int(np.count_nonzero(~np.isfinite(values))),
         "negative": int(np.count_nonzero(values < 0)),

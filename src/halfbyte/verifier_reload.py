@@ -11,9 +11,10 @@ loading. With several groups that path decodes everything by the first one, so t
 decoded by compressed-tensors at the first forward; compressed-tensors 0.20 cannot do that for asymmetric groups.
 
 Activations are quantised by the engine at run time and nothing about it is stored, so ``logits`` compares both models
-without it. Where a scheme quantises activations, ``activations`` then loads the checkpoint compressed, lets transformers
-quantise them (token by token, s = 2 max|x| / (q_max - q_min), i.e. max|x| / 127.5 for 8-bit integers) and compares with
-the reference model under the same formula, written here once more. vLLM divides by 127 instead; that is not compared.
+without it. Where a scheme quantises activations, ``activations`` then loads the checkpoint compressed, lets
+transformers quantise them (token by token, s = 2 max|x| / (q_max - q_min), i.e. max|x| / 127.5 for 8-bit integers) and
+compares with the reference model under the same formula, written here once more. vLLM divides by 127 instead; that is
+not compared.
 
 The first model is reduced to hashes and logits before the second is built, so the peak is about twice the dense size.
 """
@@ -49,6 +50,7 @@ LOGITS_TOLERANCE = 1e-3  # relative root mean square; equal weights give 0 on th
 ACTIVATION_TOLERANCE = 2e-2  # a code that rounds the other way moves one input by one step
 COPIES_IN_MEMORY = 2
 MARGIN_BYTES = 1 << 30
+RELOAD_CHECKS = ("reload", "weights", "logits")
 
 TORCH_DTYPES = {
     "BOOL": torch.bool,
@@ -82,14 +84,15 @@ def reload_checks(
     tensors: Mapping[str, StoredTensor],
     modules: Sequence[QuantizedModule],
     *,
+    model_type: str,
     wanted: bool | None,
     prompts: Sequence[str] | None,
     reporter: Reporter,
 ) -> list[Check]:
     """The checks ``reload``, ``weights``, ``logits`` and, where activations are quantised, ``activations``."""
-    reason = _reason_to_skip(tensors, modules, wanted)
+    reason = _reason_to_skip(tensors, modules, model_type, wanted)
     if reason:
-        return [Check(name=n, status="skipped", detail=reason) for n in ("reload", "weights", "logits")]
+        return [Check(name=n, status="skipped", detail=reason) for n in RELOAD_CHECKS]
     reporter.start("reloading with transformers", 3)
     try:
         with _quiet(), torch.no_grad():
@@ -97,17 +100,19 @@ def reload_checks(
     except Exception as e:  # whatever transformers raises is the finding
         return [
             Check(name="reload", status="failed", detail="transformers cannot load it", problems=[_first_line(e)]),
-            *(Check(name=n, status="skipped", detail="it could not be loaded") for n in ("weights", "logits")),
+            *(Check(name=n, status="skipped", detail="it could not be loaded") for n in RELOAD_CHECKS[1:]),
         ]
     finally:
         reporter.finish()
 
 
 def _reason_to_skip(
-    tensors: Mapping[str, StoredTensor], modules: Sequence[QuantizedModule], wanted: bool | None
+    tensors: Mapping[str, StoredTensor], modules: Sequence[QuantizedModule], model_type: str, wanted: bool | None
 ) -> str:
     if wanted is False:
         return "not wanted (--no-reload)"
+    if model_type not in transformers.CONFIG_MAPPING:
+        return f"transformers {transformers.__version__} has no model type {model_type!r}, and remote code is never run"
     undecodable = [m.name for m in modules if not m.decodable]
     if undecodable:
         return f"the reference decoder does not cover {undecodable[0]}"
@@ -153,13 +158,8 @@ def _compare(
     model, info = _load(folder, config, dequantize=len(groups) == 1)
     problems = _key_problems(info)
     logits = _logits(model, tokens, quantize_activations=False)
-    checks = [
-        _outcome(
-            "reload",
-            problems,
-            f"{type(model).__name__} in {_dtype_name(model)}, transformers {transformers.__version__}",
-        )
-    ]
+    loaded = f"{type(model).__name__} in {_dtype_name(model)}, transformers {transformers.__version__}"
+    checks = [_outcome("reload", problems, loaded)]
     stored, dtype, architecture = _digests(model), model.dtype, type(model)
     del model
     gc.collect()
@@ -169,11 +169,8 @@ def _compare(
     reference, info = _reference(architecture, config, tensors, modules, dtype)
     problems = [f"in the reference model: {p}" for p in _key_problems(info)]
     expected = _digests(reference)
-    problems += [
-        f"{n}: the reloaded value is not that of the reference decoder"
-        for n in sorted(expected)
-        if stored.get(n) != expected[n]
-    ]
+    differing = [n for n in sorted(expected) if stored.get(n) != expected[n]]
+    problems += [f"{n}: the reloaded value is not that of the reference decoder" for n in differing]
     detail = f"{len(expected)} tensors of the reloaded model equal the reference decoder's bit for bit"
     checks.append(_outcome("weights", problems, detail if not problems else f"{len(problems)} differ"))
     reporter.advance()
@@ -289,7 +286,7 @@ def _logits_check(
 
 
 def _activations_check(folder: Path, reference: Any, tokens: Sequence[torch.Tensor], how: str) -> Check:
-    """Logits with activations quantised by compressed-tensors against the reference model with :func:`_fake_quantize`."""
+    """Logits with activations quantised by compressed-tensors, and by :func:`_fake_quantize` in the reference model."""
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model, _ = _load(folder, config, dequantize=False)
     handles = []
@@ -319,7 +316,7 @@ def _activation_hook(floating: bool) -> Any:
 
 
 def _fake_quantize(x: torch.Tensor, floating: bool) -> torch.Tensor:
-    """``q s`` with ``s = max|x| / (448 or 127.5)`` for each token and ``q = round(x / s)`` to e4m3 or int8, in x's dtype."""
+    """``q s`` with ``s = max|x| / (448 or 127.5)`` a token and ``q = round(x / s)`` to e4m3 or int8, in x's dtype."""
     scale = x.abs().amax(-1, keepdim=True) / (448.0 if floating else 127.5)
     scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
     if floating:
