@@ -197,7 +197,7 @@ class StreamedModel:
 
             return forward
 
-        with self._forwards(recorder), torch.inference_mode():
+        with self._forwards(recorder), torch.no_grad():
             self.decoder(input_ids=torch.searchsorted(self._vocabulary, token_ids).to(self.device), use_cache=False)
         missing = [i for i, c in enumerate(calls) if c is None]
         if missing:
@@ -221,7 +221,7 @@ class StreamedModel:
 
             return forward
 
-        with self._forwards(inject), torch.inference_mode():
+        with self._forwards(inject), torch.no_grad():
             placeholder = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
             output = self.model(input_ids=placeholder, use_cache=False)
         logits: torch.Tensor = output.logits
@@ -293,7 +293,7 @@ class StreamedModel:
 def run_block(block: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
     """One block's output ``[batch, tokens, hidden]``."""
     args, kwargs = arguments
-    with torch.inference_mode():
+    with torch.no_grad():
         output = block(hidden, *args, **kwargs)
     result = output[0] if isinstance(output, tuple) else output
     assert isinstance(result, torch.Tensor)

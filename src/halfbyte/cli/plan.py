@@ -64,7 +64,8 @@ def render(console: Console, plan: Plan, *, every_tensor: bool = False) -> None:
     console.print(f"{plan.source}: {plan.architecture}, {plan.num_blocks} blocks at {plan.block_prefix or '(none)'}")
     table = Table(box=None, pad_edge=False)
     for heading in ("tensors", "count", "shape", "action", "before", "after", "bits/weight"):
-        table.add_column(heading, justify="left" if heading in ("tensors", "shape", "action") else "right")
+        words = heading in ("tensors", "shape", "action")
+        table.add_column(heading, justify="left" if words else "right", overflow="fold", no_wrap=heading == "tensors")
     rows: dict[tuple[str, str, str], list[float]] = {}
     for t in plan.tensors:
         name = t.name

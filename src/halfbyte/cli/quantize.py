@@ -1,0 +1,85 @@
+"""``halfbyte quantize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import click
+from rich.console import Console
+
+from halfbyte.cli.console import duration, emit, json_option, reporter, size
+from halfbyte.cli.options import scheme_options
+from halfbyte.records import Manifest
+
+
+@click.command("quantize")
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@scheme_options
+@click.option(
+    "--calibration",
+    metavar="SPEC",
+    help="self, text:FILE, jsonl:FILE, hf:DATASET[:CONFIG][:SPLIT] or random-tokens.  "
+    "[default: self where the model fits in memory]",
+)
+@click.option("--samples", type=click.IntRange(min=1), help="Calibration sequences.  [default: 128]")
+@click.option("--seq-len", type=click.IntRange(min=2), help="Tokens in each.  [default: 512]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--offload", is_flag=True, help="Keep hidden states on disk instead of in memory.")
+@click.option("--resume", is_flag=True, help="Continue the unfinished run in OUT.partial.")
+@click.option("--seed", type=click.IntRange(min=0), help="For calibration that is drawn at random.  [default: 0]")
+@json_option
+def command(
+    source: str,
+    out: Path,
+    scheme: str,
+    group_size: int | Literal["channel"] | None,
+    method: Literal["gptq", "rtn"] | None,
+    ignore: tuple[str, ...],
+    recipe: Path | None,
+    calibration: str | None,
+    samples: int | None,
+    seq_len: int | None,
+    device: str,
+    offload: bool,
+    resume: bool,
+    seed: int | None,
+    as_json: bool,
+) -> None:
+    """Write a few-bit copy of the checkpoint SOURCE (a folder or a hub id) to the new folder OUT.
+
+    Weights are read, quantised and written one decoder block at a time. A killed run leaves OUT.partial, from which
+    --resume continues to the same bytes.
+    """
+    from halfbyte.pipeline import quantize
+
+    manifest = quantize(
+        source,
+        out,
+        scheme=scheme,
+        group_size=group_size,
+        method=method,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+        ignore=ignore,
+        recipe=recipe,
+        device=device,
+        offload=offload,
+        resume=resume,
+        seed=seed,
+        reporter=reporter(),
+    )
+    emit(manifest, as_json=as_json, render=lambda console: _render(console, manifest, out))
+
+
+def _render(console: Console, manifest: Manifest, out: Path) -> None:
+    worst = max(manifest.linears, key=lambda r: r.relative_error)
+    console.print(
+        f"wrote {out}: {size(manifest.bytes_before)} -> {size(manifest.bytes_after)}, "
+        f"{manifest.bits_per_weight:.3f} bits a weight in {len(manifest.linears)} Linears; "
+        f"largest relative error {worst.relative_error:.2e} at {worst.name}; "
+        f"{duration(manifest.run['seconds'])}, peak memory {manifest.run['peak_bytes'] / 2**30:.2f} GiB"
+    )
+    console.print(f"next: halfbyte verify {out} --source {manifest.source['name']}")

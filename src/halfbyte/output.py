@@ -1,0 +1,63 @@
+"""The files of a finished checkpoint besides its weights: config, tokenizer and friends, manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from halfbyte.checkpoint.layout import write_error
+from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.planner import WorkPlan
+from halfbyte.recipe import Recipe
+from halfbyte.records import MANIFEST_NAME, CalibrationRecord, LinearRecord, Manifest, write_json
+from halfbyte.schemes import quantization_config
+
+
+def finish_checkpoint(
+    *,
+    folder: Path,
+    checkpoint: Checkpoint,
+    work: WorkPlan,
+    recipe: Recipe,
+    options: dict[str, Any],
+    calibration: CalibrationRecord | None,
+    linears: list[LinearRecord],
+    source_sha256: str,
+    companions: list[Path],
+    run: dict[str, Any],
+) -> Manifest:
+    """Write ``config.json`` with its ``quantization_config``, copy companion files and write the manifest."""
+    try:
+        for file in companions:
+            shutil.copyfile(file, folder / file.name)
+            os.chmod(folder / file.name, 0o644)
+        config = dict(checkpoint.config)
+        groups = [(g.scheme, list(g.targets)) for g in recipe.groups]
+        config["quantization_config"] = quantization_config(groups, work.ignore_patterns)
+        write_json(folder / "config.json", config)
+        manifest = Manifest(
+            format_version=1,
+            source={"name": checkpoint.name, "architecture": checkpoint.architecture, "sha256": source_sha256},
+            recipe={k: v for k, v in options.items() if k not in ("source", "threads", "versions", "device")},
+            calibration=calibration,
+            linears=linears,
+            bits_per_weight=work.plan.bits_per_weight,
+            bytes_before=work.plan.bytes_before,
+            bytes_after=work.plan.bytes_after,
+            files={f.name: file_sha256(f) for f in sorted(folder.glob("*.safetensors"))},
+            versions=options["versions"],
+            run={**run, "threads": options["threads"]},
+        )
+        write_json(folder / MANIFEST_NAME, manifest)
+    except OSError as e:
+        raise write_error(e, folder, work.plan.bytes_after) from None
+    return manifest
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's contents."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

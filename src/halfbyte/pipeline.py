@@ -1,0 +1,506 @@
+"""The loop: load a block, learn about its inputs, choose codes, move the hidden states on, write, free.
+
+Memory holds one block, its statistics and (unless offloaded) the calibration set's hidden states; nothing grows with
+the number of blocks. Every finished block is on disk before the next is touched, see ``state``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import resource
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from halfbyte.blocks import Arguments, Interner, StreamedModel, checkpoint_dtype, require_finite, run_block
+from halfbyte.calibration import Batch, Calibration, calibrate, default_spec, parse_spec
+from halfbyte.checkpoint.layout import Layout
+from halfbyte.checkpoint.reader import (
+    DTYPES,
+    Checkpoint,
+    combined_digest,
+    companion_files,
+    digest_of,
+    open_checkpoint,
+)
+from halfbyte.checkpoint.source import resolve
+from halfbyte.errors import ArchitectureError, HalfbyteError, NumericsError, OutputError, UsageError, raise_all
+from halfbyte.methods.gptq import factor_hessian, quantize_gptq
+from halfbyte.methods.result import QuantizedWeight
+from halfbyte.methods.rtn import quantize_rtn
+from halfbyte.output import finish_checkpoint
+from halfbyte.packing import pack
+from halfbyte.planner import (
+    TOKENS_PER_BATCH,
+    CalibrationSize,
+    GroupSize,
+    WorkPlan,
+    calibration_size,
+    choose_recipe,
+    make_plan,
+)
+from halfbyte.progress import Reporter, Silent
+from halfbyte.recipe import Recipe
+from halfbyte.records import CalibrationRecord, LinearRecord, Manifest, from_plain, read_record
+from halfbyte.state import HiddenStates, RunFolder, already_published
+from halfbyte.statistics import Collector, SecondMoment
+from halfbyte.tokens import load_calibration, save_calibration
+from halfbyte.weights import Weights
+
+
+def quantize(
+    source: str | Path,
+    out: str | Path,
+    *,
+    scheme: str = "W4A16",
+    group_size: GroupSize = None,
+    method: Literal["gptq", "rtn"] | None = None,
+    calibration: str | None = None,
+    samples: int | None = None,
+    seq_len: int | None = None,
+    ignore: Sequence[str] = (),
+    recipe: Path | None = None,
+    device: str = "auto",
+    offload: bool = False,
+    resume: bool = False,
+    seed: int | None = None,
+    reporter: Reporter | None = None,
+) -> Manifest:
+    """Write a few-bit copy of a checkpoint.
+
+    Args:
+        source: a checkpoint folder (safetensors) or a hub id.
+        out: folder to create; nothing is left under this name unless the run succeeds.
+        scheme: a preset of ``schemes.PRESETS``; group_size: 128, 64, 32, ``"channel"`` or ``None`` for the preset's.
+        method: ``"gptq"`` or ``"rtn"``; ``None`` is GPTQ for integer schemes, RTN for FP8.
+        calibration: ``self``, ``text:FILE``, ``jsonl:FILE``, ``hf:DATASET[:CONFIG][:SPLIT]`` or ``random-tokens``;
+            ``None`` is ``self`` where the model fits in memory.
+        samples, seq_len: sequences and tokens in each (128 x 512).
+        ignore: Linears to leave alone, exact names or ``re:`` patterns.
+        recipe: a recipe file instead of scheme, group size, method and ignore.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        offload: keep hidden states on disk only.
+        resume: continue the unfinished run in ``out``.partial.
+        seed: for calibration text that is drawn at random.
+        reporter: hears progress.
+
+    Returns:
+        the manifest, which is also written to ``out/halfbyte.json``.
+
+    Raises:
+        HalfbyteError: with what, where, why and a remedy, see ``errors``.
+    """
+    reporter = reporter or Silent()
+    out = Path(out)
+    chosen = choose_recipe(scheme=scheme, group_size=group_size, method=method, ignore=ignore, recipe=recipe)
+    size = calibration_size(chosen, samples, seq_len, offload)
+    spec = calibration or chosen.calibration
+    if spec is not None:
+        parse_spec(spec)
+    target = choose_device(device)
+    if resume and already_published(out):
+        return read_record(Manifest, out / "halfbyte.json")
+    checkpoint = open_checkpoint(resolve(source), str(source))
+    work = make_plan(checkpoint, chosen, size)
+    raise_all(work.problems)
+    for note in (*work.plan.notes, *chosen.notes):
+        reporter.say(f"note: {note}")
+    if chosen.method != "rtn" and spec is None:
+        spec, reason = default_spec(checkpoint.size_bytes, target.type)
+        if reason:
+            reporter.say(reason)
+    options = {
+        "source": checkpoint.fingerprint(),
+        "groups": [[g.scheme.name, g.scheme.weights.group_size, list(g.targets)] for g in chosen.groups],
+        "ignore": list(chosen.ignore),
+        "method": chosen.method,
+        "damp_fraction": chosen.damp_fraction,
+        "calibration": spec if chosen.method != "rtn" else None,
+        "samples": size.samples,
+        "seq_len": size.seq_len,
+        "seed": seed if seed is not None else (chosen.seed or 0),
+        "device": target.type,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    run = RunFolder.open(out, options, resume=resume)
+    try:
+        job = Job(checkpoint, work, chosen, size, target, options, run, reporter)
+        manifest = job.carry_out()
+    except OutputError:
+        if run.fresh:
+            run.discard()
+        raise
+    except (HalfbyteError, UsageError):
+        run.discard()
+        raise
+    run.publish()
+    return manifest
+
+
+@dataclass(slots=True)
+class Job:
+    """One quantisation: the stages, in order, each ended by an entry in the journal."""
+
+    checkpoint: Checkpoint
+    work: WorkPlan
+    recipe: Recipe
+    size: CalibrationSize
+    device: torch.device
+    options: dict[str, Any]
+    run: RunFolder
+    reporter: Reporter
+    started: float = field(default_factory=time.monotonic)
+    _saving: Future[None] | None = None
+
+    def carry_out(self) -> Manifest:
+        """All stages that the journal does not list as finished."""
+        layout = Layout.of(self.work.outputs)
+        blocks = self.work.blocks
+        facts = self.run.journal
+        # Building the module tree also proves that every planned module is a Linear of this architecture.
+        model = StreamedModel.of(Weights.of(self.checkpoint), self.device)
+        self._require_linears(model)
+        calibration = self._calibration()
+        if self.run.fresh:
+            layout.create(self.run.checkpoint)
+            self.reporter.start("copying what is not quantised", len(blocks.outside))
+            digests = {}
+            for name in blocks.outside:
+                digests[name] = layout.copy(self.run.checkpoint, self.checkpoint, name)
+                self.reporter.advance()
+        else:
+            digests = dict(facts["digests"])
+            self.reporter.say(f"resuming: {facts['stage']} of {blocks.num_blocks} blocks are done")
+        records = [from_plain(LinearRecord, r) for r in facts.get("linears", [])]
+        timings = list(facts.get("blocks", []))
+        stream = None
+        if calibration is not None:
+            stream = Stream.begin(model, calibration, self.run, self.reporter, offload=self.size.offload)
+        if self.run.fresh:
+            self._save(layout, stream, 0, digests=digests, linears=[], blocks=[])
+        self.reporter.start("blocks", blocks.num_blocks)
+        self.reporter.advance(max(int(facts["stage"]), 0))
+        with ThreadPoolExecutor(1) as saver:
+            for index in range(int(facts["stage"]), blocks.num_blocks):
+                clock = time.monotonic()
+                results = self._solve_block(model, stream, index)
+                self._write_block(layout, index, results, digests)
+                records += [r for r, _ in results.values()]
+                seconds = time.monotonic() - clock
+                timings.append({"block": index, "seconds": round(seconds, 3), "peak_bytes": peak_bytes()})
+                self._report(index, [r for r, _ in results.values()], timings)
+                self._await_save()
+                stage = {
+                    "digests": dict(digests),
+                    "linears": [asdict(r) for r in records],
+                    "blocks": list(timings),
+                }
+                if stream is not None:
+                    stream.states.turn(index + 1)
+                self._saving = saver.submit(self._save, layout, stream, index + 1, **stage)
+            self._await_save()
+        self.reporter.finish()
+        return finish_checkpoint(
+            folder=self.run.checkpoint,
+            checkpoint=self.checkpoint,
+            work=self.work,
+            recipe=self.recipe,
+            options=self.options,
+            calibration=None if calibration is None else calibration.record,
+            linears=records,
+            source_sha256=combined_digest(digests),
+            companions=list(companion_files(self.checkpoint.path)),
+            run={
+                "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "seconds": round(time.monotonic() - self.started, 3),
+                "peak_bytes": peak_bytes(),
+                "device": self.device.type,
+                "machine": platform.machine(),
+                "blocks": timings,
+            },
+        )
+
+    def _calibration(self) -> Calibration | None:
+        """The calibration set: made once, kept with the run."""
+        if self.recipe.method == "rtn":
+            return None
+        kept = self.run.state / "calibration.safetensors"
+        if kept.exists():
+            return load_calibration(kept)
+        calibration = calibrate(
+            self.options["calibration"],
+            model_path=self.checkpoint.path,
+            samples=self.size.samples,
+            seq_len=self.size.seq_len,
+            seed=self.options["seed"],
+            device=self.device.type,
+            reporter=self.reporter,
+        )
+        save_calibration(kept, calibration)
+        self.reporter.say(describe(calibration.record))
+        return calibration
+
+    def _require_linears(self, model: StreamedModel) -> None:
+        for index, names in enumerate(self.work.blocks.linears):
+            known = model.linears(index)
+            strangers = [n for n in names if n in self.work.schemes and n not in known]
+            if strangers:
+                raise ArchitectureError(
+                    f"{len(strangers)} weights of block {index} belong to modules that are not Linears",
+                    where=strangers[0],
+                    why=f"as {type(model.model).__name__} in transformers has it",
+                    remedy="Leave them out with --ignore.",
+                )
+
+    def _solve_block(
+        self, model: StreamedModel, stream: Stream | None, index: int
+    ) -> dict[str, tuple[LinearRecord, QuantizedWeight]]:
+        """Quantise one block's Linears; with calibration, also move the hidden states past it."""
+        names = [n for n in self.work.blocks.linears[index] if n in self.work.schemes]
+        if stream is None:
+            return {n: self._round(n, index) for n in names}
+        results: dict[str, tuple[LinearRecord, QuantizedWeight]] = {}
+        last = index + 1 == model.num_blocks
+        with model.block(index) as block:
+            modules = {n: m for n, m in model.linears(index).items() if n in names}
+            require_finite_weights(modules)
+            for moment in stream.observe(block, index, modules):
+                results |= self._solve_shared(moment, modules, index)
+            if not last:
+                self._await_save()
+                stream.advance(block, index)
+        return {n: results[n] for n in names}
+
+    def _solve_shared(
+        self, moment: SecondMoment, modules: dict[str, nn.Linear], index: int
+    ) -> dict[str, tuple[LinearRecord, QuantizedWeight]]:
+        """Solve the Linears that share one input: one factorisation, then each in turn. Their weights are replaced."""
+        hessian = moment.finish().cpu()
+        if not bool(torch.isfinite(hessian.diagonal()).all()):
+            raise NumericsError(
+                "the calibration inputs are not finite",
+                where=moment.names[0],
+                remedy="Check the source weights, or calibrate with other text.",
+            )
+        factor = factor_hessian(hessian, self.recipe.damp_fraction, where=moment.names[0])
+        results = {}
+        for name in moment.names:
+            scheme = self.work.schemes[name]
+            weight = modules[name].weight
+            dtype = DTYPES[self.checkpoint.tensors[f"{name}.weight"].dtype]
+            result = quantize_gptq(weight.detach().float().cpu(), hessian, factor, scheme.weights, dtype)
+            weight.data.copy_(result.dense())
+            record = LinearRecord(
+                name=name,
+                block=index,
+                scheme=scheme.name,
+                group_size=scheme.weights.group_size,
+                method="gptq",
+                bits_per_weight=scheme.weights.bits_per_weight(weight.shape[1], scale_bits=8 * dtype.itemsize),
+                relative_error=result.relative_error,
+                damp_fraction=factor.damp_fraction,
+                damp_raises=factor.raises,
+                tokens=moment.tokens,
+                dead_columns=int(factor.dead.sum()),
+            )
+            results[name] = (record, result)
+        return results
+
+    def _round(self, name: str, index: int) -> tuple[LinearRecord, QuantizedWeight]:
+        """Round one weight to nearest."""
+        scheme = self.work.schemes[name]
+        stored = self.checkpoint.read(f"{name}.weight")
+        weight = stored.to(torch.float32)
+        if not bool(torch.isfinite(weight).all()):
+            raise not_finite(f"{name}.weight")
+        result = quantize_rtn(weight, scheme.weights, stored.dtype)
+        bits = scheme.weights.bits_per_weight(weight.shape[1], scale_bits=8 * stored.dtype.itemsize)
+        return (
+            LinearRecord(
+                name=name,
+                block=index,
+                scheme=scheme.name,
+                group_size=scheme.weights.group_size,
+                method="rtn",
+                bits_per_weight=bits,
+                relative_error=result.relative_error,
+            ),
+            result,
+        )
+
+    def _write_block(
+        self,
+        layout: Layout,
+        index: int,
+        results: dict[str, tuple[LinearRecord, QuantizedWeight]],
+        digests: dict[str, str],
+    ) -> None:
+        for name, (_, result) in results.items():
+            packed = pack(self.work.schemes[name], result.codes, result.scales, result.zero_points)
+            layout.write(self.run.checkpoint, {f"{name}.{leaf}": t for leaf, t in packed.items()})
+            digests[f"{name}.weight"] = digest_of(self.checkpoint.read(f"{name}.weight"))
+        for name in self.work.blocks.block_tensors(index):
+            if name not in digests:
+                digests[name] = layout.copy(self.run.checkpoint, self.checkpoint, name)
+
+    def _save(self, layout: Layout, stream: Stream | None, stage: int, **facts: Any) -> None:
+        """Make a stage durable: tensors, then hidden states, then the journal that vouches for them."""
+        layout.sync(self.run.checkpoint)
+        if stream is not None and stage < len(stream.arguments[0]):
+            stream.states.save(stage)
+        self.run.record(stage, **facts)
+        if stream is not None:
+            stream.states.forget(stage - 1)
+
+    def _await_save(self) -> None:
+        if self._saving is not None:
+            self._saving.result()
+            self._saving = None
+
+    def _report(self, index: int, records: list[LinearRecord], timings: list[dict[str, Any]]) -> None:
+        self.reporter.advance()
+        total = self.work.blocks.num_blocks
+        facts = [f"block {index + 1}/{total}:"]
+        if records:
+            bits = sum(r.bits_per_weight for r in records) / len(records)
+            worst = max(records, key=lambda r: r.relative_error)
+            mean = sum(r.relative_error for r in records) / len(records)
+            short = worst.name.removeprefix(f"{self.work.blocks.prefix}.{index}.")
+            facts.append(f"{bits:.2f} bits, relative error {mean:.2e} (most {worst.relative_error:.2e} at {short}),")
+        remaining = sum(t["seconds"] for t in timings) / len(timings) * (total - index - 1)
+        facts.append(f"{timings[-1]['seconds']:.1f} s, peak {timings[-1]['peak_bytes'] / 2**30:.2f} GiB, ETA {remaining:.0f} s")
+        self.reporter.say(" ".join(facts))
+
+
+@dataclass(slots=True)
+class Stream:
+    """The calibration set on its way through the blocks."""
+
+    model: StreamedModel
+    batches: list[Batch]
+    rows: list[torch.Tensor | None]
+    samples: list[list[int]]
+    arguments: list[list[Arguments]]
+    states: HiddenStates
+
+    @staticmethod
+    def begin(
+        model: StreamedModel, calibration: Calibration, run: RunFolder, reporter: Reporter, *, offload: bool
+    ) -> Stream:
+        """Embed every batch and record how blocks are called; on resume the hidden states come from disk."""
+        batches = calibration.batches(TOKENS_PER_BATCH)
+        shapes = [(b.token_ids.shape[0], b.token_ids.shape[1]) for b in batches]
+        width = int(model.weights.checkpoint.text_config["hidden_size"])
+        dtype = torch.float32 if model.device.type == "cpu" else checkpoint_dtype(model.weights.checkpoint)
+        states = HiddenStates(run.state, shapes, width, dtype, offload)
+        vocabulary = torch.unique(torch.cat([b.token_ids.flatten() for b in batches]))
+        interner = Interner()
+        arguments = []
+        reporter.start("embedding the calibration text", len(batches))
+        with model.embeddings(vocabulary):
+            for i, batch in enumerate(batches):
+                hidden, calls = model.embed(batch.token_ids, interner)
+                arguments.append(calls)
+                if run.fresh:
+                    states.write(i, hidden, stage=0)
+                reporter.advance()
+        if not run.fresh and int(run.journal["stage"]) < model.num_blocks:
+            states.resume(int(run.journal["stage"]))
+        return Stream(model, batches, [real_rows(b) for b in batches], sample_numbers(calibration, batches), arguments, states)
+
+    def observe(self, block: nn.Module, index: int, modules: dict[str, nn.Linear]) -> Sequence[SecondMoment]:
+        """Pass 1: run the block with original weights and sum up the second moments of its Linears' inputs."""
+        with Collector(modules, self.model.device) as collector:
+            for i, rows in enumerate(self.rows):
+                hidden = self.states.read(i).to(self.model.device, self.model.dtype)
+                collector.run(lambda i=i, hidden=hidden: run_block(block, hidden, self.arguments[i][index]), rows)  # type: ignore[misc]
+        idle = collector.never_called()
+        if idle:
+            raise ArchitectureError(
+                f"{len(idle)} Linears of block {index} saw no calibration token",
+                where=idle[0],
+                remedy="Leave them out with --ignore, or use more calibration text.",
+            )
+        return Draining(collector.moments)
+
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Pass 2: run the block with quantised weights to get what enters the next."""
+        for i in range(len(self.batches)):
+            hidden = self.states.read(i).to(self.model.device, self.model.dtype)
+            output = run_block(block, hidden, self.arguments[i][index])
+            name = f"{self.model.disk_prefix}.{index}"
+            require_finite(block, name, hidden, output, self.arguments[i][index], self.samples[i])
+            self.states.write(i, output, stage=index + 1)
+
+
+class Draining(list[SecondMoment]):
+    """A list that lets go of each element when it has been looped over: a solved Hessian's memory is free at once."""
+
+    def __iter__(self) -> Any:
+        self.reverse()
+        while self:
+            yield self.pop()
+
+
+def real_rows(batch: Batch) -> torch.Tensor | None:
+    """Which flattened positions are tokens and not padding; ``None`` when all are."""
+    longest = batch.token_ids.shape[1]
+    if bool((batch.lengths == longest).all()):
+        return None
+    return (torch.arange(longest) < batch.lengths.unsqueeze(1)).flatten()
+
+
+def sample_numbers(calibration: Calibration, batches: list[Batch]) -> list[list[int]]:
+    """For each batch, the positions of its rows in the calibration set (batches are dealt longest first)."""
+    order = sorted(range(len(calibration.sequences)), key=lambda i: -len(calibration.sequences[i]))
+    numbers, start = [], 0
+    for batch in batches:
+        numbers.append(order[start : start + batch.token_ids.shape[0]])
+        start += batch.token_ids.shape[0]
+    return numbers
+
+
+def require_finite_weights(modules: dict[str, nn.Linear]) -> None:
+    """Stop on NaN or infinity in a weight, naming it."""
+    for name, module in modules.items():
+        if not bool(torch.isfinite(module.weight).all()):
+            raise not_finite(f"{name}.weight")
+
+
+def not_finite(name: str) -> NumericsError:
+    return NumericsError(
+        "the source weight holds NaN or infinity", where=name, remedy="Download the checkpoint again, or --ignore it."
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"unknown device {name!r}", where="--device", remedy="Use auto, cpu or cuda.")
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UsageError("torch sees no CUDA device", where="--device cuda", remedy="Use --device cpu.")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shapes the output."""
+    return {p: version(p) for p in ("halfbyte", "torch", "transformers", "compressed-tensors", "numba")}
+
+
+def describe(record: CalibrationRecord) -> str:
+    return f"calibration: {record.samples} sequences, {record.tokens:,} tokens ({record.description or record.spec})"
