@@ -230,8 +230,7 @@ def _yaml_node(
 
 
 def _yaml_value(node: yaml.Node, loader: yaml.SafeLoader, file: str, done: dict[int, Any], open_: set[int]) -> Any:
-    standard = node.tag.startswith("tag:yaml.org,2002:")
-    if isinstance(node, yaml.MappingNode) and standard:
+    if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
         mapping: dict[str, Node] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
@@ -242,6 +241,6 @@ def _yaml_value(node: yaml.Node, loader: yaml.SafeLoader, file: str, done: dict[
                 raise RecipeError(f"key {key!r} is given twice", where=at(file, line), remedy="Keep one of them.")
             mapping[key] = _yaml_node(value_node, loader, file, done, open_, line)
         return mapping
-    if isinstance(node, yaml.SequenceNode) and standard:
+    if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
         return [_yaml_node(item, loader, file, done, open_) for item in node.value]
     return loader.construct_object(node, deep=True)

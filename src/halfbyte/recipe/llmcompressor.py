@@ -87,7 +87,8 @@ def read_llmcompressor(root: Node, file: str) -> Recipe:
             why="halfbyte quantises in one pass with one method",
             remedy="Put all schemes into one modifier's scheme mapping or config_groups.",
         )
-    recipes = [_read_modifier(name, node, problems) for name, node in usable]
+    sections = [(name, Section(node, name, problems)) for name, node in usable]
+    recipes = [_read_modifier(name, section) for name, section in sections if section.is_table]
     raise_all(problems.in_order())
     return recipes[0]
 
@@ -117,9 +118,8 @@ def _find_modifiers(node: Node, found: list[tuple[str, Node]], problems: Problem
             problems.add(value.line, f"unknown key {key!r}", remedy="Expected a stage, a modifier group or a modifier.")
 
 
-def _read_modifier(name: str, node: Node, problems: Problems) -> Recipe:
-    s = Section(node, name, problems)
-    notes: list[str] = []
+def _read_modifier(name: str, s: Section) -> Recipe:
+    problems, notes = s.problems, list[str]()
     for key in WITHOUT_EFFECT:
         s.get(key)
     notes += [f"{key}: {ALWAYS_SEQUENTIAL}" for key in ("sequential_update", "sequential_targets") if key in s]
@@ -162,13 +162,13 @@ def _read_modifier(name: str, node: Node, problems: Problems) -> Recipe:
     for key in ("weight_observer", "input_observer", "output_observer"):
         _observer(s, key, notes)
     if "observer" in s:
-        observers = Section(s.get("observer") or node, "observer", problems)
+        observers = Section(s.get("observer") or Node(None, s.line), "observer", problems)
         for key in ("weights", "input", "output"):
             _observer(observers, key, notes)
         observers.finish()
     s.finish()
     method = METHOD_OF_MODIFIER[name]
-    chosen = check_method(method, [g.scheme for g, _ in placed], problems, line=node.line)
+    chosen = check_method(method, [g.scheme for g, _ in placed], problems, line=s.line)
     return Recipe(
         groups=tuple(group for group, _ in placed),
         ignore=ignore,

@@ -35,6 +35,8 @@ def read_native(root: Node, file: str) -> Recipe:
     """
     problems = Problems(file)
     top = Section(root, "a recipe", problems)
+    if not top.is_table:
+        raise problems.found[0]
     placed: list[tuple[SchemeGroup, list[Node]]] = []
     groups = top.get("groups")
     if groups is not None:
@@ -76,6 +78,8 @@ def read_native(root: Node, file: str) -> Recipe:
 def _group(section: Section, default_targets: list[Node] | None) -> list[tuple[SchemeGroup, list[Node]]]:
     """The scheme, group size and targets of the whole file or of one of its groups (none when unusable)."""
     problems = section.problems
+    if not section.is_table:
+        return []
     name = section.string("scheme")
     size = section.get("group_size")
     targets = section.strings("targets")

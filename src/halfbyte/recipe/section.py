@@ -36,9 +36,10 @@ class Section:
         self.line, self.problems = node.line, problems
         self._asked: list[str] = []
         self._entries: dict[str, Node] = {}
+        self.is_table = node.value is None or isinstance(node.value, dict)
         if isinstance(node.value, dict):
             self._entries = node.value
-        elif node.value is not None:
+        elif not self.is_table:
             problems.add(node.line, f"{what} must be a table of keys, not {kind_of(node.value)}")
 
     def __contains__(self, key: str) -> bool:
