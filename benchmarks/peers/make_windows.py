@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy
 from transformers import AutoTokenizer
 
-
 CHARACTERS_PER_TOKEN = 64
 
 
