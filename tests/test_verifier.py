@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -476,6 +477,55 @@ def test_formats_beyond_the_decoder_are_skipped_not_failed(pair: Callable[[str],
     for name in ("linears", "scales", "codes", "reload"):
         assert outcome(record, name).status == "skipped"
     assert "packed int3" in outcome(record, "linears").detail
+
+
+def test_a_private_file_does_not_keep_the_rest_from_being_checked(pair: Callable[[str], Pair]) -> None:
+    """safetensors' own save_file leaves mode 0600, so other tools' checkpoints often have it."""
+    p = pair("w4")
+    _mode(p.quantized)
+    record = verify(p.quantized, reload=True)
+    assert [c.name for c in record.checks if c.status == "failed"] == ["files"]
+    assert outcome(record, "weights").status == "passed"
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_damage_is_described_not_raised(pair: Callable[[str], Pair], seed: int) -> None:
+    """Random bytes of the header (or of a JSON file) replaced: a failed check or a clear error, never a traceback."""
+    p = pair("sharded" if seed % 3 == 0 else "w4")
+    rng = random.Random(seed)
+    if seed % 3 == 0:
+        target = p.quantized / "model.safetensors.index.json"
+    else:
+        target = p.quantized / ("config.json" if seed % 3 == 1 else "model.safetensors")
+    data = bytearray(target.read_bytes())
+    for _ in range(rng.choice([1, 3, 10])):
+        data[rng.randrange(min(len(data), 5000))] = rng.choice(b'0123456789",:{}[]ax\xff\x00')
+    target.write_bytes(bytes(data))
+    try:
+        record = verify(p.quantized, source=p.source, reload=False)
+    except CheckpointError:
+        return
+    # a changed config value may still be a valid config
+    assert not record.passed or target.name == "config.json"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quantization_config": []},
+        {"quantization_config": {"quant_method": "compressed-tensors"}},
+        {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": 3}},
+        {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"targets": [1]}}}},
+        {"hidden_size": "wide"},
+        {"num_attention_heads": 0},
+        {"dtype": 5},
+    ],
+)
+def test_configs_of_the_wrong_type(pair: Callable[[str], Pair], change: dict[str, object]) -> None:
+    p = pair("w4")
+    edit_config(p.quantized, lambda c: c.update(change))
+    record = verify(p.quantized, reload=True)
+    assert not record.passed or "dtype" in change
 
 
 class TestInputErrors:

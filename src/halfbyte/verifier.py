@@ -89,7 +89,7 @@ def verify(
     misfits = _misfits(modules, found, skeleton, original, strict=manifest is not None)
     readable = [m for m in modules if m.decodable and not misfits[m.name]]
     structure = [
-        _check("files", found.file_problems + changed, files_detail(found, manifest)),
+        _check("files", found.file_problems + found.mode_problems + changed, files_detail(found, manifest)),
         _check("headers", found.header_problems, f"{len(found.tensors)} tensors in {len(found.files)} files"),
         _check("config", problems, _config_detail(rules, modules, unknown)),
         _linears_check(modules, misfits),
@@ -98,7 +98,7 @@ def verify(
         readable, original.tensors if original else None, len(modules) - len(readable), reporter
     )
     checks = [*structure, scales, codes, _copies_check(found, original, modules, reporter), error]
-    if any(c.status == "failed" for c in structure):
+    if found.file_problems or any(c.status == "failed" for c in structure[1:]):
         reason = "the structure of the checkpoint has to be right first"
         checks += [Check(name=n, status="skipped", detail=reason) for n in RELOAD_CHECKS]
     else:
@@ -141,7 +141,7 @@ def _folder(name: str | Path) -> Path:
 
 def _sound_source(folder: Path) -> Inventory:
     source = take_inventory(folder)
-    problems = source.header_problems + [p for p in source.file_problems if "mode" not in p]
+    problems = source.header_problems + source.file_problems
     raise_all([CheckpointError(p, where=str(folder), remedy="Restore the source first.") for p in problems[:5]])
     return source
 
@@ -180,7 +180,9 @@ def _dense(found: Inventory, modules: Sequence[QuantizedModule]) -> dict[str, St
 def _config_detail(rules: Rules | None, modules: Sequence[QuantizedModule], unknown: str) -> str:
     if rules is None:
         return "quantization_config cannot be used"
-    detail = f"{len(rules.groups)} groups, {len(rules.ignore)} ignore entries, {len(modules)} quantised modules"
+    detail = (
+        f"config groups: {len(rules.groups)}, ignore entries: {len(rules.ignore)}, quantised modules: {len(modules)}"
+    )
     return f"{detail}; {unknown}" if unknown else detail
 
 

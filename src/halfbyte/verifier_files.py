@@ -33,6 +33,7 @@ class Inventory:
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     file_problems: list[str] = field(default_factory=list)
+    mode_problems: list[str] = field(default_factory=list)
     header_problems: list[str] = field(default_factory=list)
 
 
@@ -74,7 +75,7 @@ def take_inventory(folder: Path) -> Inventory:
     for path in sorted(folder.iterdir()):
         if path.is_file() and not path.name.startswith(".") and path.stat().st_mode & 0o044 != 0o044:
             mode = path.stat().st_mode & 0o777
-            found.file_problems.append(f"{path.name} has mode {mode:04o}, unreadable for a server under another user")
+            found.mode_problems.append(f"{path.name} has mode {mode:04o}, unreadable for a server under another user")
     return found
 
 

@@ -45,10 +45,11 @@ PROMPTS = (
     "def add(a, b):\n    return",
     "Once upon a time, in a village by the sea, there lived",
 )
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 MAX_PROMPT_TOKENS = 64
 LOGITS_TOLERANCE = 1e-3  # relative root mean square; equal weights give 0 on the same machine
 ACTIVATION_TOLERANCE = 2e-2  # a code that rounds the other way moves one input by one step
-COPIES_IN_MEMORY = 2
+COPIES_IN_MEMORY = 2.5  # two models, and a compressed one beside its dense form where activations are compared
 MARGIN_BYTES = 1 << 30
 RELOAD_CHECKS = ("reload", "weights", "logits")
 
@@ -116,15 +117,19 @@ def _reason_to_skip(
     undecodable = [m.name for m in modules if not m.decodable]
     if undecodable:
         return f"the reference decoder does not cover {undecodable[0]}"
+    groups = {m.group.name: "weight_zero_point" in m.parts for m in modules if m.group}
+    if len(groups) > 1 and any(groups.values()):
+        return "transformers cannot load an asymmetric group beside others"
     owned = {t.name for m in modules for t in m.parts.values()}
     elements = sum(t.numel for n, t in tensors.items() if n not in owned)
     for m in modules:
         rows, columns = _shape(m)
         elements += rows * columns
-    needed = COPIES_IN_MEMORY * 2 * elements + MARGIN_BYTES
+    needed = int(COPIES_IN_MEMORY * 2 * elements) + MARGIN_BYTES
     free = available_bytes()
     if wanted is None and needed > free:
-        return f"two dense copies need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory are free"
+        copies = f"{COPIES_IN_MEMORY} dense copies"
+        return f"it needs about {needed / 1e9:.1f} GB ({copies}), {free / 1e9:.1f} GB of memory are free"
     return ""
 
 
@@ -257,6 +262,7 @@ def _tokens(folder: Path, config: Any, prompts: Sequence[str] | None) -> tuple[l
     """Token ids ``[1, length]`` of the prompts; fixed ids where there is no tokenizer."""
     vocabulary = int(config.get_text_config().vocab_size)
     with contextlib.suppress(Exception):  # no tokenizer, or one that this transformers cannot read
+        next(f for f in TOKENIZER_FILES if (folder / f).is_file())
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         encoded = [tokenizer(p).input_ids[:MAX_PROMPT_TOKENS] for p in prompts or PROMPTS]
         if all(ids and max(ids) < vocabulary for ids in encoded):

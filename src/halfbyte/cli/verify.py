@@ -20,7 +20,7 @@ COLOURS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 @click.option(
     "--reload/--no-reload",
     default=None,
-    help="Load it with transformers too, or not. [default: when two dense copies fit in free memory]",
+    help="Load it with transformers too, or not. [default: when that fits in free memory]",
 )
 @json_option
 def command(checkpoint: str, source: str | None, reload: bool | None, as_json: bool) -> None:
