@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from halfbyte.checkpoint.reader import SINGLE_NAME, Checkpoint, TensorInfo, header_tensors, open_checkpoint
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import CheckpointError, HalfbyteError
+from halfbyte.records import read_json
 
 T = TypeVar("T")
 
@@ -31,12 +32,15 @@ def resolve(name: str | Path) -> Path:
     return Path(_hub(str(name), lambda: snapshot_download(str(name), allow_patterns=list(FETCHED_PATTERNS))))
 
 
-def open_headers(name: str | Path) -> Checkpoint:
-    """Config and tensor headers of a checkpoint without its weights; for a hub id only the headers are fetched."""
+def open_headers(name: str | Path, found: list[HalfbyteError] | None = None) -> Checkpoint:
+    """Config and tensor headers of a checkpoint without its weights; for a hub id only the headers are fetched.
+
+    ``found`` takes problems of the weight files, see :func:`halfbyte.checkpoint.reader.open_checkpoint`.
+    """
     path = Path(name)
     if path.is_dir() or not _is_hub_id(name):
         _require_folder(path)
-        return open_checkpoint(path, str(name))
+        return open_checkpoint(path, str(name), found)
     from huggingface_hub import get_safetensors_metadata, snapshot_download
 
     repo = str(name)
@@ -49,8 +53,6 @@ def open_headers(name: str | Path) -> Checkpoint:
             for n, t in header.tensors.items()
         }
         tensors.update({t.name: t for t in header_tensors(entries, file or SINGLE_NAME, data_start=0)})
-    from halfbyte.records import read_json
-
     return Checkpoint(path=folder, name=repo, config=read_json(folder / "config.json"), tensors=tensors)
 
 

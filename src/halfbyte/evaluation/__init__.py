@@ -1,0 +1,1 @@
+"""Measuring what quantisation cost: divergence from the baseline."""
