@@ -158,10 +158,10 @@ def render(result: dict[str, Any]) -> str:
         rows.append([name, str(r["layers"]), *map(harness.gib, sizes), f"{r['wall_s']:.0f}", f"{r['cpu_s']:.0f}"])
     lines = [harness.table(rows), ""]
     for offload, g in result.get("growth", {}).items():
-        lines.append(
-            f"{'with' if offload == 'True' else 'without'} --offload, {g['from_layers']} to {g['to_layers']} layers: "
-            f"peak x {g['peak_ratio']:.3f}, anonymous x {g['anonymous_ratio']:.3f}, checkpoint x {g['checkpoint_ratio']:.2f}"
-        )
+        side = "with" if offload == "True" else "without"
+        ratios = f"peak x {g['peak_ratio']:.3f}, anonymous x {g['anonymous_ratio']:.3f}"
+        ratios += f", checkpoint x {g['checkpoint_ratio']:.2f}"
+        lines.append(f"{side} --offload, {g['from_layers']} to {g['to_layers']} layers: {ratios}")
     m = result["machine"]
     lines.append(f"{m['cpu']}, {m['cores']} cores, {harness.gib(m['memory_bytes'])}; {result['date']}")
     return "\n".join(lines)

@@ -168,7 +168,9 @@ def score(options: argparse.Namespace, checkpoint: Path, work: Path) -> dict[str
     log = work / f"{checkpoint.name}.compare.log"
     command = [sys.executable, "-m", "halfbyte", "compare", options.model, checkpoint, "--json"]
     harness.measure([*command, "--text", options.validation_text, *tokens], log)
-    found: dict[str, Any] = {"halfbyte_compare": harness.last_json(log)}
+    record = harness.last_json(log)
+    kept = ("text_sha256", "tokens", "window", "metrics", "versions")  # not the paths of this machine
+    found: dict[str, Any] = {"halfbyte_compare": {key: record[key] for key in kept}}
     if options.cross_check:
         log = work / f"{checkpoint.name}.transformers.log"
         command = [sys.executable, PEERS / "score_transformers.py", options.model, checkpoint, options.validation_text]

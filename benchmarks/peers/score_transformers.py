@@ -11,7 +11,8 @@ The last window may be short. Prints JSON: with P the base and Q the checkpoint,
     perplexity_ratio = exp(mean(nll_Q - nll_P)),   kl = mean over targets of sum_v P(v) (ln P(v) - ln Q(v)),
     top1 = share of targets for which both models' most likely token is the same.
 
-Standard errors are over targets, as if these were independent.
+Standard errors take the windows as independent, not the tokens in them: with W windows and n targets,
+se = sqrt(W / (W - 1) * sum over windows of (sum of (x - mean) in the window)^2) / n.
 """
 
 from __future__ import annotations
@@ -50,25 +51,29 @@ def windows(ids: list[int], bos: int | None, length: int) -> list[tuple[list[int
 
 
 class Mean:
-    """Mean and standard error of a stream of values, in float64."""
+    """Mean of values that come window by window, and its standard error over windows, in float64."""
 
     def __init__(self) -> None:
-        self.n, self.total, self.squares = 0, 0.0, 0.0
+        self.sums: list[float] = []
+        self.counts: list[int] = []
 
     def add(self, values: torch.Tensor) -> None:
-        v = values.double()
-        self.n += v.numel()
-        self.total += v.sum().item()
-        self.squares += (v * v).sum().item()
+        self.sums.append(values.double().sum().item())
+        self.counts.append(values.numel())
+
+    @property
+    def n(self) -> int:
+        return sum(self.counts)
 
     @property
     def mean(self) -> float:
-        return self.total / self.n
+        return math.fsum(self.sums) / self.n
 
     @property
     def se(self) -> float:
-        variance = max(0.0, self.squares / self.n - self.mean**2) * self.n / max(1, self.n - 1)
-        return math.sqrt(variance / self.n)
+        windows, mean = len(self.sums), self.mean
+        squares = math.fsum((s - c * mean) ** 2 for s, c in zip(self.sums, self.counts, strict=True))
+        return math.sqrt(windows / max(1, windows - 1) * squares) / self.n
 
 
 def score(base: Any, other: Any, pairs: list[tuple[list[int], list[int]]]) -> dict[str, float]:
