@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma3 import Gemma3ForCausalLM
@@ -29,6 +31,7 @@ from halfbyte.records import (
 )
 from halfbyte.schemes import PRESETS, quantization_config
 
+LEAVES = ("weight", "weight_packed", "weight_scale", "qweight", "qzeros", "scales", "g_idx")
 HIDDEN, WIDE, LAYERS, VOCABULARY = 64, 128, 3, 80
 LINEARS_IN_BLOCKS = LAYERS * (2 * HIDDEN * HIDDEN + 2 * 32 * HIDDEN + 3 * HIDDEN * WIDE)
 
@@ -316,6 +319,30 @@ def test_contradictions_are_noted(tmp_path: Path) -> None:
     raw = write(tmp_path / "c", {"model.layers.0.q.weight": torch.zeros(4, 4, dtype=torch.uint8)}, {})
     (unknown,) = inspect(raw).notes
     assert unknown.startswith("1 tensors are raw bytes (U8) of a format unknown here, e.g. model.layers.0.q.weight")
+
+
+SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
+ODD_VALUES = st.sampled_from([None, 3, -1, True, "re:(", [], ["Linear", 4, "re:("], {}, {"num_bits": 0}])
+ODD_GROUPS = st.dictionaries(st.sampled_from(["weights", "targets", "input_activations"]), ODD_VALUES)
+ODD_CONFIGS = st.fixed_dictionaries(
+    {"quant_method": ODD_VALUES},
+    optional={"bits": ODD_VALUES, "config_groups": st.one_of(ODD_VALUES, st.dictionaries(st.just("g"), ODD_GROUPS))},
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    leaves=st.dictionaries(st.sampled_from([*LEAVES, "weight_shape"]), SHAPES, min_size=1),
+    dtype=st.sampled_from([torch.int32, torch.int8, torch.bfloat16, torch.float8_e4m3fn]),
+    config=ODD_CONFIGS,
+)
+def test_nonsense_is_described_and_never_crashes(
+    tmp_path: Path, leaves: dict[str, Any], dtype: torch.dtype, config: dict[str, Any]
+) -> None:
+    tensors = {f"model.layers.0.mlp.up_proj.{leaf}": torch.zeros(shape).to(dtype) for leaf, shape in leaves.items()}
+    result = inspect(write(tmp_path / "odd", tensors, {"quantization_config": config}))
+    assert sum(p.bytes for p in result.parts) == result.size_bytes
+    assert from_plain(Inspection, json.loads(to_json(result))) == result
 
 
 def test_a_folder_without_checkpoint(tmp_path: Path) -> None:

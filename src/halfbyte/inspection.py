@@ -243,7 +243,7 @@ def _num_blocks(checkpoint: Checkpoint) -> int:
 
 def _method(config: Mapping[str, Any], quantized: list[StoredWeight]) -> str:
     if config:
-        return str(config.get("quant_method", "unknown"))
+        return str(config.get("quant_method") or "unknown")
     return "unknown" if quantized else "none"
 
 

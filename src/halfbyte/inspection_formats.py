@@ -12,6 +12,7 @@ from typing import Any
 
 from halfbyte.checkpoint.reader import Checkpoint, TensorInfo, element_bytes
 from halfbyte.recipe import matches
+from halfbyte.recipe.model import pattern_problem
 
 CODE_DTYPES = ("I8", "F8_E4M3", "F8_E5M2")
 SIDE_LEAVES = frozenset(
@@ -97,23 +98,26 @@ def _awq_or_gptq(leaves: Mapping[str, TensorInfo], config: Mapping[str, Any], si
 
     Which of the two shows in ``scales [groups, out]``: GPTQ keeps a column for each output.
     """
-    codes = leaves["qweight"]
-    scales = leaves.get("scales")
-    bits = _integer(config.get("bits", config.get("w_bit"))) or 4
+    codes, scales = leaves["qweight"], leaves.get("scales")
+    index = leaves.get("g_idx")
+    empty = not codes.numel or (index is not None and not index.numel) or (scales is not None and not scales.numel)
+    if empty or len(codes.shape) != 2 or (scales is not None and len(scales.shape) != 2):
+        return _unknown(codes)
+    bits = _bits(config.get("bits", config.get("w_bit")))
     word = 8 * element_bytes(codes.dtype)
     rows, columns = codes.shape
     out_features = scales.shape[1] if scales is not None else columns
-    if scales is not None and "g_idx" not in leaves and columns != out_features:
+    if scales is not None and index is None and columns != out_features:
         in_features = rows
         bits = columns * word // out_features
         symmetric = config.get("zero_point") is False
     else:
-        in_features = leaves["g_idx"].shape[0] if "g_idx" in leaves else rows * word // bits
+        in_features = index.numel if index is not None else rows * word // bits
         bits = rows * word // in_features
         symmetric = config.get("sym") is not False
     groups = scales.shape[0] if scales is not None else 1
     return StoredWeight(
-        scheme=_words("int", bits, None, in_features // groups if groups > 1 else None, "channel", symmetric),
+        scheme=_words("int", bits, {}, in_features // groups if groups > 1 else None, "channel", symmetric),
         quantized=True,
         shape=(out_features, in_features),
         code_bytes=codes.size_bytes,
@@ -127,11 +131,13 @@ def _packed(
     """``weight_packed [..., out, words]``; padding in the last word is told by ``weight_shape`` or by the groups."""
     codes, scale, shape = leaves["weight_packed"], leaves.get("weight_scale"), leaves.get("weight_shape")
     group = config_group(name, config)
-    weights = group.get("weights") or {}
-    size, bits = _integer(weights.get("group_size")), _integer(weights.get("num_bits")) or 4
-    groups = 1 if scale is None else scale.shape[-1]
+    weights = _mapping(group.get("weights"))
+    size, bits = _integer(weights.get("group_size")), _bits(weights.get("num_bits"))
+    if len(codes.shape) < 2 or not codes.numel:
+        return _unknown(codes)
+    groups = 1 if scale is None or not scale.shape else scale.shape[-1]
     in_features = codes.shape[-1] * (8 * element_bytes(codes.dtype) // bits)
-    if shape is not None and (checkpoint.path / shape.file).exists():
+    if shape is not None and shape.numel and (checkpoint.path / shape.file).exists():
         in_features = int(checkpoint.read(shape.name).reshape(-1)[-1])
     elif size and size > 0 and groups > 1:
         in_features = groups * size
@@ -166,15 +172,22 @@ def _plain_codes(name: str, leaves: Mapping[str, TensorInfo], config: Mapping[st
 
 def config_group(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The compressed-tensors group for a module that is known to be quantised: exact name, pattern, class; else any."""
-    groups = config.get("config_groups")
-    listed = [g for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
-    ranked = sorted(
-        ((_rank(t), g) for g in listed for t in g.get("targets") or [] if isinstance(t, str) and matches(t, name)),
-        key=lambda pair: pair[0],
-    )
+    listed = [_mapping(g) for g in _mapping(config.get("config_groups")).values()]
+    ranked = [(_rank(t), i) for i, g in enumerate(listed) for t in _targets(g) if matches(t, name)]
     if ranked:
-        return dict(ranked[0][1])
-    return dict(listed[0]) if len(listed) == 1 else {}
+        return listed[min(ranked)[1]]
+    return listed[0] if len(listed) == 1 else {}
+
+
+def _targets(group: Mapping[str, Any]) -> list[str]:
+    targets = group.get("targets")
+    listed = targets if isinstance(targets, list) else []
+    return [t for t in listed if isinstance(t, str) and pattern_problem(t) is None]
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """A config entry that ought to be an object; anything else counts as absent, since shapes tell enough."""
+    return value if isinstance(value, dict) else {}
 
 
 def _rank(target: str) -> int:
@@ -182,7 +195,7 @@ def _rank(target: str) -> int:
 
 
 def _scheme(group: Mapping[str, Any], *, symmetric: bool, bits: int, kind: str, group_size: int | None = None) -> str:
-    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    weights, inputs = _mapping(group.get("weights")), _mapping(group.get("input_activations"))
     size = group_size or _integer(weights.get("group_size"))
     strategy = str(weights.get("strategy") or ("group" if size else "tensor"))
     if strategy == "block" and isinstance(weights.get("block_structure"), list):
@@ -192,7 +205,7 @@ def _scheme(group: Mapping[str, Any], *, symmetric: bool, bits: int, kind: str, 
 
 
 def _words(
-    kind: str, bits: int, inputs: Mapping[str, Any] | None, group_size: int | None, strategy: str, symmetric: bool
+    kind: str, bits: int, inputs: Mapping[str, Any], group_size: int | None, strategy: str, symmetric: bool
 ) -> str:
     """``W4A16 g128 sym``, ``W8A8 channel sym, dynamic token inputs``, ``FP8A8 channel, dynamic token inputs``."""
     label = ("FP" if kind == "float" else "W") + str(bits)
@@ -205,6 +218,23 @@ def _words(
         label += f" {inputs['strategy']}" if inputs.get("strategy") else ""
         label += " inputs"
     return label
+
+
+def _unknown(codes: TensorInfo) -> StoredWeight:
+    """Codes whose shape fits no layout known here: counted as they lie."""
+    return StoredWeight(
+        scheme=f"{codes.dtype} (layout unknown)",
+        quantized=False,
+        shape=codes.shape,
+        code_bytes=codes.size_bytes,
+        scale_bytes=0,
+    )
+
+
+def _bits(value: Any) -> int:
+    """Bits of a code by the config; 4, by far the commonest, where it says nothing that makes sense."""
+    bits = _integer(value)
+    return bits if bits is not None and 1 <= bits <= 8 else 4
 
 
 def _integer(value: Any) -> int | None:
