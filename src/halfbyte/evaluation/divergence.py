@@ -35,6 +35,7 @@ from halfbyte.records import COMPARE_NAME, CompareRecord, write_json
 from halfbyte.weights import Weights
 
 LOGITS_BYTES = 128 << 20
+CACHE_BYTES = 1 << 20
 
 
 def compare(
@@ -209,11 +210,8 @@ def score(
             for first in range(0, len(window.targets), rows):
                 targets = window.targets[first : first + rows]
                 last = first + len(targets)
-                p, q = (
-                    torch.log_softmax(m.logits(s[number][None, first:last])[0], dim=-1)
-                    for m, s in zip(models, states, strict=True)
-                )
-                parts.append([x.double().cpu() for x in _compare_rows(p, q, targets.to(p.device))])
+                p, q = (m.logits(s[number][None, first:last])[0] for m, s in zip(models, states, strict=True))
+                parts.append(compare_rows(p, q, targets.to(p.device)))
                 parts[-1].append(torch.full((len(targets),), number, dtype=torch.int64))
                 reporter.advance(len(targets))
     reporter.finish()
@@ -221,12 +219,21 @@ def score(
     return Scores(nll_base=nll_base, nll=nll, kl=kl, agrees=agrees, change=change, window_of=window_of)
 
 
-def _compare_rows(p: torch.Tensor, q: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
-    """Per-token results of log-probabilities ``[n, vocabulary]`` float32; rounding can make a KL of 0 slightly negative."""
-    pt, qt = (x.gather(1, targets[:, None])[:, 0] for x in (p, q))
-    agrees = p.argmax(dim=-1) == q.argmax(dim=-1)
-    kl = (p.exp() * (p - q)).sum(dim=-1)
-    return [-pt, -qt, kl, agrees, qt.exp() - pt.exp()]
+def compare_rows(p: torch.Tensor, q: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
+    """Per-token results, float64 ``[n]`` each, of logits ``[n, vocabulary]`` float32.
+
+    With ``Z = logsumexp``: ``KL = sum_v softmax(p)_v (p_v - q_v) - Z_p + Z_q``. A few rows at a time, so that the dozen
+    passes over them stay in the cache.
+    """
+    rows = max(1, CACHE_BYTES // (4 * p.shape[1]))
+    parts = []
+    for a, b, t in zip(p.split(rows), q.split(rows), targets.split(rows), strict=True):
+        z_a, z_b = a.logsumexp(dim=-1, keepdim=True), b.logsumexp(dim=-1, keepdim=True)
+        log_pt, log_qt = (a.gather(1, t[:, None]) - z_a)[:, 0], (b.gather(1, t[:, None]) - z_b)[:, 0]
+        agrees = a.argmax(dim=-1) == b.argmax(dim=-1)
+        kl = torch.einsum("nv,nv->n", (a - z_a).exp_(), a - b) - (z_a - z_b)[:, 0]
+        parts.append([x.double().cpu() for x in (-log_pt, -log_qt, kl, agrees, log_qt.exp() - log_pt.exp())])
+    return [torch.cat(column) for column in zip(*parts, strict=True)]
 
 
 def _head_of_other(models: list[StreamedModel]) -> contextlib.AbstractContextManager[None]:
