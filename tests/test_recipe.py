@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from halfbyte.errors import RecipeError, UsageError
 from halfbyte.recipe import Recipe, load_recipe, matches
 from halfbyte.recipe.document import TomlLines
+from halfbyte.recipe.llmcompressor import METHOD_OF_MODIFIER, UNSUPPORTED_MODIFIERS, WITHOUT_EFFECT
 from halfbyte.recipe.section import kind_of
 from halfbyte.schemes import PRESETS, Scheme, config_group, preset
 
@@ -655,3 +656,33 @@ def test_importing_recipes_is_light() -> None:
     code = "import sys, halfbyte.recipe; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# The documentation ----------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"^```(toml|yaml)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize(("suffix", "text"), EXAMPLES, ids=[f"{s}-{i}" for i, (s, _) in enumerate(EXAMPLES)])
+def test_examples_of_the_page_load(load: Any, suffix: str, text: str) -> None:
+    recipe = load(text, f"r.{suffix}")
+    assert any(recipe.scheme_for(f"model.layers.5.{m}") for m in ("self_attn.q_proj", "mlp.down_proj"))
+    assert recipe.scheme_for("lm_head") is None or "lm_head" not in text
+
+
+def test_the_page_has_its_examples_and_names_every_scheme(load: Any) -> None:
+    assert len(EXAMPLES) >= 7
+    assert all(f"| `{name}`" in PAGE for name in PRESETS)
+    (toml,) = [t for s, t in EXAMPLES if s == "toml" and "description" in t]
+    (same,) = [t for s, t in EXAMPLES if s == "yaml" and "description" in t]
+    assert load(toml, "a.toml") == load(same, "b.yaml")
+    assert complaint(load, 'scheme = "W4A16"\ngruop_size = 1', "recipe.toml") in PAGE
+
+
+def test_the_page_tells_what_is_refused() -> None:
+    assert set(re.findall(r"\b\w+Modifier\b", PAGE)) >= {
+        *METHOD_OF_MODIFIER,
+        *(m for m in UNSUPPORTED_MODIFIERS if not m.endswith("PruningModifier") and m != "SparseGPTModifier"),
+    }
+    assert all(f"`{key}`" in PAGE for key in WITHOUT_EFFECT[:4])
