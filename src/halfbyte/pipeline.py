@@ -273,7 +273,7 @@ class Job:
         with model.block(index) as block:
             modules = {n: m for n, m in model.linears(index).items() if n in names}
             require_finite_weights(modules)
-            for moment in stream.observe(block, index, modules):
+            for moment in stream.observe(block, index, modules) if modules else ():
                 results |= self._solve_shared(moment, modules, index)
             if not last:
                 self._await_save()

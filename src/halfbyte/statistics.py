@@ -114,7 +114,7 @@ class Collector:
         finally:
             self._seen.clear()
         # Stopping early is safe only where every Linear is called exactly once, in an order that does not vary.
-        if self._last is None and sorted(self._calls) == sorted(self.linears):
+        if self._last is None and self._calls and sorted(self._calls) == sorted(self.linears):
             self._last = self._calls[-1]
 
     def _hook(self, name: str) -> object:
