@@ -3,7 +3,7 @@
     model.py          Recipe, SchemeGroup, matches: what the rest of halfbyte works with
     document.py       TOML and YAML text -> values that know their line
     native.py         halfbyte's own keys
-    llmcompressor.py  llm-compressor's recipe.yaml
+    llmcompressor.py  llm-compressor's recipe.yaml (number formats: llmcompressor_numbers.py)
     load.py           a file's name and contents decide which of the two it is
 
 Reading collects every problem, with file and line, and raises them together. Never imports torch.

@@ -16,10 +16,10 @@ import re
 
 from halfbyte.errors import raise_all
 from halfbyte.recipe.document import Node
+from halfbyte.recipe.llmcompressor_numbers import read_activations, read_actorder, read_observer, read_weights
 from halfbyte.recipe.model import DEFAULT_DAMP_FRACTION, LINEAR, Recipe, SchemeGroup
 from halfbyte.recipe.native import check_ignore, check_method, check_reachable, check_targets, known_scheme
 from halfbyte.recipe.section import Problems, Section, kind_of, string_list
-from halfbyte.schemes import GROUP_SIZES, PRESETS, ActivationFormat, Scheme
 
 METHOD_OF_MODIFIER = {"GPTQModifier": "gptq", "QuantizationModifier": "rtn"}
 UNSUPPORTED_MODIFIERS = {
@@ -47,7 +47,6 @@ WITHOUT_EFFECT = (
     "end",
     "update",
 )
-OBSERVERS = ("minmax", "mse", "memoryless_minmax", "memoryless_mse", "static_minmax")
 _STAGE = re.compile(r"\w*_stage(_\d+)?$")
 _GROUP = re.compile(r"\w*modifiers$")
 
@@ -156,15 +155,15 @@ def _read_modifier(name: str, s: Section) -> Recipe:
     ignore = check_ignore(s.strings("ignore"), problems)
     damp = s.fraction("dampening_frac") if name == "GPTQModifier" else None
     if name == "GPTQModifier":
-        _actorder(s)
+        read_actorder(s)
         if s.is_null("actorder"):
             notes.append("actorder: halfbyte visits columns in static activation order all the same; the file is alike")
     for key in ("weight_observer", "input_observer", "output_observer"):
-        _observer(s, key, notes)
+        read_observer(s, key, notes)
     if "observer" in s:
         observers = Section(s.get("observer") or Node(None, s.line), "observer", problems)
         for key in ("weights", "input", "output"):
-            _observer(observers, key, notes)
+            read_observer(observers, key, notes)
         observers.finish()
     s.finish()
     method = METHOD_OF_MODIFIER[name]
@@ -218,8 +217,8 @@ def _config_group(s: Section, notes: list[str]) -> list[tuple[SchemeGroup, list[
     activations = None
     before = len(problems.found)
     if inputs_node is not None:
-        activations = _activations(Section(inputs_node, "input_activations", problems))
-    scheme = _weights(Section(weights_node, "weights", problems), activations, notes)
+        activations = read_activations(Section(inputs_node, "input_activations", problems))
+    scheme = read_weights(Section(weights_node, "weights", problems), activations, notes)
     if scheme is None or len(problems.found) > before:
         return []
     if storage is not None and storage != scheme.storage:
@@ -227,133 +226,6 @@ def _config_group(s: Section, notes: list[str]) -> list[tuple[SchemeGroup, list[
             s.line_of("format"), f"format {storage!r} cannot be honoured", why=f"{scheme.name} is {scheme.storage}"
         )
     return [(SchemeGroup(scheme=scheme, targets=tuple(t.value for t in targets)), targets)]
-
-
-def _weights(s: Section, activations: ActivationFormat | None, notes: list[str]) -> Scheme | None:
-    """The preset whose weights and activations equal these, with its group size."""
-    problems = s.problems
-    before = len(problems.found)
-    bits = s.integer("num_bits", 1)
-    kind = s.string("type", ("int", "float"))
-    symmetric = s.boolean("symmetric")
-    size = s.integer("group_size", -1)
-    strategy = s.string("strategy", ("group", "channel", "tensor", "block", "token", "tensor_group", "attn_head"))
-    if s.boolean("dynamic"):
-        problems.add(s.line_of("dynamic"), "dynamic weights cannot be honoured", why="weights are stored, not measured")
-    if "block_structure" in s:
-        problems.add(
-            s.line_of("block_structure"), "block_structure cannot be honoured", why="no scheme here has blocks"
-        )
-    _observer(s, "observer", notes)
-    s.get("observer_kwargs")
-    _actorder(s)
-    _dtypes(s)
-    s.finish()
-    if len(problems.found) > before:
-        return None
-    bits = 8 if bits is None else bits
-    kind = kind or "int"
-    symmetric = symmetric is not False
-    if strategy is None:
-        strategy = "tensor" if size is None else "channel" if size == -1 else "group"
-    if strategy not in ("group", "channel"):
-        problems.add(
-            s.line_of("strategy"),
-            f"weight strategy {strategy!r} cannot be honoured",
-            why="halfbyte writes one scale for a group or for an output channel",
-            remedy="Use strategy: group with group_size, or strategy: channel.",
-        )
-        return None
-    if strategy == "group" and (size is None or size not in GROUP_SIZES):
-        problems.add(
-            s.line_of("group_size"),
-            f"group_size {size} is not supported by the engines",
-            remedy=f"Use {', '.join(map(str, GROUP_SIZES))}.",
-        )
-        return None
-    wanted = size if strategy == "group" else None
-    for scheme in PRESETS.values():
-        w = scheme.weights
-        if (w.num_bits, w.kind, w.symmetric, scheme.activations) != (bits, kind, symmetric, activations):
-            continue
-        if w.group_size == wanted:
-            return scheme
-        if scheme.storage == "pack-quantized" and (wanted is not None or symmetric):
-            return scheme.with_group_size("channel" if wanted is None else wanted)
-    inputs = "16-bit" if activations is None else f"{activations.num_bits}-bit {activations.kind}"
-    problems.add(
-        s.line,
-        f"no scheme of halfbyte has {bits}-bit {'symmetric' if symmetric else 'asymmetric'} {kind} weights"
-        f" by {strategy} with {inputs} inputs",
-        remedy=f"halfbyte writes {', '.join(PRESETS)}.",
-    )
-    return None
-
-
-def _activations(s: Section) -> ActivationFormat | None:
-    """Run-time activations: dynamic, one scale a token, symmetric. Anything else is a problem."""
-    problems = s.problems
-    bits = s.integer("num_bits", 1)
-    kind = s.string("type", ("int", "float"))
-    symmetric = s.boolean("symmetric")
-    strategy = s.string("strategy")
-    size = s.get("group_size")
-    dynamic = s.get("dynamic")
-    for key in ("observer", "observer_kwargs", "actorder", "block_structure"):
-        s.get(key)
-    _dtypes(s)
-    s.finish()
-    if dynamic is None or dynamic.value is not True:
-        problems.add(
-            s.line_of("dynamic"),
-            "static input_activations cannot be honoured",
-            why="halfbyte stores no activation scales",
-            remedy="Use dynamic: true with strategy: token.",
-        )
-    elif strategy != "token" or size is not None:
-        problems.add(
-            s.line_of("strategy"),
-            f"input_activations strategy {strategy or 'tensor'!r} cannot be honoured",
-            why="engines measure one scale for each token",
-            remedy="Use strategy: token and no group_size.",
-        )
-    if symmetric is False:
-        problems.add(
-            s.line_of("symmetric"),
-            "asymmetric input_activations cannot be honoured",
-            why="no scheme of halfbyte has a zero point for inputs",
-            remedy="Use symmetric: true.",
-        )
-    return ActivationFormat(num_bits=8 if bits is None else bits, kind="float" if kind == "float" else "int")
-
-
-def _actorder(s: Section) -> None:
-    """``static`` (or ``weight``) is what halfbyte does, and none gives the same kind of file; others do not."""
-    given = s.get("actorder")
-    if given is None or given.value is False:
-        return
-    value = given.value.lower() if isinstance(given.value, str) else given.value
-    if value is True or value in ("group", "dynamic"):
-        s.problems.add(
-            given.line,
-            f"actorder {given.value!r} cannot be honoured",
-            why="it needs a g_idx in the file, which loaders reject",
-            remedy="Use actorder: static.",
-        )
-    elif value not in ("static", "weight"):
-        s.problems.add(given.line, f"unknown actorder {kind_of(given.value)}", remedy="Use static or null.")
-
-
-def _observer(s: Section, key: str, notes: list[str]) -> None:
-    if s.string(key, OBSERVERS) is not None:
-        notes.append("observer: halfbyte searches scales by the error they cause; no observer is run")
-
-
-def _dtypes(s: Section) -> None:
-    """Scales follow the model's dtype; anything else was meant for a format that halfbyte does not write."""
-    if "scale_dtype" in s:
-        s.problems.add(s.line_of("scale_dtype"), "scale_dtype cannot be honoured", why="scales have the model's dtype")
-    s.get("zp_dtype")
 
 
 def _by_specificity(placed: list[tuple[SchemeGroup, list[Node]]]) -> list[tuple[SchemeGroup, list[Node]]]:
