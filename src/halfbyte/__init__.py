@@ -15,7 +15,7 @@ _PUBLIC = {
     "compare": "halfbyte.evaluation.divergence",
     "inspect": "halfbyte.inspection",
 }
-__all__ = ["compare", "inspect", "plan", "quantize", "verify"]  # noqa: F822
+__all__ = ["compare", "inspect", "plan", "quantize", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -83,8 +83,8 @@ def map_blocks(checkpoint: Checkpoint) -> BlockMap:
         raise ArchitectureError(
             f"no decoder blocks were found for architecture {checkpoint.architecture}",
             where=checkpoint.name,
-            why="the tensor names hold no numbered module list" if prefix is None else "the config has no num_hidden_layers",  # noqa: E501
-            remedy="halfbyte quantises decoder-only language models; `halfbyte inspect` lists what is in the checkpoint.",
+            why="no numbered module list among the tensors" if prefix is None else "no num_hidden_layers in the config",
+            remedy="halfbyte quantises decoder-only language models; `halfbyte inspect` shows what this is.",
         )
     linears: list[list[str]] = [[] for _ in range(expected)]
     others: list[list[str]] = [[] for _ in range(expected)]

@@ -78,7 +78,7 @@ class StreamedModel:
             )
         path, layers = found[0]
         decoder = model.get_submodule(path.rpartition(".")[0])
-        return StreamedModel(weights, model, decoder, layers, disk_prefix, device, dtype)  # type: ignore[arg-type]
+        return StreamedModel(weights, model, decoder, layers, disk_prefix, device, dtype)
 
     @property
     def num_blocks(self) -> int:
@@ -246,9 +246,7 @@ class StreamedModel:
             fmt = self.weights.activation_format(self.disk_name(index, path)) if isinstance(module, nn.Linear) else None
             if fmt is not None:
 
-                def hook(
-                    _: nn.Module, inputs: tuple[torch.Tensor, ...], fmt: Any = fmt
-                ) -> tuple[torch.Tensor, ...]:
+                def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], fmt: Any = fmt) -> tuple[torch.Tensor, ...]:
                     return (fake_quantize_activations(inputs[0], fmt), *inputs[1:])
 
                 handles.append(module.register_forward_pre_hook(hook))
@@ -357,14 +355,14 @@ class Interner:
 
 
 def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that most of a checkpoint's floating-point bytes are in, by its config: bfloat16 unless it says other."""
+    """A checkpoint's dtype by its config; bfloat16 where it does not say."""
     name = checkpoint.text_config.get("dtype") or checkpoint.text_config.get("torch_dtype")
     name = name or checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     return {"float16": torch.float16, "float32": torch.float32}.get(str(name), torch.bfloat16)
 
 
 def build_on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-    """The module tree that transformers makes of a config: parameters on meta, buffers (rope tables) real, in ``dtype``.
+    """The module tree that transformers makes of a config: parameters on meta, buffers (rope tables) real.
 
     Raises:
         ArchitectureError: transformers does not know the architecture, or it needs code from the checkpoint.

@@ -94,5 +94,5 @@ def raise_all(problems: Sequence[HalfbyteError]) -> None:
         raise problems[0]
     first = type(problems[0])
     kind = first if all(type(p) is first for p in problems) else HalfbyteError
-    listed = "; ".join(f"({i}) {p}" for i, p in enumerate(problems, 1))
+    listed = " ".join(f"({i}) {p}" for i, p in enumerate(problems, 1))
     raise kind(f"{len(problems)} problems: {listed}")

@@ -377,7 +377,9 @@ class Job:
             short = worst.name.removeprefix(f"{self.work.blocks.prefix}.{index}.")
             facts.append(f"{bits:.2f} bits, relative error {mean:.2e} (most {worst.relative_error:.2e} at {short}),")
         remaining = sum(t["seconds"] for t in timings) / len(timings) * (total - index - 1)
-        facts.append(f"{timings[-1]['seconds']:.1f} s, peak {timings[-1]['peak_bytes'] / 2**30:.2f} GiB, ETA {remaining:.0f} s")
+        facts.append(
+            f"{timings[-1]['seconds']:.1f} s, peak {timings[-1]['peak_bytes'] / 2**30:.2f} GiB, ETA {remaining:.0f} s"
+        )
         self.reporter.say(" ".join(facts))
 
 
@@ -415,7 +417,9 @@ class Stream:
                 reporter.advance()
         if not run.fresh and int(run.journal["stage"]) < model.num_blocks:
             states.resume(int(run.journal["stage"]))
-        return Stream(model, batches, [real_rows(b) for b in batches], sample_numbers(calibration, batches), arguments, states)
+        return Stream(
+            model, batches, [real_rows(b) for b in batches], sample_numbers(calibration, batches), arguments, states
+        )
 
     def observe(self, block: nn.Module, index: int, modules: dict[str, nn.Linear]) -> Sequence[SecondMoment]:
         """Pass 1: run the block with original weights and sum up the second moments of its Linears' inputs."""

@@ -19,13 +19,15 @@ from halfbyte.architectures import KEPT_MODULES, KNOWN_ARCHITECTURES, NOT_LANGUA
 from halfbyte.checkpoint.layout import TensorSpec
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint, TensorInfo
 from halfbyte.checkpoint.source import open_headers
-from halfbyte.errors import ArchitectureError, CheckpointError, HalfbyteError, UsageError
+from halfbyte.errors import ArchitectureError, CheckpointError, HalfbyteError, RecipeError, UsageError
 from halfbyte.packing import stored_tensors
 from halfbyte.recipe import Recipe, load_recipe
 from halfbyte.records import Estimate, Plan, TensorPlan
 from halfbyte.schemes import Scheme, group_size_problem, preset
 
 GroupSize = int | Literal["channel"] | None
+# Linears that engines fuse into one; all parts of one need the same scheme.
+FUSED = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 # Measured resident memory of an idle process with torch, transformers and numba imported (benchmarks/memory.py).
 RUNTIME_BYTES = 550e6
@@ -161,9 +163,9 @@ def make_plan(
     linear_of = {f"{m}.weight": (m, i) for i, block in enumerate(blocks.linears) for m in block}
     block_of = {n: i for i in range(blocks.num_blocks) for n in blocks.others[i]}
     everything = [m for block in blocks.linears for m in block]
-    for entry in recipe.unmatched(everything):
-        if blocks.num_blocks and entry not in ("lm_head", "re:.*lm_head"):
-            notes.append(f"pattern {entry!r} matches no Linear of the decoder blocks")
+    if blocks.num_blocks:
+        strays = [p for p in recipe.unmatched(everything) if "lm_head" not in p]
+        notes += [f"pattern {p!r} matches no Linear of the decoder blocks" for p in strays]
     for name, info in checkpoint.tensors.items():
         module, index = linear_of.get(name, ("", block_of.get(name)))
         scheme = recipe.scheme_for(module) if module else None
@@ -195,10 +197,13 @@ def make_plan(
                 bits_per_weight=8 * after / info.numel,
             )
         )
+    problems += _pattern_problems(blocks, recipe, schemes)
     if blocks.num_blocks and not schemes and not problems:
         problems.append(
             UsageError(
-                "nothing is left to quantise: every Linear is ignored or untargeted", where="--ignore", remedy="Narrow it."
+                "nothing is left to quantise: every Linear is ignored or untargeted",
+                where="--ignore",
+                remedy="Narrow it.",
             )
         )
     summary = _summary(checkpoint, blocks, recipe, tensors, size, problems, notes)
@@ -256,6 +261,45 @@ def _linear_problem(info: TensorInfo, module: str, scheme: Scheme) -> HalfbyteEr
             remedy="Use the symmetric W4A16, or skip it with --ignore.",
         )
     return None
+
+
+def _pattern_problems(blocks: BlockMap, recipe: Recipe, schemes: dict[str, Scheme]) -> list[HalfbyteError]:
+    """Linears that engines would read otherwise than they were written."""
+    problems: list[HalfbyteError] = [
+        RecipeError(
+            "patterns of two groups cover it with different schemes, and loaders disagree on which one wins",
+            where=name,
+            remedy="Write patterns that do not overlap.",
+        )
+        for name in recipe.contested([m for block in blocks.linears for m in block])[:1]
+    ]
+    split: dict[str, list[str]] = {}
+    for block in blocks.linears:
+        for members in FUSED:
+            together: dict[str, list[str]] = {}
+            for module in block:
+                parent, _, leaf = module.rpartition(".")
+                if leaf in members:
+                    together.setdefault(parent, []).append(module)
+            for parent, parts in together.items():
+                if len({schemes.get(m) for m in parts}) > 1:
+                    listed = ", ".join(f"{m.rpartition('.')[2]} {_name_of(schemes.get(m))}" for m in parts)
+                    split.setdefault(listed, []).append(parent)
+    problems += [
+        UsageError(
+            f"vLLM fuses these into one layer, so they must share one scheme: {listed}",
+            where=parents[0] + (f" and {len(parents) - 1} more" if len(parents) > 1 else ""),
+            remedy="Treat them alike in --ignore and in the recipe's targets.",
+        )
+        for listed, parents in split.items()
+    ]
+    return problems
+
+
+def _name_of(scheme: Scheme | None) -> str:
+    if scheme is None:
+        return "unquantised"
+    return f"{scheme.name} g{scheme.weights.group_size}" if scheme.weights.group_size else scheme.name
 
 
 def _copy_reason(module: str, name: str, index: int | None) -> str:

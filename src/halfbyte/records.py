@@ -157,7 +157,7 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One thing that ``verify`` looked at. ``status``: ``"passed"``, ``"failed"`` or ``"skipped"`` (with the reason)."""
+    """One thing that ``verify`` looked at. ``status``: ``"passed"``, ``"failed"`` or ``"skipped"``."""
 
     name: str
     status: str
@@ -238,7 +238,8 @@ def read_json(path: Path) -> Any:
 def read_record(kind: type[T], path: Path) -> T:
     """Read a record back; unknown or missing fields are errors that name them."""
     try:
-        return from_plain(kind, read_json(path))
+        record: T = from_plain(kind, read_json(path))
+        return record
     except (TypeError, KeyError, ValueError) as e:
         raise CheckpointError(f"is not a {kind.__name__} record: {e}", where=str(path)) from None
 

@@ -185,7 +185,7 @@ def packed_columns(in_features: int, num_bits: int) -> int:
 def config_group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     """One entry of ``quantization_config.config_groups`` (FORMATS: field for field what compressed-tensors writes)."""
     w, a = scheme.weights, scheme.activations
-    weights = {
+    weights: dict[str, Any] = {
         "num_bits": w.num_bits,
         "type": w.kind,
         "symmetric": w.symmetric,
@@ -197,7 +197,7 @@ def config_group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         "observer": "minmax",
         "observer_kwargs": {},
     }
-    activations = None
+    activations: dict[str, Any] | None = None
     if a is not None:
         activations = {
             "num_bits": a.num_bits,

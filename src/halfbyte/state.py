@@ -69,7 +69,9 @@ class RunFolder:
         partial = out.with_name(out.name + ".partial")
         if out.exists():
             raise OutputError(
-                "exists already", where=str(out), remedy="Choose another folder, or remove this one; it is left untouched."
+                "exists already",
+                where=str(out),
+                remedy="Choose another folder, or remove this one; it is left untouched.",
             )
         if partial.exists() and not resume:
             raise OutputError(
@@ -229,7 +231,7 @@ class HiddenStates:
         buffer = torch.empty(b * t * self.width * self.dtype.itemsize, dtype=torch.uint8)
         with open(self._file(self._stage), "rb", buffering=0) as f:
             f.seek(self._offset(batch))
-            view, done = memoryview(buffer.numpy()), 0
+            view, done = buffer.numpy().data, 0
             while done < len(view):
                 count = f.readinto(view[done:])
                 if not count:

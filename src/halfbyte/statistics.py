@@ -6,7 +6,7 @@ themselves while a block runs, not guessed from names. Padded positions never en
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -97,7 +97,7 @@ class Collector:
         self._handles.clear()
         self._seen.clear()
 
-    def run(self, forward: object, rows: torch.Tensor | None) -> None:
+    def run(self, forward: Callable[[], object], rows: torch.Tensor | None) -> None:
         """Run one batch through ``forward()``.
 
         Args:
@@ -108,7 +108,7 @@ class Collector:
         self._seen.clear()
         self._calls.clear()
         try:
-            forward()  # type: ignore[operator]
+            forward()
         except LastInputSeen:
             return
         finally:
@@ -117,7 +117,7 @@ class Collector:
         if self._last is None and self._calls and sorted(self._calls) == sorted(self.linears):
             self._last = self._calls[-1]
 
-    def _hook(self, name: str) -> object:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def record(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             self._record(name, arguments[0])
 

@@ -138,7 +138,9 @@ def fake_quantize_activations(x: torch.Tensor, fmt: ActivationFormat) -> torch.T
     if fmt.kind == "float":
         limit = torch.finfo(torch.float8_e4m3fn).max
         scale = extreme / limit
-        return ((x.to(torch.float32) / scale).clamp(-limit, limit).to(torch.float8_e4m3fn).to(torch.float32) * scale).to(x.dtype)  # noqa: E501
+        return (
+            (x.to(torch.float32) / scale).clamp(-limit, limit).to(torch.float8_e4m3fn).to(torch.float32) * scale
+        ).to(x.dtype)
     q_max = (1 << (fmt.num_bits - 1)) - 1
     scale = extreme / q_max
     return (torch.round(x.to(torch.float32) / scale).clamp(-q_max - 1, q_max) * scale).to(x.dtype)

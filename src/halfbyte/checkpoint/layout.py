@@ -201,5 +201,7 @@ def write_error(error: OSError, path: Path, needed_bytes: int) -> OutputError:
             remedy="Free space or choose another folder, then run again with --resume.",
         )
     return OutputError(
-        f"cannot be written: {error.strerror or error}", where=str(path), remedy="Choose a folder that you may write to."
+        f"cannot be written: {error.strerror or error}",
+        where=str(path),
+        remedy="Choose a folder that you may write to.",
     )

@@ -109,7 +109,7 @@ class Checkpoint:
         buffer = torch.empty(info.size_bytes, dtype=torch.uint8)
         with open(self.path / info.file, "rb", buffering=0) as f:
             f.seek(info.offset)
-            view = memoryview(buffer.numpy())
+            view = memoryview(buffer.numpy().data)
             done = 0
             while done < info.size_bytes:
                 count = f.readinto(view[done:])
@@ -153,7 +153,7 @@ class Checkpoint:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The raw bytes of a CPU tensor, without a copy when it is contiguous."""
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def digest_of(tensor: torch.Tensor) -> str:
@@ -180,7 +180,9 @@ def open_checkpoint(path: Path, name: str | None = None, found: list[HalfbyteErr
     """
     name = name or str(path)
     if not path.is_dir():
-        raise CheckpointError("there is no such folder", where=str(path), remedy="Give a checkpoint folder or a hub id.")
+        raise CheckpointError(
+            "there is no such folder", where=str(path), remedy="Give a checkpoint folder or a hub id."
+        )
     config = read_json(path / "config.json") if (path / "config.json").exists() else None
     if config is None:
         raise CheckpointError(
@@ -258,7 +260,9 @@ def _index_problems(path: Path, listed: Mapping[str, str], tensors: Mapping[str,
         for name, file in listed.items()
         if name not in tensors or tensors[name].file != file
     ]
-    problems += [CheckpointError(f"does not list {n} of {tensors[n].file}", where=where) for n in tensors if n not in listed]
+    problems += [
+        CheckpointError(f"does not list {n} of {tensors[n].file}", where=where) for n in tensors if n not in listed
+    ]
     return problems[:10]
 
 

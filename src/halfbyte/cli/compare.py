@@ -42,9 +42,7 @@ def command(
     """
     from halfbyte.evaluation.divergence import compare
 
-    record = compare(
-        base, checkpoint, text=text, tokens=tokens, window=window, device=device, reporter=reporter()
-    )
+    record = compare(base, checkpoint, text=text, tokens=tokens, window=window, device=device, reporter=reporter())
     emit(record, as_json=as_json, render=lambda console: render(console, record))
     if max_kl is not None and record.metrics["kl_mean"] > max_kl:
         raise GateFailed(f"mean KL {record.metrics['kl_mean']:.4f} is above {max_kl}", where=checkpoint)
@@ -59,7 +57,9 @@ def render(console: Console, record: CompareRecord) -> None:
     table.add_column(justify="right")
     table.add_column()
     table.add_row("perplexity", f"{m['perplexity']:.3f}", f"baseline {m['perplexity_base']:.3f}")
-    table.add_row("perplexity ratio", f"{m['perplexity_ratio']:.4f}", f"± {m['perplexity_ratio_se']:.4f} (paired standard error)")  # noqa: E501
+    table.add_row(
+        "perplexity ratio", f"{m['perplexity_ratio']:.4f}", f"± {m['perplexity_ratio_se']:.4f} (paired standard error)"
+    )
     table.add_row("KL divergence, mean", f"{m['kl_mean']:.5f}", f"± {m['kl_se']:.5f} nats")
     table.add_row("  median", f"{m['kl_median']:.5f}", "")
     table.add_row("  99th percentile", f"{m['kl_p99']:.4f}", "")

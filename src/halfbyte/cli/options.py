@@ -11,20 +11,20 @@ import click
 from halfbyte.schemes import GROUP_SIZES, PRESETS
 
 
-class GroupSizeType(click.ParamType):
+class GroupSizeType(click.ParamType[Any]):
     """``128``, ``64``, ``32`` or ``channel``."""
 
     name = "size"
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | Literal["channel"]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | Literal["channel"]:
         if value == "channel":
             return "channel"
         try:
             return int(value)
         except ValueError:
-            self.fail(f"{value!r} is neither a number nor 'channel'. Use {', '.join(map(str, GROUP_SIZES))}.", param, ctx)
+            self.fail(
+                f"{value!r} is neither a number nor 'channel'. Use {', '.join(map(str, GROUP_SIZES))}.", param, ctx
+            )
 
 
 def scheme_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,13 +32,18 @@ def scheme_options(function: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option("--scheme", default="W4A16", show_default=True, help=f"Number format: {', '.join(PRESETS)}."),
         click.option(
-            "--group-size", type=GroupSizeType(), help="Weights that share a scale: 128, 64, 32, channel.  [default: the scheme's]"  # noqa: E501
+            "--group-size",
+            type=GroupSizeType(),
+            help="Weights that share a scale: 128, 64, 32, channel.  [default: the scheme's]",
         ),
         click.option(
             "--method", type=click.Choice(["gptq", "rtn"]), help="How codes are chosen.  [default: gptq; rtn for FP8]"
         ),
         click.option(
-            "--ignore", multiple=True, metavar="PATTERN", help="Leave a Linear alone: exact name, or re:REGEX. Repeatable."
+            "--ignore",
+            multiple=True,
+            metavar="PATTERN",
+            help="Leave a Linear alone: exact name, or re:REGEX. Repeatable.",
         ),
         click.option(
             "--recipe",

@@ -78,9 +78,7 @@ def render(console: Console, plan: Plan, *, every_tensor: bool = False) -> None:
         row[1] += t.bytes_before
         row[2] += t.bytes_after
     for (name, shape, action), (count, before, after, bits) in rows.items():
-        table.add_row(
-            name, f"{count:.0f}", shape, action, size(before), size(after), f"{bits:.3f}" if bits else ""
-        )
+        table.add_row(name, f"{count:.0f}", shape, action, size(before), size(after), f"{bits:.3f}" if bits else "")
     console.print(table)
     if plan.quantized_parameters:
         console.print(

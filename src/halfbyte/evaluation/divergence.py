@@ -106,9 +106,7 @@ def _require_same_vocabulary(models: list[StreamedModel]) -> None:
         )
 
 
-def final_states(
-    model: StreamedModel, windows: list[Window], reporter: Reporter, label: str
-) -> list[torch.Tensor]:
+def final_states(model: StreamedModel, windows: list[Window], reporter: Reporter, label: str) -> list[torch.Tensor]:
     """The last block's output for every window, ``[tokens, hidden]`` each, streamed block by block."""
     batches = _batches(windows)
     interner = Interner()
@@ -227,7 +225,7 @@ def compare_rows(p: torch.Tensor, q: torch.Tensor, targets: torch.Tensor) -> lis
     """
     rows = max(1, CACHE_BYTES // (4 * p.shape[1]))
     parts = []
-    for a, b, t in zip(p.split(rows), q.split(rows), targets.split(rows), strict=True):
+    for a, b, t in zip(*(torch.split(x, rows) for x in (p, q, targets)), strict=True):
         z_a, z_b = a.logsumexp(dim=-1, keepdim=True), b.logsumexp(dim=-1, keepdim=True)
         log_pt, log_qt = (a.gather(1, t[:, None]) - z_a)[:, 0], (b.gather(1, t[:, None]) - z_b)[:, 0]
         agrees = a.argmax(dim=-1) == b.argmax(dim=-1)

@@ -23,7 +23,7 @@ MIN_TOKENS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """``inputs [n]`` and ``targets [m]`` int64; the prediction at position i is scored against ``targets[i]``, m <= n."""
+    """``inputs [n]``, ``targets [m]`` int64, m <= n; the prediction at position i is scored against ``targets[i]``."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
@@ -46,7 +46,9 @@ def cut(token_ids: torch.Tensor, bos: int | None, length: int) -> list[Window]:
     """Deal a text's tokens to windows of ``length`` inputs, see the module's docstring."""
     if bos is not None:
         opening = torch.tensor([bos], dtype=torch.int64)
-        return [Window(inputs=torch.cat([opening, chunk]), targets=chunk) for chunk in token_ids.split(length - 1)]
+        return [
+            Window(inputs=torch.cat([opening, chunk]), targets=chunk) for chunk in torch.split(token_ids, length - 1)
+        ]
     return [
         Window(inputs=token_ids[i : i + length][: len(token_ids) - 1 - i], targets=token_ids[i + 1 : i + 1 + length])
         for i in range(0, len(token_ids) - 1, length)
@@ -73,7 +75,9 @@ def windows_of(model_path: Path, text: Path | None, tokens: int | None, length: 
         source = files("halfbyte") / "data" / "demo_text.txt" if text is None else text
         content = source.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise CalibrationError(f"cannot be read as UTF-8 text: {e}", where=str(text), remedy="Give a text file.") from None
+        raise CalibrationError(
+            f"cannot be read as UTF-8 text: {e}", where=str(text), remedy="Give a text file."
+        ) from None
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
@@ -83,7 +87,9 @@ def windows_of(model_path: Path, text: Path | None, tokens: int | None, length: 
             where=str(model_path),
             remedy="Add the tokenizer files of the original checkpoint.",
         ) from None
-    token_ids = torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    token_ids = torch.tensor(
+        tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64
+    )
     opening = tokenizer("a", verbose=False)["input_ids"][:1]
     bos = tokenizer.bos_token_id if opening and opening[0] == tokenizer.bos_token_id else None
     if tokens is not None:
@@ -92,6 +98,4 @@ def windows_of(model_path: Path, text: Path | None, tokens: int | None, length: 
         raise CalibrationError(
             f"gives {len(token_ids)} tokens, and at least {MIN_TOKENS} are needed", where=name, remedy="Give more text."
         )
-    return Windows(
-        windows=cut(token_ids, bos, length), name=name, sha256=hashlib.sha256(content.encode()).hexdigest()
-    )
+    return Windows(windows=cut(token_ids, bos, length), name=name, sha256=hashlib.sha256(content.encode()).hexdigest())

@@ -71,7 +71,7 @@ def search_scales(
         weight: ``[rows, groups * width]``; importance: ``h [groups * width]``.
         candidates, zeros: ``[rows, groups, count]``.
     """
-    rows, groups, count = candidates.shape
+    rows, groups, _ = candidates.shape
     w = weight.reshape(rows, groups, 1, -1)
     h = importance.reshape(1, groups, 1, -1)
     s, z = candidates[..., None], zeros[..., None]

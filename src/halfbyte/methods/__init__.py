@@ -1,1 +1,1 @@
-"""Quantisation methods: pure functions from a weight, a statistic and a scheme to codes and scales. One paper a file."""
+"""Methods: pure functions from a weight, a statistic and a format to codes and scales. One paper a file."""

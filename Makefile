@@ -1,0 +1,45 @@
+# make demo   create .venv and make a small model smaller, start to end (minutes, CPU, no account)
+# make test   create .venv and run linters, type checks, import contracts and all tests
+#
+# torch: where there is no NVIDIA GPU, the version in constraints.txt is installed first, so that a CPU build wins where
+# the package index offers one. On Linux, name an index that holds CPU builds to save several GB:
+#   make demo TORCH_ARGS="--index-url URL"
+
+PYTHON     ?= python3
+VENV       := .venv
+BIN        := $(VENV)/bin
+TORCH      := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+TORCH_ARGS ?=
+PIP        := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/halfbyte demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(VENV)/.python:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "halfbyte needs Python 3.11 or newer; set PYTHON=python3.x")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	command -v nvidia-smi >/dev/null || $(PIP) install "$(TORCH)" $(TORCH_ARGS)
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build dist
