@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import platform
 import resource
+import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -169,9 +170,11 @@ class Job:
         # Building the module tree also proves that every planned module is a Linear of this architecture.
         model = StreamedModel.of(Weights.of(self.checkpoint), self.device)
         self._require_linears(model)
+        if self.run.fresh:
+            self._require_space()
+            layout.create(self.run.checkpoint)
         calibration = self._calibration()
         if self.run.fresh:
-            layout.create(self.run.checkpoint)
             self.reporter.start("copying what is not quantised", len(blocks.outside))
             digests = {}
             for name in blocks.outside:
@@ -228,6 +231,17 @@ class Job:
                 "blocks": timings,
             },
         )
+
+    def _require_space(self) -> None:
+        """Stop before long work when the disk cannot hold the output and the hidden states."""
+        needed = self.work.plan.estimates["disk"].value
+        free = shutil.disk_usage(self.run.partial).free
+        if free < needed:
+            raise OutputError(
+                f"{needed / 1e9:.2f} GB are needed there and {free / 1e9:.2f} GB are free",
+                where=str(self.run.partial.parent),
+                remedy="Free space or choose another folder; `halfbyte plan` shows what the space is for.",
+            )
 
     def _calibration(self) -> Calibration | None:
         """The calibration set: made once, kept with the run."""

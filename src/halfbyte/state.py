@@ -95,7 +95,10 @@ class RunFolder:
         if (partial / "state" / "journal.json").exists():
             journal = read_json(partial / "state" / "journal.json")
             _refuse_changes(partial, journal["options"], options)
-        return RunFolder(out, partial, journal, lock)
+        run = RunFolder(out, partial, journal, lock)
+        if run.fresh:
+            run.record(-1)
+        return run
 
     def record(self, stage: int, **facts: Any) -> None:
         """Declare blocks ``0 .. stage - 1`` finished, atomically, with facts about them."""
