@@ -5,9 +5,16 @@ the rounding and the update of the columns still open run over contiguous rows a
 product updates everything to the right.
 
 Same mathematics as ``gptq_reference``; float32 instead of float64.
+
+Both kernels run on as many threads as torch does. numba and torch share one OpenMP runtime, whose thread count numba
+sets: left alone, a first call here would change how torch splits its sums from then on, and a resumed run, whose torch
+has not been through that call yet, would end in other bytes.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import numba
 import numpy as np
@@ -18,6 +25,17 @@ PANEL = 128
 ROWS = 32
 
 Array = npt.NDArray[np.float32]
+
+
+@contextlib.contextmanager
+def torchs_threads() -> Iterator[None]:
+    """Run numba on torch's number of threads, and leave torch with the number it had."""
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @numba.njit(parallel=True, cache=True, fastmath={"contract"})  # type: ignore[untyped-decorator]
@@ -88,19 +106,20 @@ def solve_columns(
     errors = torch.empty((rows, PANEL), dtype=torch.float32)
     for start in range(0, n, PANEL):
         width = min(PANEL, n - start)
-        _panel(
-            weight.numpy(),
-            start,
-            width,
-            factor.numpy(),
-            scales.numpy(),
-            zeros.numpy(),
-            group_of.numpy(),
-            np.float32(q_min),
-            np.float32(q_max),
-            codes.numpy(),
-            errors.numpy(),
-        )
+        with torchs_threads():
+            _panel(
+                weight.numpy(),
+                start,
+                width,
+                factor.numpy(),
+                scales.numpy(),
+                zeros.numpy(),
+                group_of.numpy(),
+                np.float32(q_min),
+                np.float32(q_max),
+                codes.numpy(),
+                errors.numpy(),
+            )
         e = errors[:, :width]
         loss += e.square().sum(dim=1)
         if start + width < n:
@@ -157,13 +176,14 @@ def search_scales(
         indices ``[rows, groups]`` int64; the first of equals wins.
     """
     best = torch.zeros(candidates.shape[:2], dtype=torch.int64)
-    _search(
-        weight.numpy(),
-        importance.numpy(),
-        candidates.numpy(),
-        zeros.numpy(),
-        np.float32(q_min),
-        np.float32(q_max),
-        best.numpy(),
-    )
+    with torchs_threads():
+        _search(
+            weight.numpy(),
+            importance.numpy(),
+            candidates.numpy(),
+            zeros.numpy(),
+            np.float32(q_min),
+            np.float32(q_max),
+            best.numpy(),
+        )
     return best
