@@ -2,7 +2,8 @@
 
     python score_transformers.py BASE CHECKPOINT TEXT [--tokens N] [--window 512]
 
-Shares no code with halfbyte. Both models are loaded whole, dequantised, in float32, and run one window at a time. The
+Shares no code with halfbyte. Both models are held whole, dequantised, in float32 (4-bit symmetric pack-quantized
+checkpoints, or dense ones), and run one window at a time. The
 text is tokenised once without special tokens. Where the tokenizer puts a beginning-of-sequence token in front of a
 text, a window is that token and the next window - 1 text tokens, and each text token is a target once; otherwise
 window k reads tokens kL .. kL+L-1 and its targets are kL+1 .. kL+L, so each token after the first is a target once.
@@ -25,19 +26,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROWS = 64  # rows of logits that are held in float64 at once
 
 
-def load(folder: Path) -> Any:
-    """A causal model in float32; a compressed-tensors checkpoint is dequantised while it loads."""
-    config = AutoConfig.from_pretrained(folder)
-    quantized = "quantization_config" in config.to_dict()
-    extra = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if quantized else {}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **extra).eval()
-    wrong = sorted({str(p.dtype) for p in model.parameters()} - {"torch.float32"})
-    if wrong:
-        model = model.float()
+def load(base: Path, checkpoint: Path) -> Any:
+    """The base's model class in float32, holding the weights of a dense or pack-quantized 4-bit checkpoint.
+
+    A packed weight becomes exactly q * s in float32. (transformers' own dequantisation rounds it to bfloat16, which
+    moves KL by a thousandth and a few top-1 choices in a thousand.)
+    """
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    own = model.state_dict()
+    seen = set()
+    with torch.no_grad():
+        for path in sorted(checkpoint.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                names = set(file.keys())
+                for name in sorted(names):
+                    module, _, leaf = name.rpartition(".")
+                    if leaf == "weight_packed":
+                        scale = file.get_tensor(f"{module}.weight_scale").float()
+                        value, target = unpack(file.get_tensor(name), scale), f"{module}.weight"
+                    elif f"{module}.weight_packed" in names and leaf in ("weight_scale", "weight_shape"):
+                        continue
+                    else:
+                        value, target = file.get_tensor(name).float(), name
+                    own[target].copy_(value)
+                    seen.add(target)
+    tied = {"lm_head.weight"} if model.config.get_text_config().tie_word_embeddings else set()
+    if missing := sorted(own.keys() - seen - tied):
+        raise SystemExit(f"{checkpoint} lacks {', '.join(missing[:5])}")
     return model
+
+
+def unpack(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """int32 [out, in / 8], eight codes + 8 a word, lowest nibble first; float32 scales [out, groups] -> [out, in]."""
+    nibbles = torch.stack([(packed.long() >> (4 * j)) & 15 for j in range(8)], dim=-1).flatten(1)
+    codes = (nibbles - 8).float()
+    return (codes.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]).flatten(1)
 
 
 def windows(ids: list[int], bos: int | None, length: int) -> list[tuple[list[int], list[int]]]:
@@ -76,18 +105,30 @@ class Mean:
         return math.sqrt(windows / max(1, windows - 1) * squares) / self.n
 
 
+def rows_of(p: torch.Tensor, q: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+    """KL, nll_Q - nll_P, nll_P and agreement of logit rows, in float64: in float32 the sum over a vocabulary of a
+    quarter of a million terms is off by 1e-5."""
+    agree = (p.argmax(-1) == q.argmax(-1)).double()
+    log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    nll_p, nll_q = -log_p.gather(1, y)[:, 0], -log_q.gather(1, y)[:, 0]
+    return [(log_p.exp() * (log_p - log_q)).sum(-1), nll_q - nll_p, nll_p, agree]
+
+
 def score(base: Any, other: Any, pairs: list[tuple[list[int], list[int]]]) -> dict[str, float]:
     """The divergence set over all targets of all windows."""
     kl, change, agree, nll_p = Mean(), Mean(), Mean(), Mean()
     with torch.inference_mode():
         for inputs, targets in pairs:
-            x, y = torch.tensor([inputs]), torch.tensor(targets)[:, None]
-            log_p = base(input_ids=x, use_cache=False).logits[0].float().log_softmax(-1)
-            log_q = other(input_ids=x, use_cache=False).logits[0].float().log_softmax(-1)
-            kl.add((log_p.exp() * (log_p - log_q)).sum(-1))
-            change.add((log_p.gather(1, y) - log_q.gather(1, y))[:, 0])
-            nll_p.add(-log_p.gather(1, y)[:, 0])
-            agree.add((log_p.argmax(-1) == log_q.argmax(-1)).float())
+            x = torch.tensor([inputs])
+            p, q = (model(input_ids=x, use_cache=False).logits[0].float() for model in (base, other))
+            parts = [
+                rows_of(a, b, t)
+                for a, b, t in zip(
+                    p.split(ROWS), q.split(ROWS), torch.tensor(targets)[:, None].split(ROWS), strict=True
+                )
+            ]
+            for mean, values in zip((kl, change, nll_p, agree), zip(*parts, strict=True), strict=True):
+                mean.add(torch.cat(values))
     ratio = math.exp(change.mean)
     return {
         "targets": kl.n,
@@ -116,7 +157,7 @@ def main() -> None:
     ids = ids[: options.tokens] if options.tokens else ids
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     pairs = windows(ids, tokenizer.bos_token_id if adds_bos else None, options.window)
-    metrics = score(load(options.base), load(options.checkpoint), pairs)
+    metrics = score(load(options.base, options.base), load(options.base, options.checkpoint), pairs)
     digest = hashlib.sha256(content).hexdigest()
     print(json.dumps({"text_sha256": digest, "window": options.window, "metrics": metrics}, indent=2))
 
