@@ -1,0 +1,38 @@
+"""Fixtures that several test modules share: tiny models, made once a session, and a calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+
+Models = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """``tiny_model("gemma3", tied=False, ...)``: a checkpoint folder, made once for equal arguments. Not to be changed.
+
+    Arguments are those of :func:`tiny.build`.
+    """
+    made: dict[str, Path] = {}
+
+    def get(family: str = "llama", **options: Any) -> Path:
+        key = repr((family, sorted(options.items(), key=lambda item: item[0])))
+        if key not in made:
+            made[key] = tiny.build(tmp_path_factory.mktemp(family) / "source", family, **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short text of our own, UTF-8."""
+    path = tmp_path_factory.mktemp("text") / "ferry.txt"
+    path.write_text(tiny.TEXT, encoding="utf-8")
+    return path

@@ -1,0 +1,153 @@
+"""Tiny random models of every family that halfbyte knows, complete with tokenizer, chat template and generation config.
+
+They are small enough to be quantised in a second, and odd enough to matter: biases where the family has them, norms
+that are not all ones, sliding windows shorter than the calibration text, tied and untied heads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+TEXT = """\
+The ferry that crosses the bay leaves every morning at six, before the fog has lifted from the water. Its captain has
+made the journey more than nine thousand times, and she says that no two of them were alike. In spring the ice breaks
+with a sound like distant cannon; in autumn the geese pass low overhead, and the children on the upper deck count them
+aloud until they lose their place and begin again from one.
+
+There are forty seats below and twelve above. The seats below are warm and smell of coffee. The seats above are cold,
+and they are always taken first, because from there one can see the lighthouse, the two churches, and the long grey
+line of the breakwater that was built by prisoners in the year of the great storm. Nobody remembers their names. A
+small plate on the wall says only how many stones they carried, and how far, and that the work took eleven winters.
+
+When the engine stops in the middle of the bay, which happens about once a year, the passengers do not complain. They
+share what they have brought: bread, apples, a thermos of soup. Somebody tells a story. The captain climbs down with
+a lamp and a hammer, and after a while there is a cough, and a second cough, and then the steady beat that everyone has
+been listening for without saying so. "Well," says the old postman then, as he says each time, "that is that." And the
+bow turns slowly towards the town, where the bells are ringing for half past seven, and the bakers open their doors.
+
+A visitor once asked how deep the water was. Deep enough, the captain answered, and shallow enough. She had measured it
+as a girl with a stone on a rope: seventeen fathoms by the red buoy, nine at the sand bank, four where the river comes
+in. The numbers have changed since then, she said, but not the order, and it is the order that one has to know.
+"""
+TEMPLATE = (
+    "{{ '<s>' }}{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+VOCAB = 320
+WINDOW = 16  # sliding window of the families that have one
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A configuration class and what it is given besides :data:`COMMON`; ``tied`` is the usual state of its head."""
+
+    config: str
+    model: str
+    tied: bool
+    extra: dict[str, Any]
+
+
+FAMILIES = {
+    "llama": Family("LlamaConfig", "LlamaForCausalLM", False, {}),
+    "mistral": Family("MistralConfig", "MistralForCausalLM", False, {"sliding_window": WINDOW}),
+    "qwen2": Family("Qwen2Config", "Qwen2ForCausalLM", True, {}),
+    "qwen3": Family("Qwen3Config", "Qwen3ForCausalLM", False, {"head_dim": 32}),
+    "gemma3": Family(
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        True,
+        {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+}
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A byte-level BPE trained on :data:`TEXT`, with a BOS before every text and a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<pad>", "<s>", "</s>", "<user>", "<assistant>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<pad>", "<s>", "</s>")])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    wrapped.chat_template = TEMPLATE
+    wrapped.save_pretrained(folder)
+
+
+def build(
+    folder: Path,
+    family: str = "llama",
+    *,
+    tied: bool | None = None,
+    shard: str | int = "5GB",
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 11,
+    **extra: Any,
+) -> Path:
+    """Save a random model of a family, with everything that a checkpoint on a hub has; returns the folder."""
+    made = FAMILIES[family]
+    options = COMMON | made.extra | {"tie_word_embeddings": made.tied if tied is None else tied} | extra
+    layers = options["num_hidden_layers"]
+    if "layer_types" in options:
+        options["layer_types"] = [options["layer_types"][i % 2] for i in range(layers)]
+    torch.manual_seed(seed)
+    model = getattr(transformers, made.model)(getattr(transformers, made.config)(**options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms and biases start as ones and zeros, which would hide mistakes
+                parameter += 0.2 * torch.randn_like(parameter)
+    model.generation_config.update(do_sample=True, temperature=0.7, top_k=20)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    save_tokenizer(folder)
+    for file in folder.iterdir():
+        os.chmod(file, 0o644)
+    return folder
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, read with the safetensors library."""
+    tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as f:
+            tensors |= {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+    return tensors
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
