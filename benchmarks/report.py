@@ -1,0 +1,76 @@
+"""Render docs/benchmarks.md from the newest result of each kind in results/; nothing in that page is typed by hand.
+
+python benchmarks/report.py            write docs/benchmarks.md
+python benchmarks/report.py --check    exit 1 when the page does not match the results
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import memory
+import peer_gptq
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PAGE = HERE.parent / "docs" / "benchmarks.md"
+
+HEAD = """# Benchmarks
+
+Written by `benchmarks/report.py` from the files in [benchmarks/results](../benchmarks/results); do not edit.
+Absolute times belong to the machine and the hour; ratios from runs that alternated on one machine are the claim.
+[How to run each](../benchmarks/README.md).
+"""
+
+
+def newest(kind: str) -> list[Path]:
+    """The latest result file of each subject of a kind (``DATE-KIND-SUBJECT.json``)."""
+    latest: dict[str, Path] = {}
+    for path in sorted(RESULTS.glob(f"*-{kind}*.json")):
+        latest[path.name[len("2026-01-01") :]] = path
+    return list(latest.values())
+
+
+def block(text: str) -> str:
+    return f"```text\n{text.rstrip()}\n```\n"
+
+
+def ablation(result: dict[str, Any]) -> str:
+    rows = [f"{'held-out error, RTN = 1':28s} mean over {len(result['linears'])} Linears"]
+    rows += [f"{v:28s} {m:.4f}  {result['what'][v]}" for v, m in result["mean_error_relative_to_rtn"].items()]
+    return "\n".join(rows)
+
+
+def page() -> str:
+    parts = [HEAD]
+    for path in newest("peer-gptq"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        parts += [f"## Against llm-compressor: `{path.name}`\n", block(peer_gptq.render(result))]
+    for path in newest("memory"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        parts += [f"## Peak memory: `{path.name}`\n", block(memory.render(result))]
+        if path.with_suffix(".png").exists():
+            parts.append(f"![peak memory against depth](../benchmarks/results/{path.stem}.png)\n")
+    for path in newest("ablation"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        parts += [f"## What each part of the solver is worth: `{path.name}`\n", block(ablation(result))]
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    text = page()
+    if parser.parse_args().check:
+        sys.exit(
+            0 if PAGE.read_text(encoding="utf-8") == text else "docs/benchmarks.md is stale: run benchmarks/report.py"
+        )
+    PAGE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
