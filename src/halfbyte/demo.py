@@ -30,7 +30,7 @@ T = TypeVar("T")
 SMOLLM2_NAME = "SmolLM2-135M-Instruct"
 SCHEME, GROUP_SIZE = "W4A16", 64
 SAMPLES, SEQ_LEN, SEED = 48, 384, 0
-QUESTION = "Why is the sky blue? Answer in two sentences."
+QUESTION = "What is photosynthesis? Answer in two sentences."
 ANSWER_TOKENS = 80
 RECORD_NAME = "demo.json"
 

@@ -14,8 +14,9 @@ A token is drawn by inverting the cumulative distribution with one uniform numbe
 tokens. Numbers come from a generator of its own, so no global random state is read or changed; the result is the same
 for the same seed, device, thread count and library versions.
 
-The cache writes into memory allocated once: growing it by concatenation, as transformers does by default, takes more
-than half of the time of 48 rows x 384 tokens on two cores (measured; see docs/log.md).
+The cache writes into memory allocated once. Growing it by concatenation, as transformers does by default, copies all of
+it at every position: 44 s instead of 34 s for the first 200 positions of 48 rows (SmolLM2-135M, two cores), and the
+difference grows with the square of the length.
 """
 
 from __future__ import annotations
@@ -161,9 +162,9 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, barred: torch.Tensor) -> t
     Raises:
         NumericsError: a row has no finite maximum.
     """
-    scores = logits.float().masked_fill(barred, -torch.inf)
-    weights = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
-    cumulative = torch.where(weights >= MIN_P, weights, 0.0).cumsum(dim=-1)
+    weights = logits.float().masked_fill(barred, -torch.inf)  # a copy; the rest happens in place
+    weights.sub_(weights.amax(dim=-1, keepdim=True)).exp_()
+    cumulative = weights.masked_fill_(weights < MIN_P, 0.0).cumsum_(dim=-1)
     total = cumulative[:, -1:]
     if not bool(torch.isfinite(total).all()) or bool((total == 0).any()):
         raise NumericsError(
