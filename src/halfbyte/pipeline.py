@@ -33,7 +33,15 @@ from halfbyte.checkpoint.reader import (
     open_checkpoint,
 )
 from halfbyte.checkpoint.source import resolve
-from halfbyte.errors import ArchitectureError, HalfbyteError, NumericsError, OutputError, UsageError, raise_all
+from halfbyte.errors import (
+    ArchitectureError,
+    HalfbyteError,
+    NumericsError,
+    OutputError,
+    ResumeError,
+    UsageError,
+    raise_all,
+)
 from halfbyte.methods.gptq import factor_hessian, quantize_gptq
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.rtn import quantize_rtn
@@ -136,12 +144,16 @@ def quantize(
     try:
         job = Job(checkpoint, work, chosen, size, target, options, run, reporter)
         manifest = job.carry_out()
-    except OutputError:
+    except (OutputError, ResumeError):
         if run.fresh:
             run.discard()
+        run.leave()
         raise
-    except (HalfbyteError, UsageError):
+    except HalfbyteError:
         run.discard()
+        raise
+    except BaseException:
+        run.leave()
         raise
     run.publish()
     return manifest

@@ -26,7 +26,7 @@ import torch
 
 from halfbyte.checkpoint.layout import write_error
 from halfbyte.checkpoint.reader import bytes_of
-from halfbyte.errors import OutputError, ResumeError
+from halfbyte.errors import HalfbyteError, OutputError, ResumeError
 from halfbyte.records import fsync_folder, read_json, write_json
 
 
@@ -90,11 +90,16 @@ class RunFolder:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            lock.close()
             raise OutputError("another process is working there", where=str(partial), remedy="Wait for it.") from None
         journal: dict[str, Any] = {"options": options, "stage": -1}
         if (partial / "state" / "journal.json").exists():
-            journal = read_json(partial / "state" / "journal.json")
-            _refuse_changes(partial, journal["options"], options)
+            try:
+                journal = read_json(partial / "state" / "journal.json")
+                _refuse_changes(partial, journal["options"], options)
+            except HalfbyteError:
+                lock.close()
+                raise
         run = RunFolder(out, partial, journal, lock)
         if run.fresh:
             run.record(-1)
@@ -115,6 +120,10 @@ class RunFolder:
         fsync_folder(self.out.parent)
         self._lock.close()
         shutil.rmtree(self.partial)
+
+    def leave(self) -> None:
+        """Let go of the run as it is, so that another may continue it, in this process too."""
+        self._lock.close()
 
     def discard(self) -> None:
         """Remove the run and everything in it."""
