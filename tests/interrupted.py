@@ -1,0 +1,79 @@
+"""Runs of ``quantize`` in processes of their own, which can be killed, and which can kill themselves at a chosen write.
+
+A fork server imports torch once; its children start in milliseconds, so that dozens of runs can be killed.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["halfbyte.pipeline", "interrupted"])
+# Everything that changes the disk while a run is going on.
+WRITES = ("pwrite", "replace", "rename", "unlink", "posix_fallocate", "rmdir")
+THREADS = 1
+
+
+def start(source: Path, out: Path, **options: Any) -> multiprocessing.process.BaseProcess:
+    """Start a run in a process of its own."""
+    process = CONTEXT.Process(target=_work, args=(source, out, options))
+    process.start()
+    return process
+
+
+def _work(source: Path, out: Path, options: dict[str, Any]) -> None:
+    import torch
+
+    from halfbyte.pipeline import quantize
+
+    torch.set_num_threads(THREADS)
+    trap = options.pop("trap", None)
+    if trap is not None:
+        set_trap(*trap)
+    quantize(source, out, device="cpu", **options)
+
+
+def finish(process: multiprocessing.process.BaseProcess) -> int:
+    """Wait for a run; its exit code (minus the signal where one ended it)."""
+    process.join(120)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def set_trap(kind: str, number: int, log: Path | None = None) -> None:
+    """Set this process up to come to grief at one of its writes.
+
+    Args:
+        kind: ``"kill"``: end before write ``number``, counted from 0; ``"tear"``: end when half of it is done;
+            ``"full"``: there is no space from then on; ``"count"``: nothing happens.
+        number: see ``kind``.
+        log: takes the name of each write, a line each.
+    """
+    seen = 0
+
+    def wrap(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal seen
+            here, seen = seen, seen + 1
+            if log is not None:
+                with open(log, "a") as f:
+                    f.write(f"{name}\n")
+            if kind == "full" and here >= number and name in ("pwrite", "posix_fallocate"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if here == number and kind in ("kill", "tear"):
+                if kind == "tear" and name == "pwrite":
+                    descriptor, data, offset = args
+                    real(descriptor, data[: len(data) // 2], offset)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in WRITES:
+        setattr(os, name, wrap(name, getattr(os, name)))
