@@ -35,14 +35,15 @@ class Measurement:
         peak_rss_bytes: the kernel's own peak of resident memory (``ru_maxrss``), file-mapped pages included.
         peak_anonymous_bytes: largest sampled anonymous memory, i.e. without pages that are backed by files and that
             the kernel may drop at will; 0 where it cannot be read.
-        load_before: the machine's load average (1 minute) at the start: about 0 on a quiet machine.
+        other_cpu_share: how much of the machine's processor time everything else used meanwhile, 0 to 1; near 0 on a
+            quiet machine, ``None`` where it cannot be read.
     """
 
     wall_s: float
     cpu_s: float
     peak_rss_bytes: int
     peak_anonymous_bytes: int
-    load_before: float
+    other_cpu_share: float | None
 
 
 def measure(command: Sequence[str | Path], log: Path, env: dict[str, str] | None = None) -> Measurement:
@@ -51,25 +52,39 @@ def measure(command: Sequence[str | Path], log: Path, env: dict[str, str] | None
     Both sides of a comparison go through here, so they are measured alike.
     """
     error_log = log.with_name(log.name + ".err")
-    load = os.getloadavg()[0]
     with open(log, "wb") as out, open(error_log, "wb") as err:
-        start = perf_counter()
+        busy, start = busy_s(), perf_counter()
         child = subprocess.Popen([str(c) for c in command], stdout=out, stderr=err, env={**os.environ, **(env or {})})
         anonymous = _AnonymousPeak(child.pid)
         _, status, usage = os.wait4(child.pid, 0)
         wall = perf_counter() - start
+        busy_after = busy_s()
         anonymous.stop()
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode != 0:
         tail = error_log.read_text(errors="replace")[-3000:]
         raise SystemExit(f"{' '.join(map(str, command))}\nended with status {child.returncode}:\n{tail}")
+    cpu = usage.ru_utime + usage.ru_stime
+    others = None
+    if busy is not None and busy_after is not None:
+        others = max(0.0, busy_after - busy - cpu) / (wall * (os.cpu_count() or 1))
     return Measurement(
         wall_s=wall,
-        cpu_s=usage.ru_utime + usage.ru_stime,
+        cpu_s=cpu,
         peak_rss_bytes=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         peak_anonymous_bytes=anonymous.bytes,
-        load_before=load,
+        other_cpu_share=others,
     )
+
+
+def busy_s() -> float | None:
+    """Processor seconds that the whole machine has used since it started (Linux; else ``None``)."""
+    try:
+        with open("/proc/stat") as f:
+            user, nice, system, _, _, irq, softirq = map(int, f.readline().split()[1:8])
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 class _AnonymousPeak:

@@ -28,8 +28,9 @@ PACKAGES = {
     PEER: ("llmcompressor", "compressed-tensors", "transformers", "torch", "numpy"),
     OURS: ("halfbyte", "compressed-tensors", "transformers", "torch", "numpy", "numba"),
 }
+KL = "KL divergence (nats)"
 SCORES = {  # row of the table: metric of `halfbyte compare`, of score_transformers.py
-    "KL divergence (nats)": ("kl_mean", "kl"),
+    KL: ("kl_mean", "kl"),
     "standard error of KL": ("kl_se", "kl_se"),
     "perplexity ratio": ("perplexity_ratio", "perplexity_ratio"),
     "standard error of the ratio": ("perplexity_ratio_se", "perplexity_ratio_se"),
@@ -221,10 +222,15 @@ def render(result: dict[str, Any]) -> str:
         f"{machine['cpu']}, {machine['cores']} cores, {harness.gib(machine['memory_bytes'])}; {result['date']}, "
         f"commit {(result['commit']['commit'] or 'unknown')[:12]}"
         + (" with changes" if result["commit"]["modified"] else "")
-        + f"; load before each run {min(r['load_before'] for r in result['runs']):.1f} to "
-        f"{max(r['load_before'] for r in result['runs']):.1f}"
+        + others(result["runs"])
     )
     return f"{harness.table(rows)}\n\n{where}"
+
+
+def others(runs: list[dict[str, Any]]) -> str:
+    """How busy the machine was with other work, in words."""
+    shares = [r["other_cpu_share"] for r in runs if r["other_cpu_share"] is not None]
+    return f"; other work used {min(shares):.0%} to {max(shares):.0%} of the processors meanwhile" if shares else ""
 
 
 if __name__ == "__main__":
