@@ -13,11 +13,15 @@ small, column by column. Where we differ from the paper:
 - Scales minimise the rounding error weighted by ``1 / R_jj^2``. That is the weight an error in column j has in GPTQ's
   own objective, ``sum_j (w_j - w_q,j)^2 / R_jj^2``, once the open columns have absorbed what they can; ``diag(H)``
   ignores that they do. (Ablation: docs/log.md.)
-- If H cannot be factored, damping rises tenfold, at most :data:`MAX_RAISES` times, and the record says so.
+- If H cannot be factored, damping rises tenfold, at most :data:`MAX_RAISES` times, and the record says so. Where none
+  was asked for, the first raise goes to ten times :data:`LEAST_RAISED`.
+- An input that was always zero gets the mean diagonal for its own: its weights are 0 whatever its pivot is, and it
+  forces no damping on the others.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +33,7 @@ from halfbyte.methods.scales import searched
 from halfbyte.schemes import WeightFormat
 
 MAX_RAISES = 4
+LEAST_RAISED = 1e-3
 DOUBLE_LIMIT = 4096
 
 
@@ -40,7 +45,7 @@ class Factor:
         order: ``[in]`` int64, columns by descending ``diag(H)``.
         upper: ``R [in, in]`` float32 upper triangular in that order, of the damped H.
         importance: ``1 / R_jj^2 [in]`` float32 in the original order.
-        damping: what was added to the diagonal.
+        damping: what was added to the diagonal (of inputs that are not dead).
         damp_fraction: the same as a share of the mean diagonal.
         raises: how often it had to be raised.
         dead: ``[in]`` bool, inputs that were always zero.
@@ -64,12 +69,19 @@ def factor_hessian(hessian: torch.Tensor, damp_fraction: float, *, where: str) -
         where: whose Hessian it is, for messages.
 
     Raises:
-        NumericsError: not positive definite even at the highest damping.
+        NumericsError: not finite, or not positive definite even at the highest damping.
     """
     n = hessian.shape[0]
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     mean = float(diagonal.mean(dtype=torch.float64))
+    if not math.isfinite(float(hessian.sum(dtype=torch.float64))):
+        raise NumericsError(
+            "the Hessian holds NaN or infinity",
+            where=where,
+            why="the calibration activations overflow float32 when squared",
+            remedy="Check the model's activations on this text, or skip the Linear with --ignore.",
+        )
     if mean == 0:
         mean = 1.0
     order = torch.argsort(diagonal, descending=True, stable=True)
@@ -77,9 +89,9 @@ def factor_hessian(hessian: torch.Tensor, damp_fraction: float, *, where: str) -
     backwards = order.flip(0)
     dtype = torch.float64 if n <= DOUBLE_LIMIT else torch.float32
     for raises in range(MAX_RAISES + 1):
-        fraction = damp_fraction * 10**raises
+        fraction = max(damp_fraction, LEAST_RAISED) * 10**raises if raises else damp_fraction
         reversed_h = hessian[backwards][:, backwards].to(dtype)
-        reversed_h.diagonal().add_(fraction * mean)
+        reversed_h.diagonal().add_(torch.where(dead, mean, fraction * mean)[backwards])
         lower, info = torch.linalg.cholesky_ex(reversed_h)
         del reversed_h
         if int(info) == 0:
@@ -88,7 +100,7 @@ def factor_hessian(hessian: torch.Tensor, damp_fraction: float, *, where: str) -
         raise NumericsError(
             f"the Hessian cannot be factored even with {fraction:g} of its mean diagonal added",
             where=where,
-            why="the calibration activations are degenerate or overflow",
+            why="the calibration activations are degenerate",
             remedy="Use more or other calibration text, or a higher damping (damp_fraction in a recipe).",
         )
     upper = lower.flip(0, 1)
