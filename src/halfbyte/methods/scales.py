@@ -7,7 +7,8 @@ Min-max, as compressed-tensors reckons it, with ``lo = min(w, 0)`` and ``hi = ma
     float8       s = max|w| / 448
 
 Scales are rounded to the dtype they will be stored in before any code is chosen, so that codes fit the scales on disk.
-A group of zeros gets the smallest scale that keeps ``0 * s`` and every check finite: 1.
+A group of zeros gets scale 1. No scale is 0: the least is the dtype's smallest normal number, and in float16, whose
+normal numbers end where scales of real int8 weights begin, its smallest subnormal one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from halfbyte.schemes import WeightFormat
 # help where compensation pushes weights outwards.
 SHRINK = torch.linspace(0.40, 1.05, 66)
 CANDIDATES_PER_CALL = 1 << 23
+LEAST_SCALE = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126}
 
 
 def minmax(weight: torch.Tensor, fmt: WeightFormat, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,8 +74,7 @@ def _from_range(
     else:
         scales = (hi - lo) / (fmt.q_max - fmt.q_min)
     scales = scales.to(dtype).to(torch.float32)
-    tiny = torch.finfo(dtype).tiny
-    scales = torch.where(extreme == 0, torch.ones_like(scales), scales.clamp(min=tiny))
+    scales = torch.where(extreme == 0, torch.ones_like(scales), scales.clamp(min=LEAST_SCALE[dtype]))
     if fmt.symmetric:
         return scales, torch.zeros_like(scales)
     return scales, (fmt.q_min - torch.round(lo / scales)).clamp(fmt.q_min, fmt.q_max)
