@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from halfbyte.checkpoint.reader import Checkpoint, TensorInfo
-from halfbyte.errors import ArchitectureError
+from halfbyte.errors import ArchitectureError, HalfbyteError
 
 NUMBERED = re.compile(r"^(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<rest>.+)$")
 NOT_LANGUAGE = re.compile(r"(^|[._])(vision|visual|vit|image|audio|speech|projector|connector|resampler|encoder|mtp)")
@@ -71,19 +71,26 @@ class BlockMap:
         return tuple(f"{m}.weight" for m in self.linears[index]) + self.others[index]
 
 
-def map_blocks(checkpoint: Checkpoint) -> BlockMap:
+def map_blocks(checkpoint: Checkpoint, found: list[HalfbyteError] | None = None) -> BlockMap:
     """Sort a dense checkpoint's tensors into decoder blocks and the rest.
+
+    Args:
+        checkpoint: headers and config.
+        found: a list that takes the error about absent layers, so that a plan can go on and find more; without it,
+            that error is raised.
 
     Raises:
         ArchitectureError: no block list is found, or layers that the config announces are absent.
     """
     expected = checkpoint.text_config.get("num_hidden_layers")
     prefix = find_block_prefix(checkpoint.tensors)
-    if prefix is None or not isinstance(expected, int):
+    if prefix is None or not isinstance(expected, int) or expected < 1:
         raise ArchitectureError(
             f"no decoder blocks were found for architecture {checkpoint.architecture}",
             where=checkpoint.name,
-            why="no numbered module list among the tensors" if prefix is None else "no num_hidden_layers in the config",
+            why="no numbered module list among the tensors"
+            if prefix is None
+            else f"num_hidden_layers in the config is {expected}",
             remedy="halfbyte quantises decoder-only language models; `halfbyte inspect` shows what this is.",
         )
     linears: list[list[str]] = [[] for _ in range(expected)]
@@ -106,11 +113,15 @@ def map_blocks(checkpoint: Checkpoint) -> BlockMap:
                 unsupported.append(name)
     missing = sorted(set(range(expected)) - seen)
     if missing:
-        raise ArchitectureError(
-            f"layers {', '.join(map(str, missing[:8]))} of {expected} are absent from the weights",
+        listed = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
+        absent = ArchitectureError(
+            f"layers {listed} of {expected} are absent from the weights",
             where=f"{checkpoint.name}: {prefix}",
             remedy="The checkpoint is incomplete; download it again.",
         )
+        if found is None:
+            raise absent
+        found.append(absent)
     return BlockMap(
         prefix=prefix,
         linears=tuple(map(tuple, linears)),

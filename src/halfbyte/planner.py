@@ -140,7 +140,7 @@ def make_plan(
             )
         )
     try:
-        blocks = map_blocks(checkpoint)
+        blocks = map_blocks(checkpoint, problems)
     except ArchitectureError as e:
         problems.append(e)
         blocks = BlockMap("", (), (), tuple(checkpoint.tensors), ())
