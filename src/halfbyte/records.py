@@ -200,13 +200,18 @@ def to_json(record: Any) -> str:
 
 def write_json(path: Path, record: Any) -> None:
     """Write a record so that a reader sees the old file or the new one, never a part: temporary, fsync, rename."""
+    text = to_json(record)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(to_json(record))
-        f.flush()
-        os.fsync(f.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     fsync_folder(path.parent)
 
 
