@@ -111,13 +111,14 @@ class Layout:
             except OSError as e:
                 raise write_error(e, folder / file, self.size_bytes) from None
         if len(self.shards) > 1:
-            write_json(
-                folder / INDEX_NAME,
-                {
-                    "metadata": {"total_size": self.size_bytes},
-                    "weight_map": {name: self.tensors[name].file for name in sorted(self.tensors)},
-                },
-            )
+            index = {
+                "metadata": {"total_size": self.size_bytes},
+                "weight_map": {name: self.tensors[name].file for name in sorted(self.tensors)},
+            }
+            try:
+                write_json(folder / INDEX_NAME, index)
+            except OSError as e:
+                raise write_error(e, folder / INDEX_NAME, self.size_bytes) from None
 
     def write(self, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         """Write tensors to their places. Shapes and dtypes must be those announced."""
