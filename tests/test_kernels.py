@@ -1,0 +1,173 @@
+"""The fast kernels against their slow twins: every code, ties excepted, and the loss they report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from halfbyte.kernels import gptq_numba, gptq_reference
+
+Array = npt.NDArray[np.float64]
+# How far from the middle between two codes float32 may still pick the other one: an open column collects up to n
+# updates, each rounded to 2^-24 of its size.
+TIE = 2e-4
+
+
+@dataclass
+class Problem:
+    """One Linear's columns, in float32, ready for a solver; ``hessian`` is the one that ``factor`` was made from."""
+
+    weight: torch.Tensor
+    hessian: Array
+    factor: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    group_of: torch.Tensor
+    q_min: int
+    q_max: int
+
+    def in_float64(self) -> tuple[Array, Array, Array, Array, npt.NDArray[np.int64], int, int]:
+        arrays = (self.weight, self.factor, self.scales, self.zeros)
+        w, r, s, z = (t.numpy().astype(np.float64) for t in arrays)
+        return w, r, s, z, self.group_of.numpy(), self.q_min, self.q_max
+
+
+def problem(rows: int, n: int, *, bits: int, symmetric: bool, groups: int = 2, seed: int = 0) -> Problem:
+    """Correlated inputs, a tenth of them ten times as strong, and groups scattered as activation order does."""
+    rng = np.random.default_rng([seed, rows, n, bits, symmetric])
+    mixing = rng.normal(size=(n, n)) / np.sqrt(n) + np.eye(n)
+    strength = np.where(rng.random(n) < 0.1, 10.0, 1.0)
+    x = (rng.normal(size=(2 * n + 8, n)) @ mixing) * strength
+    hessian = x.T @ x
+    hessian[np.diag_indices(n)] += 0.01 * hessian.diagonal().mean()
+    factor = np.linalg.cholesky(np.linalg.inv(hessian)).T.astype(np.float32)
+    exact = np.linalg.inv(factor.astype(np.float64))
+    q_min, q_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    weight = rng.normal(size=(rows, n)).astype(np.float32)
+    scales = rng.uniform(3.0, 5.0, size=(rows, groups)) / (q_max - q_min)
+    zeros = np.zeros((rows, groups)) if symmetric else rng.integers(q_min // 2, q_max // 2, size=(rows, groups))
+    return Problem(
+        weight=torch.from_numpy(weight),
+        hessian=exact @ exact.T,
+        factor=torch.from_numpy(np.ascontiguousarray(factor)),
+        scales=torch.from_numpy(scales.astype(np.float32)),
+        zeros=torch.from_numpy(zeros.astype(np.float32)),
+        group_of=torch.from_numpy(rng.permutation(np.arange(n) * groups // n)),
+        q_min=q_min,
+        q_max=q_max,
+    )
+
+
+def off_nearest(exact: Array, codes: npt.NDArray[np.int8], q_min: int, q_max: int) -> Array:
+    """How much farther than half a step each code is from the value that it stands for; clipping is no distance."""
+    return np.abs(np.clip(exact, q_min, q_max) - codes) - 0.5
+
+
+SHAPES = [(rows, n) for rows in (1, 7, 32, 33, 100) for n in (8, 100, 128, 129, 300)]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("rows", "n"), SHAPES)
+def test_columns_match_the_slow_twin(rows: int, n: int, symmetric: bool, bits: int) -> None:
+    p = problem(rows, n, bits=bits, symmetric=symmetric)
+    weight, factor, scales, zeros, group_of, q_min, q_max = p.in_float64()
+    found, loss = gptq_numba.solve_columns(p.weight.clone(), p.factor, p.scales, p.zeros, p.group_of, p.q_min, p.q_max)
+    codes = found.numpy()
+    assert codes.min() >= q_min
+    assert codes.max() <= q_max
+
+    # Under the kernel's own earlier choices, each code is a nearest one of the exact value.
+    _, exact, forced_loss = gptq_reference.solve_columns(
+        weight, factor, scales, zeros, group_of, q_min, q_max, forced_codes=codes
+    )
+    assert off_nearest(exact, codes, q_min, q_max).max() <= TIE
+
+    # Left to itself the twin parts from the kernel only at ties: the first difference of each row is one.
+    free, free_exact, _ = gptq_reference.solve_columns(weight, factor, scales, zeros, group_of, q_min, q_max)
+    different = free != codes
+    for row in np.flatnonzero(different.any(axis=1)):
+        first = int(different[row].argmax())
+        from_middle = abs(free_exact[row, first] - np.floor(free_exact[row, first]) - 0.5)
+        assert from_middle <= TIE
+        assert abs(int(free[row, first]) - int(codes[row, first])) == 1
+    assert different.any(axis=1).mean() <= 0.1 or rows < 10
+
+    group = group_of
+    dense = (codes - zeros[:, group]) * scales[:, group]
+    error = weight - dense
+    direct = np.einsum("ri,ij,rj->r", error, p.hessian, error)
+    assert np.allclose(forced_loss, direct, rtol=1e-8)
+    assert np.allclose(loss.numpy(), direct, rtol=1e-4)
+
+
+def test_a_slip_of_one_column_would_be_seen() -> None:
+    """The oracle's own check: shift the factor by one column, and the codes no longer fit."""
+    p = problem(33, 129, bits=4, symmetric=True)
+    weight, factor, scales, zeros, group_of, q_min, q_max = p.in_float64()
+    slipped = p.factor.clone()
+    slipped[:, 1:] = p.factor[:, :-1].triu(1)[:, :]
+    slipped.diagonal().copy_(p.factor.diagonal())
+    codes, _ = gptq_numba.solve_columns(p.weight.clone(), slipped, p.scales, p.zeros, p.group_of, q_min, q_max)
+    _, exact, _ = gptq_reference.solve_columns(
+        weight, factor, scales, zeros, group_of, q_min, q_max, forced_codes=codes.numpy()
+    )
+    assert off_nearest(exact, codes.numpy(), q_min, q_max).max() > 0.1
+
+
+def test_columns_do_not_depend_on_the_number_of_threads() -> None:
+    p = problem(100, 300, bits=4, symmetric=True)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(
+                gptq_numba.solve_columns(p.weight.clone(), p.factor, p.scales, p.zeros, p.group_of, p.q_min, p.q_max)
+            )
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.allclose(results[0][1], results[1][1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 33])
+@pytest.mark.parametrize(("groups", "width"), [(1, 8), (3, 32), (2, 100)])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scale_search_matches_the_slow_twin(rows: int, groups: int, width: int, symmetric: bool, bits: int) -> None:
+    rng = np.random.default_rng([rows, groups, width, symmetric, bits])
+    q_min, q_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    weight = rng.normal(size=(rows, groups * width)).astype(np.float32)
+    importance = rng.exponential(size=groups * width).astype(np.float32)
+    candidates = (rng.uniform(1.0, 6.0, size=(rows, groups, 20)) / (q_max - q_min)).astype(np.float32)
+    zeros = np.zeros_like(candidates) if symmetric else rng.integers(-3, 4, size=candidates.shape).astype(np.float32)
+    tensors = [torch.from_numpy(a) for a in (weight, importance, candidates, zeros)]
+    best = gptq_numba.search_scales(*tensors, q_min, q_max).numpy()
+    wide = [a.astype(np.float64) for a in (weight, importance, candidates, zeros)]
+    expected = gptq_reference.search_scales(*wide, q_min, q_max)
+    assert best.shape == expected.shape == (rows, groups)
+
+    def error(choice: npt.NDArray[np.int64]) -> Array:
+        s = np.take_along_axis(wide[2], choice[..., None], 2)
+        z = np.take_along_axis(wide[3], choice[..., None], 2)
+        w, h = wide[0].reshape(rows, groups, width), wide[1].reshape(1, groups, width)
+        off = w - (np.clip(np.rint(w / s) + z, q_min, q_max) - z) * s
+        result: Array = (h * off * off).sum(-1)
+        return result
+
+    # Another index is right only where both candidates are equally good to float32's precision.
+    assert np.allclose(error(best), error(expected), rtol=1e-5)
+    assert (best == expected).mean() > 0.95
+
+
+def test_the_first_of_equal_scales_wins() -> None:
+    weight, importance = torch.tensor([[1.0, -2.0]]), torch.ones(2)
+    candidates = torch.tensor([[[0.7, 0.5, 1.0, 0.25]]])
+    best = gptq_numba.search_scales(weight, importance, candidates, torch.zeros_like(candidates), -8, 7)
+    assert best.tolist() == [[1]]
