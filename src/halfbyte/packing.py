@@ -78,8 +78,10 @@ def unpack(
     codes = unpack_from_int32(stored["weight_packed"], weights.num_bits, shape)
     zero_points = None
     if "weight_zero_point" in stored:
-        zero_shape = torch.Size((shape[0], scales.shape[1]))
-        zero_points = unpack_from_int32(stored["weight_zero_point"], weights.num_bits, zero_shape, packed_dim=0)
+        # Along rows, and turned: the library's own packed_dim=0 cannot read eight rows (a single row of words).
+        words = stored["weight_zero_point"].T.clone(memory_format=torch.contiguous_format)
+        turned = torch.Size((scales.shape[1], shape[0]))
+        zero_points = unpack_from_int32(words, weights.num_bits, turned).T.contiguous()
     return codes, scales, zero_points
 
 
