@@ -144,9 +144,14 @@ def quantize(
     try:
         job = Job(checkpoint, work, chosen, size, target, options, run, reporter)
         manifest = job.carry_out()
-    except (OutputError, ResumeError):
+    except OutputError as e:
         if run.fresh:
             run.discard()
+            raise
+        run.leave()
+        kept = f"With --resume it continues after the {run.journal['stage']} blocks that are finished."
+        raise OutputError(e.what, where=e.where, why=e.why, remedy=f"{e.remedy} {kept}") from None
+    except ResumeError:
         run.leave()
         raise
     except HalfbyteError:
@@ -300,6 +305,8 @@ class Job:
             modules = {n: m for n, m in model.linears(index).items() if n in names}
             require_finite_weights(modules)
             for moment in stream.observe(block, index, modules) if modules else ():
+                if not bool(torch.isfinite(moment.hessian.diagonal()).all()):
+                    raise stream.overflow(block, index, moment.names[0])
                 results |= self._solve_shared(moment, modules, index)
             if not last:
                 self._await_save()
@@ -311,12 +318,6 @@ class Job:
     ) -> dict[str, tuple[LinearRecord, QuantizedWeight]]:
         """Solve the Linears that share one input: one factorisation, then each in turn. Their weights are replaced."""
         hessian = moment.finish().cpu()
-        if not bool(torch.isfinite(hessian.diagonal()).all()):
-            raise NumericsError(
-                "the calibration inputs are not finite",
-                where=moment.names[0],
-                remedy="Check the source weights, or calibrate with other text.",
-            )
         factor = factor_hessian(hessian, self.recipe.damp_fraction, where=moment.names[0])
         results = {}
         for name in moment.names:
@@ -462,14 +463,32 @@ class Stream:
             )
         return Draining(collector.moments)
 
+    def overflow(self, block: nn.Module, index: int, where: str) -> NumericsError:
+        """What to say of a second moment that is not finite: which module and sample made it so, if they show."""
+        try:
+            for i in range(len(self.batches)):
+                self._run(block, index, i)
+        except NumericsError as e:
+            return e
+        return NumericsError(
+            "the second moment of the calibration inputs is not finite",
+            where=where,
+            why="their squares overflow float32",
+            remedy="Check the source weights with `halfbyte inspect`, or calibrate with other text.",
+        )
+
     def advance(self, block: nn.Module, index: int) -> None:
         """Pass 2: run the block with quantised weights to get what enters the next."""
         for i in range(len(self.batches)):
-            hidden = self.states.read(i).to(self.model.device, self.model.dtype)
-            output = run_block(block, hidden, self.arguments[i][index])
-            name = f"{self.model.disk_prefix}.{index}"
-            require_finite(block, name, hidden, output, self.arguments[i][index], self.samples[i])
-            self.states.write(i, output, stage=index + 1)
+            self.states.write(i, self._run(block, index, i), stage=index + 1)
+
+    def _run(self, block: nn.Module, index: int, batch: int) -> torch.Tensor:
+        """One batch through one block; anything but finite numbers stops it, naming module and sample."""
+        hidden = self.states.read(batch).to(self.model.device, self.model.dtype)
+        output = run_block(block, hidden, self.arguments[batch][index])
+        name = f"{self.model.disk_prefix}.{index}"
+        require_finite(block, name, hidden, output, self.arguments[batch][index], self.samples[batch])
+        return output
 
 
 class Draining(list[SecondMoment]):

@@ -196,10 +196,10 @@ def write_error(error: OSError, path: Path, needed_bytes: int) -> OutputError:
     """An OSError while writing, in words with a remedy."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return OutputError(
-            f"the disk is full: the checkpoint needs {needed_bytes / 1e9:.2f} GB there",
+            "the disk is full" + (f": {needed_bytes / 1e9:.2f} GB are needed there" if needed_bytes else ""),
             where=str(path),
             why=os.strerror(error.errno),
-            remedy="Free space or choose another folder, then run again with --resume.",
+            remedy="Free space or choose another folder, then run again.",
         )
     return OutputError(
         f"cannot be written: {error.strerror or error}",
