@@ -21,7 +21,7 @@ THREADS = 1
 
 
 def start(source: Path, out: Path, **options: Any) -> multiprocessing.process.BaseProcess:
-    """Start a run in a process of its own."""
+    """Start a run in a process of its own: with ``trap``, after :func:`set_trap`; ``said`` is a file for its error."""
     process = CONTEXT.Process(target=_work, args=(source, out, options))
     process.start()
     return process
@@ -30,13 +30,19 @@ def start(source: Path, out: Path, **options: Any) -> multiprocessing.process.Ba
 def _work(source: Path, out: Path, options: dict[str, Any]) -> None:
     import torch
 
+    from halfbyte.errors import HalfbyteError
     from halfbyte.pipeline import quantize
 
     torch.set_num_threads(THREADS)
-    trap = options.pop("trap", None)
+    trap, said = options.pop("trap", None), options.pop("said", None)
     if trap is not None:
         set_trap(*trap)
-    quantize(source, out, device="cpu", **options)
+    try:
+        quantize(source, out, device="cpu", **options)
+    except HalfbyteError as e:
+        if said is not None:
+            said.write_text(str(e))
+        raise
 
 
 def finish(process: multiprocessing.process.BaseProcess) -> int:

@@ -193,9 +193,15 @@ def test_a_run_without_calibration_resumes(source: Path, tmp_path: Path) -> None
 def test_a_full_disk_loses_nothing(source: Path, options: dict[str, Any], whole: Path, tmp_path: Path) -> None:
     """Where the disk fills up half-way, the finished blocks are kept and the run continues when there is space."""
     out = tmp_path / "out"
-    assert finish(start(source, out, trap=("full", 120), **options)) == 1
+    said = tmp_path / "said"
+    assert finish(start(source, out, trap=("full", 120), said=said, **options)) == 1
     assert not out.exists()
-    assert stage_of(out) > 0
+    stage = stage_of(out)
+    assert stage > 0
+    assert said.read_text().endswith(
+        "Free space or choose another folder, then run again. "
+        f"With --resume it continues after the {stage} blocks that are finished."
+    )
     complete(source, out, options)
     assert contents(out) == contents(whole)
 
