@@ -236,6 +236,8 @@ def read_json(path: Path) -> Any:
             where=str(path),
             remedy="Repair the file or download it again.",
         ) from None
+    except RecursionError:
+        raise CheckpointError("its JSON is nested too deeply to be read", where=str(path)) from None
     except (UnicodeDecodeError, OSError) as e:
         raise CheckpointError(f"cannot be read: {e}", where=str(path)) from None
 
