@@ -32,6 +32,7 @@ class HalfbyteError(Exception):
     """
 
     exit_status = 2
+    result_printed = False  # with --json stdout then holds the result already, and the message goes to stderr alone
 
     def __init__(self, what: str, *, where: str = "", why: str = "", remedy: str = "") -> None:
         self.what, self.where, self.why, self.remedy = what, where, why, remedy
@@ -84,6 +85,7 @@ class GateFailed(HalfbyteError):
     """The work was done, and a check on its result failed."""
 
     exit_status = 1
+    result_printed = True
 
 
 def raise_all(problems: Sequence[HalfbyteError]) -> None:

@@ -66,7 +66,7 @@ def entry_point() -> None:
     try:
         cli.main(standalone_mode=False)
     except HalfbyteError as e:
-        fail(str(e), e.exit_status)
+        fail(str(e), e.exit_status, result_printed=e.result_printed)
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)
     except click.UsageError as e:
@@ -84,9 +84,9 @@ def entry_point() -> None:
         fail("this is a bug in halfbyte; please report it with the lines above", INTERNAL_ERROR_STATUS)
 
 
-def fail(message: str, status: int) -> None:
-    """Print one line on stderr (with ``--json`` also an object on stdout) and exit."""
-    if "--json" in sys.argv and status != 130:
+def fail(message: str, status: int, *, result_printed: bool = False) -> None:
+    """Print one line on stderr (with ``--json`` also an object on stdout, unless the result is there) and exit."""
+    if "--json" in sys.argv and status != 130 and not result_printed:
         print(json.dumps({"error": message, "exit_status": status}, ensure_ascii=False))
     print(f"halfbyte: {message}", file=sys.stderr)
     sys.exit(status)

@@ -15,6 +15,12 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.records import Plan
 
 
+class PlanProblems(HalfbyteError):
+    """A plan was printed, and what it lists would stop the run."""
+
+    result_printed = True
+
+
 @click.command("plan")
 @click.argument("source")
 @scheme_options
@@ -56,7 +62,7 @@ def command(
     emit(result, as_json=as_json, render=lambda console: render(console, result, every_tensor=every_tensor))
     if result.problems:
         count = len(result.problems)
-        raise HalfbyteError(f"{count} problem{'s' if count > 1 else ''} would stop this run", where=source)
+        raise PlanProblems(f"{count} problem{'s' if count > 1 else ''} would stop this run", where=source)
 
 
 def render(console: Console, plan: Plan, *, every_tensor: bool = False) -> None:

@@ -25,7 +25,13 @@ from halfbyte.records import Manifest
 )
 @click.option("--samples", type=click.IntRange(min=1), help="Calibration sequences.  [default: 128]")
 @click.option("--seq-len", type=click.IntRange(min=2), help="Tokens in each.  [default: 512]")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to compute; auto takes a GPU where there is one.",
+)
 @click.option("--offload", is_flag=True, help="Keep hidden states on disk instead of in memory.")
 @click.option("--resume", is_flag=True, help="Continue the unfinished run in OUT.partial.")
 @click.option("--seed", type=click.IntRange(min=0), help="For calibration that is drawn at random.  [default: 0]")
