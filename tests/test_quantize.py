@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,45 +68,6 @@ def run(
     return halfbyte.quantize(source, out, scheme=name, group_size=group_size, method=method, **(settings | options))
 
 
-def load(folder: Path, **options: Any) -> Any:
-    """What transformers makes of a checkpoint, in float32."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what other libraries say about themselves
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32} | options).eval()
-
-
-def token_ids(folder: Path, count: int = 48) -> torch.Tensor:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    return torch.tensor([tokenizer(tiny.TEXT).input_ids[:count]])
-
-
-def decoded(out: Path) -> dict[str, torch.Tensor]:
-    """Dense float32 weights by the independent decoder."""
-    tensors = {t.name: t for f in sorted(out.glob("*.safetensors")) for t in reference.read_header(f).tensors}
-    groups = list(tiny.config_of(out)["quantization_config"]["config_groups"].values())
-    dense = {}
-    for name in tensors:
-        module, _, leaf = name.rpartition(".")
-        if leaf == "weight_scale":
-            parts = {n.rpartition(".")[2]: t for n, t in tensors.items() if n.rpartition(".")[0] == module}
-            fmt = format_of(next(g for g in groups if any(covers(t, module) for t in g["targets"])))
-            dense[f"{module}.weight"] = torch.from_numpy(reference.decode(parts, fmt).copy())
-        elif leaf not in ("weight", "weight_packed", "weight_shape", "weight_zero_point") or (
-            f"{module}.weight_scale" not in tensors
-        ):
-            dense[name] = torch.from_numpy(reference.to_float32(tensors[name].rows(), tensors[name].dtype).copy())
-    return dense
-
-
-def covers(target: str, module: str) -> bool:
-    return re.match(target[3:], module) is not None if target.startswith("re:") else target in ("Linear", module)
-
-
-def format_of(group: dict[str, Any]) -> WeightFormat:
-    w = group["weights"]
-    return WeightFormat(num_bits=w["num_bits"], kind=w["type"], symmetric=w["symmetric"], group_size=w["group_size"])
-
-
 # Every family and scheme
 
 
@@ -124,19 +84,19 @@ def test_every_family_and_scheme_verifies_and_reloads(
 
     # The same model, built here from the original's architecture and the reference decoder's weights, which
     # transformers rounds to the checkpoint's dtype.
-    weights = {n: w.to(torch.bfloat16) for n, w in decoded(out).items()}
-    expected = load(source)
+    weights = {n: w.to(torch.bfloat16) for n, w in tiny.decoded(out).items()}
+    expected = tiny.load(source)
     missing, unexpected = expected.load_state_dict(weights, strict=False)
     assert unexpected == []
     assert set(missing) <= {"lm_head.weight"}
     expected.tie_weights()
     config = transformers.AutoConfig.from_pretrained(out)
     config.quantization_config["dequantize"] = True
-    actual = load(out, config=config, dtype="auto").float()
-    ids = token_ids(source)
+    actual = tiny.load(out, config=config, dtype="auto").float()
+    ids = tiny.token_ids(source)
     with torch.no_grad():
         a, b = actual(ids).logits, expected(ids).logits
-        original = load(source)(ids).logits
+        original = tiny.load(source)(ids).logits
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(a, original, rtol=1e-3, atol=1e-3)
 
@@ -371,9 +331,9 @@ def test_several_groups_load_in_transformers(family: str, tiny_model: Models, te
     }
     record = halfbyte.verify(out, source=source, reload=True)
     assert [c for c in record.checks if c.status != "passed"] == []
-    expected, actual = load(source, dtype=torch.bfloat16), load(out, dtype="auto")
-    expected.load_state_dict({n: w.to(torch.bfloat16) for n, w in decoded(out).items()}, strict=False)
-    ids = token_ids(source)
+    expected, actual = tiny.load(source, dtype=torch.bfloat16), tiny.load(out, dtype="auto")
+    expected.load_state_dict({n: w.to(torch.bfloat16) for n, w in tiny.decoded(out).items()}, strict=False)
+    ids = tiny.token_ids(source)
     with torch.no_grad():
         a, b = actual(ids).logits.float(), expected(ids).logits.float()
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -385,7 +345,7 @@ def test_several_groups_load_in_transformers(family: str, tiny_model: Models, te
 @pytest.mark.parametrize("scheme", list(SCHEMES))
 def test_round_to_nearest_is_compressed_tensors_own(scheme: str, quantized: Callable[..., tuple[Path, Path]]) -> None:
     source, out = quantized("llama", scheme, "rtn")
-    before, weights = tiny.stored(source), decoded(out)
+    before, weights = tiny.stored(source), tiny.decoded(out)
     group = tiny.config_of(out)["quantization_config"]["config_groups"]["group_0"]
     args = QuantizationArgs.model_validate(group["weights"])
     for name in (n for n in before if n.endswith("_proj.weight")):
@@ -434,8 +394,8 @@ def check_block(
     source: Path, out: Path, fmt: WeightFormat, sequences: list[torch.Tensor], block: int, records: list[LinearRecord]
 ) -> None:
     """Codes, scales and recorded errors of a block, given that the blocks before it are as written."""
-    before, after = tiny.stored(source), decoded(out)
-    model = load(source)
+    before, after = tiny.stored(source), tiny.decoded(out)
+    model = tiny.load(source)
     quantized_before = {n: w for n, w in after.items() if any(n.startswith(f"model.layers.{i}.") for i in range(block))}
     model.load_state_dict(quantized_before, strict=False)
     files = {t.name: t for f in out.glob("*.safetensors") for t in reference.read_header(f).tensors}
@@ -539,7 +499,7 @@ def check_codes(source: Path, out: Path, sequences: list[torch.Tensor]) -> None:
     group = tiny.config_of(out)["quantization_config"]["config_groups"]["group_0"]
     records = read_record(Manifest, out / "halfbyte.json").linears
     for block in range(2):
-        check_block(source, out, format_of(group), sequences, block, records)
+        check_block(source, out, tiny.format_of(group), sequences, block, records)
 
 
 def test_torchs_thread_count_is_left_alone(tiny_model: Models, text_file: Path, tmp_path: Path) -> None:
@@ -615,4 +575,4 @@ def test_dead_inputs_get_code_zero(tiny_model: Models, text_file: Path, tmp_path
     manifest = run(source, tmp_path / "out", text_file)
     dead = {r.name.rpartition(".")[2]: r.dead_columns for r in manifest.linears if r.block == 0}
     assert dead == {"q_proj": 1, "k_proj": 1, "v_proj": 1, "o_proj": 0, "gate_proj": 0, "up_proj": 0, "down_proj": 0}
-    assert (decoded(tmp_path / "out")["model.layers.0.self_attn.k_proj.weight"][:, 5] == 0).all()
+    assert (tiny.decoded(tmp_path / "out")["model.layers.0.self_attn.k_proj.weight"][:, 5] == 0).all()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ import torch
 import transformers
 from safetensors import safe_open
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from halfbyte import reference
+from halfbyte.schemes import WeightFormat
 
 TEXT = """\
 The ferry that crosses the bay leaves every morning at six, before the fog has lifted from the water. Its captain has
@@ -151,3 +156,45 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 def config_of(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return config
+
+
+def load(folder: Path, **options: Any) -> Any:
+    """What transformers makes of a checkpoint, in float32."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what other libraries say about themselves
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32} | options).eval()
+
+
+def token_ids(folder: Path, count: int = 48) -> torch.Tensor:
+    """The first tokens of :data:`TEXT`, ``[1, count]``."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return torch.tensor([tokenizer(TEXT).input_ids[:count]])
+
+
+def decoded(out: Path) -> dict[str, torch.Tensor]:
+    """Dense float32 weights by the independent decoder."""
+    tensors = {t.name: t for f in sorted(out.glob("*.safetensors")) for t in reference.read_header(f).tensors}
+    groups = list(config_of(out)["quantization_config"]["config_groups"].values())
+    dense = {}
+    for name in tensors:
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight_scale":
+            parts = {n.rpartition(".")[2]: t for n, t in tensors.items() if n.rpartition(".")[0] == module}
+            fmt = format_of(next(g for g in groups if any(covers(t, module) for t in g["targets"])))
+            dense[f"{module}.weight"] = torch.from_numpy(reference.decode(parts, fmt).copy())
+        elif leaf not in ("weight", "weight_packed", "weight_shape", "weight_zero_point") or (
+            f"{module}.weight_scale" not in tensors
+        ):
+            dense[name] = torch.from_numpy(reference.to_float32(tensors[name].rows(), tensors[name].dtype).copy())
+    return dense
+
+
+def covers(target: str, module: str) -> bool:
+    """Whether a target of a config group is meant for a module."""
+    return re.match(target[3:], module) is not None if target.startswith("re:") else target in ("Linear", module)
+
+
+def format_of(group: dict[str, Any]) -> WeightFormat:
+    """The weight format of a ``config_groups`` entry."""
+    w = group["weights"]
+    return WeightFormat(num_bits=w["num_bits"], kind=w["type"], symmetric=w["symmetric"], group_size=w["group_size"])
