@@ -197,7 +197,7 @@ def make_plan(
                 bits_per_weight=8 * after / info.numel,
             )
         )
-    problems += _pattern_problems(blocks, recipe, schemes)
+    problems += _pattern_problems(blocks, recipe)
     if blocks.num_blocks and not schemes and not problems:
         problems.append(
             UsageError(
@@ -263,7 +263,7 @@ def _linear_problem(info: TensorInfo, module: str, scheme: Scheme) -> HalfbyteEr
     return None
 
 
-def _pattern_problems(blocks: BlockMap, recipe: Recipe, schemes: dict[str, Scheme]) -> list[HalfbyteError]:
+def _pattern_problems(blocks: BlockMap, recipe: Recipe) -> list[HalfbyteError]:
     """Linears that engines would read otherwise than they were written."""
     problems: list[HalfbyteError] = [
         RecipeError(
@@ -282,8 +282,8 @@ def _pattern_problems(blocks: BlockMap, recipe: Recipe, schemes: dict[str, Schem
                 if leaf in members:
                     together.setdefault(parent, []).append(module)
             for parent, parts in together.items():
-                if len({schemes.get(m) for m in parts}) > 1:
-                    listed = ", ".join(f"{m.rpartition('.')[2]} {_name_of(schemes.get(m))}" for m in parts)
+                if len({recipe.scheme_for(m) for m in parts}) > 1:
+                    listed = ", ".join(f"{m.rpartition('.')[2]} {_name_of(recipe.scheme_for(m))}" for m in parts)
                     split.setdefault(listed, []).append(parent)
     problems += [
         UsageError(
