@@ -1,0 +1,387 @@
+"""Plans from headers alone: totals against arithmetic by hand, and every problem at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halfbyte import planner
+from halfbyte.checkpoint.reader import open_checkpoint
+from halfbyte.errors import CheckpointError, UsageError
+from halfbyte.planner import CalibrationSize, WorkPlan, choose_recipe, make_plan, plan
+from halfbyte.recipe import Recipe
+from halfbyte.records import Plan, read_record, write_json
+from halfbyte.schemes import preset
+
+Shapes = dict[str, tuple[int, ...]]
+BYTES = {"BF16": 2, "F32": 4, "I8": 1}
+
+
+@pytest.fixture(autouse=True)
+def _no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans time a matrix product; here it is said to run at 100 GFLOP/s."""
+    monkeypatch.setattr(planner, "matmul_rate", lambda: 100e9)
+
+
+def numel(shape: tuple[int, ...]) -> int:
+    n = 1
+    for d in shape:
+        n *= d
+    return n
+
+
+def write_shard(path: Path, shapes: Shapes, dtype: str = "BF16") -> None:
+    """A safetensors header, and zeros of the right length that take no room on the disk."""
+    header, start = {}, 0
+    for name, shape in shapes.items():
+        end = start + numel(shape) * BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(path, 8 + len(text) + start)
+
+
+def write_checkpoint(
+    folder: Path, shapes: Shapes, config: dict[str, Any], *, shards: int = 1, dtype: str = "BF16"
+) -> Path:
+    """Tensors dealt to shards in runs, as savers do."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    names = list(shapes)
+    if shards == 1:
+        write_shard(folder / "model.safetensors", shapes, dtype)
+        return folder
+    size = -(-len(names) // shards)
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = {n: shapes[n] for n in names[i * size : (i + 1) * size]}
+        write_shard(folder / file, part, dtype)
+        weight_map.update(dict.fromkeys(part, file))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def llama(
+    layers: int, hidden: int, intermediate: int, kv: int, vocab: int, prefix: str = "model.", head: str = "lm_head"
+) -> Shapes:
+    shapes: Shapes = {f"{prefix}embed_tokens.weight": (vocab, hidden)}
+    for i in range(layers):
+        block = f"{prefix}layers.{i}."
+        shapes |= {
+            f"{block}input_layernorm.weight": (hidden,),
+            f"{block}self_attn.q_proj.weight": (hidden, hidden),
+            f"{block}self_attn.k_proj.weight": (kv, hidden),
+            f"{block}self_attn.v_proj.weight": (kv, hidden),
+            f"{block}self_attn.o_proj.weight": (hidden, hidden),
+            f"{block}post_attention_layernorm.weight": (hidden,),
+            f"{block}mlp.gate_proj.weight": (intermediate, hidden),
+            f"{block}mlp.up_proj.weight": (intermediate, hidden),
+            f"{block}mlp.down_proj.weight": (hidden, intermediate),
+        }
+    shapes |= {f"{prefix}norm.weight": (hidden,), f"{head}.weight": (vocab, hidden)}
+    return shapes
+
+
+def config(layers: int, hidden: int, architecture: str = "LlamaForCausalLM") -> dict[str, Any]:
+    return {"architectures": [architecture], "num_hidden_layers": layers, "hidden_size": hidden}
+
+
+TINY = llama(2, 256, 512, 128, 320)
+LINEARS = 7
+
+
+def work(folder: Path, recipe: Recipe) -> WorkPlan:
+    return make_plan(open_checkpoint(folder), recipe, CalibrationSize(samples=4, seq_len=64))
+
+
+def test_a_70b_checkpoint_is_planned_from_its_headers(tmp_path: Path) -> None:
+    layers, hidden, intermediate, kv, vocab = 80, 8192, 28672, 1024, 128256
+    shapes = llama(layers, hidden, intermediate, kv, vocab)
+    source = write_checkpoint(tmp_path / "70b", shapes, config(layers, hidden), shards=30)
+    apparent = sum(p.stat().st_size for p in source.glob("*.safetensors"))
+    real = sum(p.stat().st_blocks * 512 for p in source.glob("*.safetensors"))
+    assert apparent > 141e9 > 1e8 > real
+
+    made = plan(source)
+    assert made.problems == []
+    assert made.notes == []
+    assert made.num_blocks == layers
+    assert made.block_prefix == "model.layers"
+    assert (made.scheme, made.method) == ("W4A16 g128", "gptq")
+
+    a_block = 2 * hidden * hidden + 2 * kv * hidden + 3 * hidden * intermediate
+    quantized = layers * a_block
+    copied = 2 * vocab * hidden + layers * 2 * hidden + hidden
+    assert a_block == 855_638_016
+    assert made.quantized_parameters == quantized == 68_451_041_280
+    assert made.copied_parameters == copied == 2_102_665_216
+    assert made.bytes_before == 2 * (quantized + copied)
+    # Codes 4 bits, a bfloat16 scale for 128 weights, and two int64 for each Linear's shape.
+    linears = LINEARS * layers
+    after = quantized // 2 + quantized // 128 * 2 + 16 * linears + 2 * copied
+    assert made.bytes_after == after
+    assert made.bits_per_weight == pytest.approx(4.125, abs=1e-5)
+    assert made.bits_per_weight == 8 * (quantized // 2 + quantized // 64 + 16 * linears) / quantized
+    assert made.bits_per_parameter == 8 * after / (quantized + copied)
+
+    assert [t.name for t in made.tensors] == list(shapes)
+    by_name = {t.name: t for t in made.tensors}
+    down = by_name["model.layers.79.mlp.down_proj.weight"]
+    assert (down.action, down.block, down.scheme, down.group_size) == ("quantize", 79, "W4A16", 128)
+    assert down.bytes_before == 2 * hidden * intermediate
+    assert down.bytes_after == hidden * intermediate // 2 + hidden * intermediate // 64 + 16
+    assert by_name["lm_head.weight"].reason == "outside the decoder blocks"
+    assert by_name["model.layers.0.input_layernorm.weight"].reason == "not a Linear weight"
+
+    memory = made.estimates["peak_memory"]
+    assert memory.unit == "bytes"
+    assert memory.parts["one block's weights, float32"] == 4 * a_block
+    assert memory.parts["second moments of its inputs, float32"] == 4 * (hidden**2 + intermediate**2)
+    assert memory.parts["hidden states"] == 4 * 128 * 512 * hidden
+    assert memory.value < made.bytes_before / 5  # one block in memory, not the model
+    for estimate in made.estimates.values():
+        assert estimate.value == pytest.approx(sum(estimate.parts.values()))
+        assert estimate.how
+    assert made.estimates["disk"].parts["quantised checkpoint"] == after
+    # Two passes of two operations a weight and token.
+    expected = 4 * 128 * 512 * quantized / 100e9
+    assert made.estimates["time"].parts["two passes through the blocks"] == pytest.approx(expected)
+
+    write_json(tmp_path / "plan.json", made)
+    assert read_record(Plan, tmp_path / "plan.json") == made
+
+
+@pytest.mark.parametrize(
+    ("scheme", "group_size", "bits"),
+    [
+        ("W4A16", 64, 4.25),
+        ("W4A16", "channel", None),
+        ("W4A16_ASYM", None, 4.15625),
+        ("W8A16", None, 8.125),
+        ("W8A8", None, None),
+        ("FP8_DYNAMIC", None, None),
+    ],
+)
+def test_bytes_of_every_scheme(scheme: str, group_size: Any, bits: float | None, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "tiny", TINY, config(2, 256))
+    made = plan(source, scheme=scheme, group_size=group_size)
+    assert made.problems == []
+    total = 0
+    for t in made.tensors:
+        if t.action == "copy":
+            assert t.bytes_after == t.bytes_before
+            continue
+        rows, columns = t.shape
+        weight_bits = 4 if scheme.startswith("W4") else 8
+        width = columns if bits is None else {4.25: 64, 4.15625: 128, 8.125: 128}[bits]
+        expected = rows * columns * weight_bits // 8 + 2 * rows * columns // width
+        expected += rows // 2 * (columns // width) if scheme == "W4A16_ASYM" else 0
+        expected += 0 if scheme in ("W8A8", "FP8_DYNAMIC") else 16
+        assert t.bytes_after == expected, t.name
+        assert t.bits_per_weight == 8 * expected / (rows * columns)
+        total += expected
+    assert made.bits_per_weight == 8 * total / made.quantized_parameters
+    if bits is not None:
+        assert made.bits_per_weight - 8 * 16 * 2 * LINEARS / made.quantized_parameters == pytest.approx(bits)
+
+
+def test_announced_outputs_add_up_to_the_plan(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "tiny", TINY, config(2, 256))
+    made = work(source, Recipe.of_options(preset("W4A16_ASYM")))
+    assert sum(s.size_bytes for s in made.outputs) == made.plan.bytes_after
+    assert len({s.name for s in made.outputs}) == len(made.outputs)
+    assert len(made.schemes) == 2 * LINEARS
+
+
+def test_no_calibration_costs_none(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "tiny", TINY, config(2, 256))
+    made = plan(source, method="rtn")
+    assert made.method == "rtn"
+    assert "hidden states" not in made.estimates["peak_memory"].parts
+    assert made.estimates["time"].parts["two passes through the blocks"] == 0
+    assert plan(source, scheme="FP8_DYNAMIC").method == "rtn"
+
+
+def test_offloaded_hidden_states_take_no_memory(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "tiny", TINY, config(2, 256))
+    held = plan(source, samples=100, seq_len=1000).estimates["peak_memory"]
+    spilt = plan(source, samples=100, seq_len=1000, offload=True).estimates["peak_memory"]
+    assert held.value - spilt.value == 4 * 100 * 1000 * 256
+
+
+def test_every_problem_at_once(tmp_path: Path) -> None:
+    """A shard is missing, one is cut short, group sizes do not divide, a weight has an odd dtype, and it is unknown."""
+    shapes = llama(6, 288, 480, 96, 320)
+    source = write_checkpoint(tmp_path / "odd", shapes, config(6, 288, "NovelForCausalLM"), shards=6)
+    (source / "model-00006-of-00006.safetensors").unlink()
+    short = source / "model-00005-of-00006.safetensors"
+    os.truncate(short, short.stat().st_size - 1)
+    odd = {"model.layers.5.self_attn.q_proj.weight": (288, 288)}
+    write_shard(source / "model-00004-of-00006.safetensors", odd, "I8")
+
+    made = plan(source, group_size=64)
+    found = "\n".join(made.problems)
+    assert "1 of 6 shards are missing: model-00006-of-00006.safetensors" in found
+    assert f"{short}: is not a whole safetensors file" in found
+    assert "of 6 are absent from the weights" in found
+    assert (
+        "model.layers.0.self_attn.q_proj: in_features 288 is not divisible by group_size 64 (remainder 32). "
+        "Use group_size 32, or skip it with --ignore."
+    ) in made.problems
+    assert "model.layers.0.mlp.down_proj: in_features 480 is not divisible by group_size 64 (remainder 32)" in found
+    assert "model.layers.5.self_attn.q_proj.weight: is stored as I8, not as one of BF16, F16, F32" in found
+    assert made.notes == [
+        "architecture NovelForCausalLM is not among those tested; its 6 blocks were found by the general rule"
+    ]
+    assert not any("vLLM fuses" in p for p in made.problems)
+
+
+def test_an_architecture_without_blocks_is_one_problem_of_several(tmp_path: Path) -> None:
+    shapes: Shapes = {"stem.weight": (64, 64), "tail.weight": (64, 64), "vision_tower.layers.0.fc.weight": (64, 64)}
+    options = config(2, 64, "NovelModel") | {"quantization_config": {"quant_method": "awq"}}
+    source = write_checkpoint(tmp_path / "odd", shapes, options, shards=3)
+    (source / "model-00002-of-00003.safetensors").unlink()
+    made = plan(source)
+    assert [p.split(": ", 1)[1] for p in made.problems] == [
+        "1 of 3 shards are missing: model-00002-of-00003.safetensors. Download them again.",
+        "is quantised already (awq). Start from the original checkpoint.",
+        "no decoder blocks were found for architecture NovelModel (no numbered module list among the tensors). "
+        "halfbyte quantises decoder-only language models; `halfbyte inspect` shows what this is.",
+    ]
+    assert made.num_blocks == 0
+    assert made.estimates == {}
+    assert {t.action for t in made.tensors} == {"copy"}
+
+
+def test_no_folder_and_no_config_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        plan(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        plan(tmp_path)
+
+
+def test_zero_points_need_eights(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "odd", llama(1, 256, 512, 132, 320), config(1, 256))
+    assert plan(source, scheme="W4A16_ASYM").problems == [
+        f"model.layers.0.self_attn.{name}: out_features 132 is not divisible by 8, which packed zero points need. "
+        "Use the symmetric W4A16, or skip it with --ignore."
+        for name in ("k_proj", "v_proj")
+    ]
+    assert plan(source, scheme="W4A16").problems == []
+
+
+def test_fused_experts_are_a_problem(tmp_path: Path) -> None:
+    shapes = {**TINY, "model.layers.0.mlp.experts.gate_up_proj": (8, 256, 512)}
+    made = plan(write_checkpoint(tmp_path / "moe", shapes, config(2, 256)))
+    assert made.problems == [
+        "model.layers.0.mlp.experts.gate_up_proj: 1 fused three-dimensional expert weights cannot be quantised yet. "
+        "Mixtures of experts are not supported in this version."
+    ]
+
+
+def test_ignored_linears_are_copied(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "tiny", TINY, config(2, 256))
+    made = plan(source, ignore=["re:.*down_proj", "model.layers.0.self_attn.o_proj", "re:.*absent.*"])
+    assert made.problems == []
+    copied = {t.name: t.reason for t in made.tensors if t.action == "copy" and len(t.shape) == 2}
+    assert copied == {
+        "model.embed_tokens.weight": "outside the decoder blocks",
+        "model.layers.0.self_attn.o_proj.weight": "ignored by the recipe",
+        "model.layers.0.mlp.down_proj.weight": "ignored by the recipe",
+        "model.layers.1.mlp.down_proj.weight": "ignored by the recipe",
+        "lm_head.weight": "outside the decoder blocks",
+    }
+    assert made.notes == ["pattern 're:.*absent.*' matches no Linear of the decoder blocks"]
+
+
+def test_ignoring_everything_is_a_problem(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "tiny", TINY, config(2, 256))
+    assert plan(source, ignore=["re:.*"]).problems == [
+        "--ignore: nothing is left to quantise: every Linear is ignored or untargeted. Narrow it."
+    ]
+
+
+def test_half_a_fused_layer_is_a_problem(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "tiny", TINY, config(2, 256))
+    assert plan(source, ignore=["re:.*v_proj"]).problems == [
+        "model.layers.0.self_attn and 1 more: vLLM fuses these into one layer, so they must share one scheme: "
+        "q_proj W4A16 g128, k_proj W4A16 g128, v_proj unquantised. "
+        "Treat them alike in --ignore and in the recipe's targets."
+    ]
+
+
+def test_a_recipe_and_options_contradict(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a recipe already says scheme, group size, method and what to ignore"):
+        choose_recipe(scheme="W4A16", group_size=64, method=None, ignore=[], recipe=tmp_path / "r.toml")
+
+
+def patterns(folder: Path, ignore: list[str] | None = None) -> list[str]:
+    made = work(folder, Recipe.of_options(preset("W4A16"), ignore=ignore or []))
+    assert made.plan.problems == []
+    return made.ignore_patterns
+
+
+def test_ignore_list_of_a_text_model(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "text", TINY, config(2, 256))
+    assert patterns(source) == ["lm_head"]
+    assert patterns(source, ["re:.*down_proj", "model.layers.0.self_attn.o_proj"]) == [
+        "lm_head",
+        "re:.*down_proj",
+        "model.layers.0.self_attn.o_proj",
+    ]
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_ignore_list_of_a_multimodal_model(new: bool, tmp_path: Path) -> None:
+    language, other = ("model.language_model.", "model.") if new else ("language_model.model.", "")
+    shapes = llama(2, 256, 512, 128, 320, language, "lm_head" if new else "language_model.lm_head")
+    shapes |= {
+        f"{other}multi_modal_projector.mm_input_projection_weight": (256, 64),
+        f"{other}vision_tower.vision_model.embeddings.patch_embedding.weight": (64, 3, 14, 14),
+        f"{other}vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight": (64, 64),
+        f"{other}vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight": (64, 64),
+        f"{other}vision_tower.vision_model.encoder.layers.2.mlp.fc1.weight": (64, 64),
+    }
+    options = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": config(2, 256)}
+    source = write_checkpoint(tmp_path / "vlm", shapes, options)
+    assert patterns(source) == [
+        "lm_head",
+        "re:.*lm_head.*",
+        "re:.*multi_modal_projector.*",
+        "re:.*vision_tower.*",
+    ]
+    made = plan(source)
+    assert made.quantized_parameters == 2 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 256 * 512)
+    reasons = {t.name.removeprefix(other).split(".")[0]: t.reason for t in made.tensors if "fc1" in t.name}
+    assert reasons == {"vision_tower": "vision, audio or projector"}
+
+
+def test_ignore_list_names_routers(tmp_path: Path) -> None:
+    shapes = {n: s for n, s in TINY.items() if ".mlp." not in n}
+    for i in range(2):
+        shapes[f"model.layers.{i}.block_sparse_moe.gate.weight"] = (4, 256)
+        for e in range(4):
+            shapes[f"model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight"] = (512, 256)
+    source = write_checkpoint(tmp_path / "moe", shapes, config(2, 256, "MixtralForCausalLM"))
+    assert patterns(source) == ["lm_head", r"re:.*block_sparse_moe\.gate$"]
+
+
+def test_ignore_list_keeps_every_quantised_linear(tmp_path: Path) -> None:
+    """Whatever is ignored, a loader that reads the list must still quantise what was quantised."""
+    shapes = llama(2, 256, 512, 128, 320) | {"visual.blocks.0.attn.qkv.weight": (64, 64)}
+    source = write_checkpoint(tmp_path / "vl", shapes, config(2, 256, "Qwen2VLForConditionalGeneration"))
+    for ignore in ([], ["re:.*o_proj$"], ["re:.*layers\\.1\\..*"]):
+        made = work(source, Recipe.of_options(preset("W4A16"), ignore=ignore))
+        reader = Recipe.of_options(preset("W4A16"), ignore=made.ignore_patterns)
+        matrices = [t.name for t in made.plan.tensors if len(t.shape) == 2 and "embed" not in t.name]
+        modules = [n.removesuffix(".weight") for n in matrices]
+        assert {m for m in modules if reader.scheme_for(m) is not None} == set(made.schemes)
