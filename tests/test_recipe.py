@@ -257,7 +257,7 @@ def test_wrong_yaml(load: Any, text: str, expected: str) -> None:
 
 def test_all_problems_are_told_at_once_in_the_order_of_lines(load: Any) -> None:
     text = 'scheme = "W4A61"\ngruop_size = 1\n[calibration]\nsamples = 0\n'
-    with pytest.raises(RecipeError, match=r"^3 problems: \(1\) .*line 1: .*; \(2\) .*line 2: .*; \(3\) .*line 4: "):
+    with pytest.raises(RecipeError, match=r"^3 problems: \(1\) .*line 1: .* \(2\) .*line 2: .* \(3\) .*line 4: "):
         load(text, "r.toml")
 
 
