@@ -213,9 +213,8 @@ def render(result: dict[str, Any]) -> str:
         for title, keys in SCORES.items():
             values = [scores[t][source]["metrics"][keys[column]] for t in tools]
             label = title if source == "halfbyte_compare" else f"{title}, by plain transformers"
-            rows.append(
-                [label, *(f"{v:.4f}" for v in values), f"{values[-1] / values[0]:.2f}" if len(tools) == 2 else ""]
-            )
+            quotient = f"{values[-1] / values[0]:.2f}" if len(tools) == 2 and title == KL else ""
+            rows.append([label, *(f"{v:.4f}" for v in values), quotient])
     machine, work = result["machine"], result["work"]
     where = (
         f"{work['model']}, {work['scheme']} g{work['group_size']}, {work['samples']} x {work['seq_len']} tokens; "
