@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from halfbyte.errors import NumericsError
-from halfbyte.methods.gptq import MAX_RAISES, factor_hessian, quantize_gptq
+from halfbyte.methods.gptq import MAX_RAISES, factor_hessian, invert_lower, output_energy, quantize_gptq
 from halfbyte.methods.rtn import nearest, quantize_rtn
 from halfbyte.methods.scales import searched
 from halfbyte.schemes import WeightFormat
@@ -80,19 +80,25 @@ def test_dead_inputs_get_weight_zero_and_disturb_nothing(damp_fraction: float) -
     factor = factor_hessian(hessian, damp_fraction, where="w")
     assert factor.dead.nonzero().flatten().tolist() == [3, 40]
     assert factor.raises == 0
-    result = quantize_gptq(weight, hessian, factor, INT4, torch.float32)
+    result = quantize_gptq(weight, output_energy(weight, hessian), factor, INT4, torch.float32)
     assert (result.dense()[:, [3, 40]] == 0).all()
 
     other = weight.clone()
     other[:, [3, 40]] = 1000.0
-    again = quantize_gptq(other, hessian, factor, INT4, torch.float32)
+    again = quantize_gptq(other, output_energy(other, hessian), factor, INT4, torch.float32)
     assert torch.equal(again.codes, result.codes)
     assert torch.equal(again.scales, result.scales)
 
 
 def test_inputs_that_are_all_dead_are_quantised_to_zero() -> None:
     hessian = torch.zeros(32, 32)
-    result = quantize_gptq(weights(4, 32), hessian, factor_hessian(hessian, 0.01, where="w"), INT4, torch.float32)
+    result = quantize_gptq(
+        weights(4, 32),
+        output_energy(weights(4, 32), hessian),
+        factor_hessian(hessian, 0.01, where="w"),
+        INT4,
+        torch.float32,
+    )
     assert (result.dense() == 0).all()
     assert result.relative_error == 0.0
 
@@ -145,7 +151,7 @@ def test_reported_error_is_the_outputs_energy(
     hessian = x.T @ x
     factor = factor_hessian(hessian, 0.01, where="w")
     kept = weight.clone()
-    result = quantize_gptq(weight, hessian, factor, fmt, scale_dtype)
+    result = quantize_gptq(weight, output_energy(weight, hessian), factor, fmt, scale_dtype)
     assert torch.equal(weight, kept)
     assert result.scales.dtype == scale_dtype
     assert result.codes.dtype == torch.int8
@@ -166,7 +172,7 @@ def test_uncorrelated_inputs_leave_rounding_to_nearest(symmetric: bool) -> None:
     fmt = WeightFormat(num_bits=4, symmetric=symmetric, group_size=32)
     weight = weights(40, 128)
     factor = factor_hessian(torch.eye(128), 0.0, where="w")
-    result = quantize_gptq(weight, torch.eye(128), factor, fmt, torch.bfloat16)
+    result = quantize_gptq(weight, output_energy(weight, torch.eye(128)), factor, fmt, torch.bfloat16)
     scales, zeros = searched(weight, torch.ones(128), fmt, torch.bfloat16)
     assert torch.equal(result.scales.float(), scales)
     assert torch.equal(result.codes, nearest(weight, scales, zeros, fmt))
@@ -196,7 +202,7 @@ def test_codes_are_those_of_the_closed_form_optimum(n: int) -> None:
         x, weight = inputs(n, tokens=4 * n, seed=seed), weights(3, n, seed=seed + 1000)
         hessian = x.T @ x
         factor = factor_hessian(hessian, 0.0, where="w")
-        result = quantize_gptq(weight, hessian, factor, fmt, torch.float32)
+        result = quantize_gptq(weight, output_energy(weight, hessian), factor, fmt, torch.float32)
         order = factor.order.numpy()
         h = hessian.double().numpy()[np.ix_(order, order)]
         for row in range(3):
@@ -213,3 +219,13 @@ def test_rtn_error_is_the_share_of_the_weights_energy() -> None:
     expected = (result.dense() - weight).double().square().sum() / weight.double().square().sum()
     assert result.relative_error == pytest.approx(float(expected), rel=1e-6)
     assert quantize_rtn(torch.zeros(4, 64), INT4, torch.bfloat16).relative_error == 0.0
+
+
+@pytest.mark.parametrize("n", [1, 5, 256, 257, 700])
+def test_a_lower_triangle_is_inverted_in_place(n: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    lower = torch.randn(n, n, dtype=torch.float64, generator=generator).tril() / n + torch.eye(n, dtype=torch.float64)
+    inverse = lower.clone()
+    invert_lower(inverse)
+    torch.testing.assert_close(inverse @ lower, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-10)
+    assert torch.equal(inverse, inverse.tril())

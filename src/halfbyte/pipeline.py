@@ -6,6 +6,8 @@ the number of blocks. Every finished block is on disk before the next is touched
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import datetime
 import platform
 import resource
@@ -42,7 +44,7 @@ from halfbyte.errors import (
     UsageError,
     raise_all,
 )
-from halfbyte.methods.gptq import factor_hessian, quantize_gptq
+from halfbyte.methods.gptq import factor_hessian, output_energy, quantize_gptq
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.rtn import quantize_rtn
 from halfbyte.output import finish_checkpoint
@@ -216,6 +218,7 @@ class Job:
                 self._write_block(layout, index, results, digests)
                 records += [r for r, _ in results.values()]
                 seconds = time.monotonic() - clock
+                release_freed_memory()
                 timings.append({"block": index, "seconds": round(seconds, 3), "peak_bytes": peak_bytes()})
                 self._report(index, [r for r, _ in results.values()], timings)
                 self._await_save()
@@ -317,14 +320,17 @@ class Job:
         self, moment: SecondMoment, modules: dict[str, nn.Linear], index: int
     ) -> dict[str, tuple[LinearRecord, QuantizedWeight]]:
         """Solve the Linears that share one input: one factorisation, then each in turn. Their weights are replaced."""
-        hessian = moment.finish().cpu()
-        factor = factor_hessian(hessian, self.recipe.damp_fraction, where=moment.names[0])
+        hessian = moment.take().cpu()
+        energies = {n: output_energy(modules[n].weight.detach().float().cpu(), hessian) for n in moment.names}
+        held = [hessian]
+        del hessian
+        factor = factor_hessian(held.pop(), self.recipe.damp_fraction, where=moment.names[0])
         results = {}
         for name in moment.names:
             scheme = self.work.schemes[name]
             weight = modules[name].weight
             dtype = DTYPES[self.checkpoint.tensors[f"{name}.weight"].dtype]
-            result = quantize_gptq(weight.detach().float().cpu(), hessian, factor, scheme.weights, dtype)
+            result = quantize_gptq(weight.detach().float().cpu(), energies[name], factor, scheme.weights, dtype)
             weight.data.copy_(result.dense())
             record = LinearRecord(
                 name=name,
@@ -539,6 +545,16 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise UsageError("torch sees no CUDA device", where="--device cuda", remedy="Use --device cpu.")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def release_freed_memory() -> None:
+    """Give freed memory back to the system, so that one block's leftovers do not add to the next one's peak.
+
+    glibc keeps freed chunks for reuse; with large tensors of changing sizes its heap grows block after block. Other C
+    libraries have no ``malloc_trim``, and then nothing is done.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def peak_bytes() -> int:

@@ -31,7 +31,8 @@ FUSED = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 # Measured resident memory of an idle process with torch, transformers and numba imported (benchmarks/memory.py).
 RUNTIME_BYTES = 550e6
-TOKENS_PER_BATCH = 4096
+# Few enough that a batch's activations stay in a CPU's cache: 4096 run a third slower (docs/log.md).
+TOKENS_PER_BATCH = 1024
 DISK_BYTES_PER_S = 400e6
 
 

@@ -9,7 +9,8 @@ small, column by column. Where we differ from the paper:
 - Columns are visited by descending ``diag(H)``, but scales belong to the original groups and are fixed beforehand, so
   the file needs no ``g_idx`` (llm-compressor calls this *static* activation order).
 - The factor ``R`` with ``H^-1 = R^T R`` comes without inverting H: with J the reversal, ``J H J = L L^T``; then
-  ``U = J L J`` is upper triangular, ``H = U U^T`` and ``R = U^-1``. One factorisation and one triangular inverse.
+  ``U = J L J`` is upper triangular, ``H = U U^T`` and ``R = U^-1 = J L^-1 J``. One factorisation and one triangular
+  inverse, in place and by halves.
 - Scales minimise the rounding error weighted by ``1 / R_jj^2``. That is the weight an error in column j has in GPTQ's
   own objective, ``sum_j (w_j - w_q,j)^2 / R_jj^2``, once the open columns have absorbed what they can; ``diag(H)``
   ignores that they do. (Ablation: docs/log.md.)
@@ -35,6 +36,7 @@ from halfbyte.schemes import WeightFormat
 MAX_RAISES = 4
 LEAST_RAISED = 1e-3
 DOUBLE_LIMIT = 4096
+INVERT_DIRECTLY = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +66,8 @@ def factor_hessian(hessian: torch.Tensor, damp_fraction: float, *, where: str) -
     """Order, damp and factor a Hessian.
 
     Args:
-        hessian: ``H = sum x x^T [in, in]`` float32, symmetric; not changed.
+        hessian: ``H = sum x x^T [in, in]`` float32, symmetric; not changed, and not kept: a caller that hands over its
+            only reference has the memory back as soon as H has been permuted.
         damp_fraction: share of the mean diagonal to add.
         where: whose Hessian it is, for messages.
 
@@ -88,12 +91,13 @@ def factor_hessian(hessian: torch.Tensor, damp_fraction: float, *, where: str) -
     # reversed once for L: the factorisation runs over J H J
     backwards = order.flip(0)
     dtype = torch.float64 if n <= DOUBLE_LIMIT else torch.float32
+    reversed_h = hessian[backwards.unsqueeze(1), backwards.unsqueeze(0)].to(dtype)
+    del hessian, diagonal
+    undamped = reversed_h.diagonal().clone()
     for raises in range(MAX_RAISES + 1):
         fraction = max(damp_fraction, LEAST_RAISED) * 10**raises if raises else damp_fraction
-        reversed_h = hessian[backwards][:, backwards].to(dtype)
-        reversed_h.diagonal().add_(torch.where(dead, mean, fraction * mean)[backwards])
+        reversed_h.diagonal().copy_(undamped + torch.where(dead, mean, fraction * mean)[backwards])
         lower, info = torch.linalg.cholesky_ex(reversed_h)
-        del reversed_h
         if int(info) == 0:
             break
     else:
@@ -103,13 +107,11 @@ def factor_hessian(hessian: torch.Tensor, damp_fraction: float, *, where: str) -
             why="the calibration activations are degenerate",
             remedy="Use more or other calibration text, or a higher damping (damp_fraction in a recipe).",
         )
-    upper = lower.flip(0, 1)
+    del reversed_h
+    invert_lower(lower)
+    # R = U^-1 = (J L J)^-1 = J L^-1 J
+    r = lower.to(torch.float32).flip(0, 1)
     del lower
-    identity = torch.eye(n, dtype=dtype)
-    inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
-    del upper, identity
-    r = inverse.to(torch.float32).contiguous()
-    del inverse
     importance = torch.empty(n)
     importance[order] = 1.0 / r.diagonal().square()
     return Factor(
@@ -123,15 +125,40 @@ def factor_hessian(hessian: torch.Tensor, damp_fraction: float, *, where: str) -
     )
 
 
+def invert_lower(matrix: torch.Tensor) -> None:
+    """Invert a lower triangular matrix ``[n, n]`` in place, by halves.
+
+    ``[[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]``: two matrix products of half size and two inverses of
+    half size, so nearly all of it runs at the rate of matrix products, and beside the matrix only a quarter of its size
+    is needed.
+    """
+    n = matrix.shape[0]
+    if n <= INVERT_DIRECTLY:
+        identity = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
+        matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=False))
+        return
+    half = n // 2
+    a, b, c = matrix[:half, :half], matrix[half:, :half], matrix[half:, half:]
+    invert_lower(a)
+    invert_lower(c)
+    torch.mm(c, b @ a, out=b)
+    b.neg_()
+
+
+def output_energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    """``tr(W H W^T)``: the squared outputs of a Linear, summed over tokens; what relative errors are relative to."""
+    return float((torch.mm(weight, hessian) * weight).sum(dtype=torch.float64))
+
+
 def quantize_gptq(
-    weight: torch.Tensor, hessian: torch.Tensor, factor: Factor, fmt: WeightFormat, scale_dtype: torch.dtype
+    weight: torch.Tensor, energy: float, factor: Factor, fmt: WeightFormat, scale_dtype: torch.dtype
 ) -> QuantizedWeight:
     """Quantise one weight against its inputs' Hessian.
 
     Args:
         weight: ``[out, in]`` float32; not changed.
-        hessian: undamped ``H [in, in]`` float32, for the energy that the error is relative to.
-        factor: of the same Hessian.
+        energy: ``tr(W H W^T)`` with the undamped H (:func:`output_energy`), which the error is relative to.
+        factor: of the same H.
         fmt: an integer format.
         scale_dtype: what scales are stored in.
     """
@@ -152,7 +179,6 @@ def quantize_gptq(
     # The loop's loss is tr(E (H + damping I) E^T); take the damping's part off again.
     difference = float((result.dense() - alive).square().sum(dtype=torch.float64))
     error = max(float(loss.sum(dtype=torch.float64)) - factor.damping * difference, 0.0)
-    energy = float((torch.mm(alive, hessian) * alive).sum(dtype=torch.float64))
     return QuantizedWeight(
         codes=result.codes,
         scales=result.scales,

@@ -2,8 +2,8 @@
 
 ``q = clip(rint(w / s) + z, q_min, q_max)``, half to even, in float32 (rounding a bfloat16 weight in bfloat16 gives
 other codes). For symmetric formats this is code for code what compressed-tensors computes with its ``minmax`` observer.
-For asymmetric ones it differs in two ways: the zero point is reckoned from the scale as stored, and ``w / s`` is rounded
-before ``z`` is added, so that a tie goes the same way whatever ``z`` is.
+For asymmetric ones it differs in two ways: the zero point is reckoned from the scale as stored, and ``w / s`` is
+rounded before ``z`` is added, so that a tie goes the same way whatever ``z`` is.
 """
 
 from __future__ import annotations
