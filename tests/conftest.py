@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tiny
 
 Models = Callable[..., Path]
+
+# Tiny models gain nothing from threads, and on a busy machine threads that wait for each other lose a lot.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

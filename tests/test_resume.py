@@ -220,14 +220,6 @@ def stopped(source: Path, options: dict[str, Any], tmp_path_factory: pytest.Temp
     return out
 
 
-@pytest.fixture
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -244,7 +236,6 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("change", list(CHANGES))
 def test_changed_options_are_refused_by_name(change: str, source: Path, options: dict[str, Any], stopped: Path) -> None:
     before = snapshot(partial_of(stopped))
@@ -258,16 +249,18 @@ def test_changed_options_are_refused_by_name(change: str, source: Path, options:
     assert not stopped.exists()
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_another_thread_count_is_refused(source: Path, options: dict[str, Any], stopped: Path) -> None:
-    torch.set_num_threads(2)
     before = snapshot(partial_of(stopped))
-    with pytest.raises(ResumeError, match="threads was 1, is 2"):
-        halfbyte.quantize(source, stopped, resume=True, device="cpu", **options)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ResumeError, match="threads was 1, is 2"):
+            halfbyte.quantize(source, stopped, resume=True, device="cpu", **options)
+    finally:
+        torch.set_num_threads(threads)
     assert snapshot(partial_of(stopped)) == before
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("how", ["touched", "rewritten", "config"])
 def test_a_changed_source_is_refused(
     how: str, source: Path, options: dict[str, Any], stopped: Path, tmp_path: Path
@@ -305,7 +298,6 @@ def test_a_changed_text_file_does_not_change_a_run(
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_partial_run_is_not_overwritten(source: Path, options: dict[str, Any], stopped: Path) -> None:
     before = snapshot(partial_of(stopped))
     with pytest.raises(OutputError, match=r"out\.partial: holds an unfinished run\. Add --resume to continue it"):
@@ -326,7 +318,6 @@ def test_an_existing_folder_is_not_overwritten(
     assert [p.name for p in out.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_an_interrupted_run_continues_in_the_same_process(
     source: Path, options: dict[str, Any], whole: Path, tmp_path: Path
 ) -> None:
@@ -350,7 +341,6 @@ def test_nothing_to_resume(source: Path, options: dict[str, Any], tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_two_processes_do_not_share_a_run(source: Path, options: dict[str, Any], stopped: Path, tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
     shutil.copytree(partial_of(stopped), partial)
@@ -380,7 +370,6 @@ def test_a_damaged_journal_says_so(source: Path, options: dict[str, Any], stoppe
     assert partial.exists()
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_hidden_states_cut_short_say_so(source: Path, options: dict[str, Any], stopped: Path, tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
     shutil.copytree(partial_of(stopped), partial)
