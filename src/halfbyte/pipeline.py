@@ -307,10 +307,13 @@ class Job:
         with model.block(index) as block:
             modules = {n: m for n, m in model.linears(index).items() if n in names}
             require_finite_weights(modules)
-            for moment in stream.observe(block, index, modules) if modules else ():
+            moments = stream.observe(block, index, modules) if modules else ()
+            release_freed_memory()
+            for moment in moments:
                 if not bool(torch.isfinite(moment.hessian.diagonal()).all()):
                     raise stream.overflow(block, index, moment.names[0])
                 results |= self._solve_shared(moment, modules, index)
+                release_freed_memory()
             if not last:
                 self._await_save()
                 stream.advance(block, index)
@@ -548,7 +551,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def release_freed_memory() -> None:
-    """Give freed memory back to the system, so that one block's leftovers do not add to the next one's peak.
+    """Give freed memory back to the system, so that what one stage leaves does not add to the next one's peak.
 
     glibc keeps freed chunks for reuse; with large tensors of changing sizes its heap grows block after block. Other C
     libraries have no ``malloc_trim``, and then nothing is done.
