@@ -6,8 +6,6 @@ the number of blocks. Every finished block is on disk before the next is touched
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import datetime
 import platform
 import resource
@@ -44,6 +42,7 @@ from halfbyte.errors import (
     UsageError,
     raise_all,
 )
+from halfbyte.heap import large_tensors_from_the_system, release_freed_memory
 from halfbyte.methods.gptq import factor_hessian, output_energy, quantize_gptq
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.rtn import quantize_rtn
@@ -109,6 +108,7 @@ def quantize(
     Raises:
         HalfbyteError: with what, where, why and a remedy, see ``errors``.
     """
+    large_tensors_from_the_system()
     reporter = reporter or Silent()
     out = Path(out)
     chosen = choose_recipe(scheme=scheme, group_size=group_size, method=method, ignore=ignore, recipe=recipe)
@@ -548,16 +548,6 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise UsageError("torch sees no CUDA device", where="--device cuda", remedy="Use --device cpu.")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
-
-
-def release_freed_memory() -> None:
-    """Give freed memory back to the system, so that what one stage leaves does not add to the next one's peak.
-
-    glibc keeps freed chunks for reuse; with large tensors of changing sizes its heap grows block after block. Other C
-    libraries have no ``malloc_trim``, and then nothing is done.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def peak_bytes() -> int:

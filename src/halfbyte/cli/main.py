@@ -15,6 +15,7 @@ from importlib.metadata import version
 import click
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.heap import prefer_huge_pages
 
 # name -> (module that defines `command`, one-line help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -63,6 +64,7 @@ def cli() -> None:
 def entry_point() -> None:
     """Run the command line and exit: 0 passed, 1 a gate failed, 2 usage or input error, 70 a bug in halfbyte."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    prefer_huge_pages()
     try:
         cli.main(standalone_mode=False)
     except HalfbyteError as e:
