@@ -12,11 +12,12 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from halfbyte.calibration import Calibration, calibrate, default_spec, memory, self_fits
+from halfbyte.calibration import Calibration, calibrate, default_spec, memory, self_writing_bytes
 from halfbyte.calibration.chat_frame import chat_frame
 from halfbyte.calibration.hub import parse
+from halfbyte.calibration.memory import rows_per_batch
 from halfbyte.calibration.preallocated import preallocated_cache
-from halfbyte.calibration.self_generated import MIN_P, Writer, draw, place, rows_per_batch
+from halfbyte.calibration.self_generated import MIN_P, Writer, draw, place
 from halfbyte.calibration.sequences import digest_of_sequences
 from halfbyte.errors import (
     CalibrationError,
@@ -379,12 +380,16 @@ def test_rows_shrink_with_the_cache() -> None:
 
 def test_the_default_says_when_it_is_not_self(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_memory_bytes", lambda device="cpu": 10**10)
-    assert self_fits(4 * 10**9)
-    assert default_spec(4 * 10**9) == ("self", "")
-    assert not self_fits(4 * 10**9 + 1)
-    spec, sentence = default_spec(14 * 10**9)
+    config = {"num_hidden_layers": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 100_000}
+    # 4 bytes a parameter; 128 MiB of cache and 4 x 400,000 bytes of logits a row
+    needed = 8 * 10**9 + 2 * (2**27 + 1_600_000)
+    assert self_writing_bytes(4 * 10**9, config, 2, 512) == needed
+    assert default_spec(4 * 10**9, config, 2, 512) == ("self", "")
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda device="cpu": needed)
+    assert default_spec(4 * 10**9, config, 2, 512)[0] != "self"
+    spec, sentence = default_spec(14 * 10**9, config, 128, 512)
     assert spec == "hf:neuralmagic/calibration:LLM:train"
-    assert "about 35.0 GB; 10.0 GB are available" in sentence
+    assert "about 33.2 GB; 8.3 GB are available" in sentence
     assert "neuralmagic/calibration:LLM:train" in sentence
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from halfbyte import planner
+from halfbyte import estimates
 from halfbyte.checkpoint.reader import open_checkpoint
 from halfbyte.errors import CheckpointError, UsageError
-from halfbyte.planner import CalibrationSize, WorkPlan, choose_recipe, make_plan, plan
+from halfbyte.estimates import CalibrationWork
+from halfbyte.planner import WorkPlan, choose_recipe, make_plan, plan
 from halfbyte.recipe import Recipe
 from halfbyte.records import Plan, read_record, write_json
 from halfbyte.schemes import preset
@@ -25,7 +26,7 @@ BYTES = {"BF16": 2, "F32": 4, "I8": 1}
 @pytest.fixture(autouse=True)
 def _no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans time a matrix product; here it is said to run at 100 GFLOP/s."""
-    monkeypatch.setattr(planner, "matmul_rate", lambda: 100e9)
+    monkeypatch.setattr(estimates, "matmul_rate", lambda: 100e9)
 
 
 def numel(shape: tuple[int, ...]) -> int:
@@ -100,7 +101,7 @@ LINEARS = 7
 
 
 def work(folder: Path, recipe: Recipe) -> WorkPlan:
-    return make_plan(open_checkpoint(folder), recipe, CalibrationSize(samples=4, seq_len=64))
+    return make_plan(open_checkpoint(folder), recipe, CalibrationWork(spec="random-tokens", samples=4, seq_len=64))
 
 
 def test_a_70b_checkpoint_is_planned_from_its_headers(tmp_path: Path) -> None:
@@ -111,7 +112,7 @@ def test_a_70b_checkpoint_is_planned_from_its_headers(tmp_path: Path) -> None:
     real = sum(p.stat().st_blocks * 512 for p in source.glob("*.safetensors"))
     assert apparent > 141e9 > 1e8 > real
 
-    made = plan(source)
+    made = plan(source, calibration="random-tokens")
     assert made.problems == []
     assert made.notes == []
     assert made.num_blocks == layers
@@ -145,7 +146,10 @@ def test_a_70b_checkpoint_is_planned_from_its_headers(tmp_path: Path) -> None:
     memory = made.estimates["peak_memory"]
     assert memory.unit == "bytes"
     assert memory.parts["one block's weights, float32"] == 4 * a_block
-    assert memory.parts["second moments of its inputs, float32"] == 4 * (hidden**2 + intermediate**2)
+    # The fullest moment: down_proj's Hessian and its permuted copy, with all other codes found (one byte each).
+    assert memory.parts["factoring it"] == 8 * intermediate**2
+    assert memory.parts["codes found so far"] == a_block - hidden * intermediate
+    assert f"a Hessian of width {intermediate} is factored" in memory.how
     assert memory.parts["hidden states"] == 4 * 128 * 512 * hidden
     assert memory.value < made.bytes_before / 5  # one block in memory, not the model
     for estimate in made.estimates.values():
@@ -213,9 +217,22 @@ def test_no_calibration_costs_none(tmp_path: Path) -> None:
 
 def test_offloaded_hidden_states_take_no_memory(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "tiny", TINY, config(2, 256))
-    held = plan(source, samples=100, seq_len=1000).estimates["peak_memory"]
-    spilt = plan(source, samples=100, seq_len=1000, offload=True).estimates["peak_memory"]
+    options: dict[str, Any] = {"calibration": "random-tokens", "samples": 100, "seq_len": 1000}
+    held = plan(source, **options).estimates["peak_memory"]
+    spilt = plan(source, **options, offload=True).estimates["peak_memory"]
     assert held.value - spilt.value == 4 * 100 * 1000 * 256
+
+
+def test_a_model_that_writes_its_own_text_is_in_memory_whole(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "tiny", TINY, config(2, 256))
+    written = plan(source, calibration="self", samples=8).estimates
+    given = plan(source, calibration="random-tokens", samples=8).estimates
+    assert "writes its calibration text" in written["peak_memory"].how
+    assert written["peak_memory"].value > given["peak_memory"].value
+    parameters = written["time"].value - given["time"].value
+    assert parameters == pytest.approx(2 * 8 * 512 * sum(map(numel, TINY.values())) / (0.2 * 100e9))
+    with pytest.raises(UsageError, match="unknown calibration source"):
+        plan(source, calibration="wikitext")
 
 
 def test_every_problem_at_once(tmp_path: Path) -> None:

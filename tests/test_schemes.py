@@ -63,37 +63,6 @@ def test_configs_are_read_by_the_library(name: str) -> None:
         assert getattr(group.weights, field) == config["config_groups"]["group_0"]["weights"][field]
 
 
-def test_w4a16_config_in_full() -> None:
-    assert quantization_config([(PRESETS["W4A16"], ["Linear"])], ["lm_head"]) == {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "global_compression_ratio": None,
-        "kv_cache_scheme": None,
-        "ignore": ["lm_head"],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {
-                    "num_bits": 4,
-                    "type": "int",
-                    "symmetric": True,
-                    "group_size": 128,
-                    "strategy": "group",
-                    "dynamic": False,
-                    "actorder": None,
-                    "block_structure": None,
-                    "observer": "minmax",
-                    "observer_kwargs": {},
-                },
-                "input_activations": None,
-                "output_activations": None,
-                "format": "pack-quantized",
-            }
-        },
-    }
-
-
 def test_w8a8_config_in_full() -> None:
     group = config_group(PRESETS["W8A8"], ["Linear"])
     assert group["format"] == "int-quantized"

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from halfbyte.blocks import Arguments, Interner, StreamedModel, checkpoint_dtype, require_finite, run_block
-from halfbyte.calibration import Batch, Calibration, calibrate, default_spec, parse_spec
+from halfbyte.calibration import TOKENS_PER_BATCH, Batch, Calibration, calibrate
 from halfbyte.checkpoint.layout import Layout
 from halfbyte.checkpoint.reader import (
     DTYPES,
@@ -42,6 +42,7 @@ from halfbyte.errors import (
     UsageError,
     raise_all,
 )
+from halfbyte.estimates import CalibrationWork
 from halfbyte.heap import large_tensors_from_the_system, release_freed_memory
 from halfbyte.methods.gptq import factor_hessian, output_energy, quantize_gptq
 from halfbyte.methods.result import QuantizedWeight
@@ -49,13 +50,12 @@ from halfbyte.methods.rtn import quantize_rtn
 from halfbyte.output import finish_checkpoint
 from halfbyte.packing import pack
 from halfbyte.planner import (
-    TOKENS_PER_BATCH,
-    CalibrationSize,
     GroupSize,
     WorkPlan,
-    calibration_size,
+    calibration_work,
     choose_recipe,
     make_plan,
+    require_calibration,
 )
 from halfbyte.progress import Reporter, Silent
 from halfbyte.recipe import Recipe
@@ -112,29 +112,25 @@ def quantize(
     reporter = reporter or Silent()
     out = Path(out)
     chosen = choose_recipe(scheme=scheme, group_size=group_size, method=method, ignore=ignore, recipe=recipe)
-    size = calibration_size(chosen, samples, seq_len, offload)
-    spec = calibration or chosen.calibration
-    if spec is not None:
-        parse_spec(spec)
+    require_calibration(chosen, calibration)
     target = choose_device(device)
     if resume and already_published(out):
         return read_record(Manifest, out / "halfbyte.json")
     checkpoint = open_checkpoint(resolve(source), str(source))
+    # The default depends on free memory, which a resumed run must not.
+    spec = calibration or chosen.calibration or (RunFolder.options_of(out).get("calibration") if resume else None)
+    size = calibration_work(chosen, checkpoint, spec, samples, seq_len, offload=offload, device=target.type)
     work = make_plan(checkpoint, chosen, size)
     raise_all(work.problems)
     for note in (*work.plan.notes, *chosen.notes):
         reporter.say(f"note: {note}")
-    if chosen.method != "rtn" and spec is None:
-        spec, reason = default_spec(checkpoint.size_bytes, target.type)
-        if reason:
-            reporter.say(reason)
     options = {
         "source": checkpoint.fingerprint(),
         "groups": [[g.scheme.name, g.scheme.weights.group_size, list(g.targets)] for g in chosen.groups],
         "ignore": list(chosen.ignore),
         "method": chosen.method,
         "damp_fraction": chosen.damp_fraction,
-        "calibration": spec if chosen.method != "rtn" else None,
+        "calibration": size.spec,
         "samples": size.samples,
         "seq_len": size.seq_len,
         "seed": seed if seed is not None else (chosen.seed or 0),
@@ -173,7 +169,7 @@ class Job:
     checkpoint: Checkpoint
     work: WorkPlan
     recipe: Recipe
-    size: CalibrationSize
+    size: CalibrationWork
     device: torch.device
     options: dict[str, Any]
     run: RunFolder

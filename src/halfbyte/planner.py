@@ -7,33 +7,25 @@ headers alone are fetched) is planned in seconds.
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from halfbyte.architectures import KEPT_MODULES, KNOWN_ARCHITECTURES, NOT_LANGUAGE, BlockMap, map_blocks
+from halfbyte.calibration import default_spec, parse_spec
 from halfbyte.checkpoint.layout import TensorSpec
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint, TensorInfo
 from halfbyte.checkpoint.source import open_headers
 from halfbyte.errors import ArchitectureError, CheckpointError, HalfbyteError, RecipeError, UsageError
+from halfbyte.estimates import FUSED, CalibrationWork, estimate
 from halfbyte.packing import stored_tensors
 from halfbyte.recipe import Recipe, load_recipe
-from halfbyte.records import Estimate, Plan, TensorPlan
+from halfbyte.records import Plan, TensorPlan
 from halfbyte.schemes import Scheme, group_size_problem, preset
 
 GroupSize = int | Literal["channel"] | None
-# Linears that engines fuse into one; all parts of one need the same scheme.
-FUSED = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
-# Measured resident memory of an idle process with torch, transformers and numba imported (benchmarks/memory.py).
-RUNTIME_BYTES = 550e6
-# Few enough that a batch's activations stay in a CPU's cache: 4096 run a third slower (docs/log.md).
-TOKENS_PER_BATCH = 1024
-DISK_BYTES_PER_S = 400e6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,19 +40,6 @@ class WorkPlan:
     ignore_patterns: list[str]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationSize:
-    """How much calibration there will be; zero samples where a method needs none."""
-
-    samples: int
-    seq_len: int
-    offload: bool = False
-
-    @property
-    def tokens(self) -> int:
-        return self.samples * self.seq_len
-
-
 def plan(
     source: str | Path,
     *,
@@ -69,6 +48,7 @@ def plan(
     method: Literal["gptq", "rtn"] | None = None,
     ignore: Sequence[str] = (),
     recipe: Path | None = None,
+    calibration: str | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
     offload: bool = False,
@@ -79,7 +59,7 @@ def plan(
         source: a checkpoint folder or a hub id.
         scheme, group_size, method, ignore: what to do, unless a recipe says so.
         recipe: a recipe file; ``scheme``, ``group_size`` and ``method`` must then be left alone.
-        samples, seq_len, offload: calibration size, for the estimates.
+        calibration, samples, seq_len, offload: as for :func:`halfbyte.quantize`; the estimates depend on them.
 
     Returns:
         the plan; ``problems`` lists everything that would stop it, all at once.
@@ -89,9 +69,10 @@ def plan(
         UsageError, RecipeError: options or recipe make no sense.
     """
     chosen = choose_recipe(scheme=scheme, group_size=group_size, method=method, ignore=ignore, recipe=recipe)
+    require_calibration(chosen, calibration)
     found: list[HalfbyteError] = []
     checkpoint = open_headers(source, found)
-    size = calibration_size(chosen, samples, seq_len, offload)
+    size = calibration_work(chosen, checkpoint, calibration, samples, seq_len, offload=offload)
     return make_plan(checkpoint, chosen, size, found=found).plan
 
 
@@ -115,23 +96,40 @@ def choose_recipe(
     return load_recipe(recipe)
 
 
-def calibration_size(recipe: Recipe, samples: int | None, seq_len: int | None, offload: bool) -> CalibrationSize:
-    """Options before recipe before defaults (128 samples of 512 tokens)."""
+def require_calibration(recipe: Recipe, calibration: str | None) -> None:
+    """Stop at a calibration spec that cannot be, before anything is opened."""
+    spec = calibration or recipe.calibration
+    if spec is not None:
+        parse_spec(spec)
+
+
+def calibration_work(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    calibration: str | None,
+    samples: int | None,
+    seq_len: int | None,
+    *,
+    offload: bool,
+    device: str = "cpu",
+) -> CalibrationWork:
+    """Options before recipe before defaults: 128 samples of 512 tokens that the model writes, where it fits."""
     if recipe.method == "rtn":
-        return CalibrationSize(samples=0, seq_len=0)
-    chosen = samples if samples is not None else recipe.samples
-    length = seq_len if seq_len is not None else recipe.seq_len
-    return CalibrationSize(
-        samples=128 if chosen is None else chosen, seq_len=512 if length is None else length, offload=offload
-    )
+        return CalibrationWork(spec=None, samples=0, seq_len=0)
+    count = next(n for n in (samples, recipe.samples, 128) if n is not None)
+    length = next(n for n in (seq_len, recipe.seq_len, 512) if n is not None)
+    spec, reason = calibration or recipe.calibration, ""
+    if spec is None:
+        spec, reason = default_spec(checkpoint.size_bytes, checkpoint.text_config, count, length, device)
+    return CalibrationWork(spec=spec, samples=count, seq_len=length, offload=offload, reason=reason)
 
 
 def make_plan(
-    checkpoint: Checkpoint, recipe: Recipe, size: CalibrationSize, *, found: Iterable[HalfbyteError] = ()
+    checkpoint: Checkpoint, recipe: Recipe, size: CalibrationWork, *, found: Iterable[HalfbyteError] = ()
 ) -> WorkPlan:
     """Sort tensors, collect problems, add up bytes. ``found`` are problems that reading the headers brought up."""
     problems = list(found)
-    notes: list[str] = []
+    notes = [size.reason] if size.reason else []
     if isinstance(checkpoint.config.get("quantization_config"), dict):
         problems.append(
             CheckpointError(
@@ -329,7 +327,7 @@ def _summary(
     blocks: BlockMap,
     recipe: Recipe,
     tensors: list[TensorPlan],
-    size: CalibrationSize,
+    size: CalibrationWork,
     problems: list[HalfbyteError],
     notes: list[str],
 ) -> Plan:
@@ -352,7 +350,7 @@ def _summary(
         bits_per_parameter=8 * after / total if total else 0.0,
         bytes_before=sum(t.bytes_before for t in tensors),
         bytes_after=after,
-        estimates=_estimates(checkpoint, blocks, tensors, size, after) if quantized else {},
+        estimates=estimate(checkpoint, tensors, size, after) if quantized else {},
         problems=[str(p) for p in problems],
         notes=notes,
     )
@@ -364,76 +362,3 @@ def _scheme_label(t: TensorPlan) -> str:
 
 def _numel(t: TensorPlan) -> int:
     return t.bytes_before // DTYPES[t.dtype].itemsize
-
-
-def _estimates(
-    checkpoint: Checkpoint, blocks: BlockMap, tensors: list[TensorPlan], size: CalibrationSize, after: int
-) -> dict[str, Estimate]:
-    """Peak memory, time and disk. Every figure lists its parts."""
-    by_block: dict[int, list[TensorPlan]] = {}
-    for t in tensors:
-        if t.block is not None and t.action == "quantize":
-            by_block.setdefault(t.block, []).append(t)
-    largest = max(by_block.values(), key=lambda ts: sum(_numel(t) for t in ts))
-    weights = sum(_numel(t) for t in largest)
-    widths = sorted({t.shape[1] for t in largest})
-    hidden = int(checkpoint.text_config.get("hidden_size", widths[0]))
-    state_bytes = 4.0 * size.tokens * hidden
-    biggest_linear = max(_numel(t) for t in largest)
-    memory = {
-        "runtime (torch, transformers, numba)": RUNTIME_BYTES,
-        "one block's weights, float32": 4.0 * weights,
-    }
-    per_block = sum(sum(_numel(t) for t in ts) for ts in by_block.values()) / len(by_block)
-    disk = {"quantised checkpoint": float(after)}
-    if size.tokens:
-        widest = max(t.shape[0] for t in largest)
-        batch = min(TOKENS_PER_BATCH, size.tokens)
-        memory |= {
-            "second moments of its inputs, float32": 4.0 * sum(w * w for w in widths),
-            "factoring the widest": (24.0 if widths[-1] <= 4096 else 8.0) * widths[-1] ** 2,
-            "solving the largest Linear": 13.0 * biggest_linear,
-            "activations of one batch": 4.0 * batch * (2 * widest + widths[-1] + 4 * hidden),
-            "hidden states" + (" (on disk: --offload)" if size.offload else ""): 0.0 if size.offload else state_bytes,
-        }
-        disk["hidden states, kept for --resume until the end"] = 2 * state_bytes
-    else:
-        memory["rounding the largest Linear"] = 9.0 * biggest_linear
-    rate = matmul_rate()
-    flops = 2.0 * 2.0 * size.tokens * per_block * blocks.num_blocks
-    moments = 1.3 * size.tokens * sum(w * w for w in widths) * blocks.num_blocks
-    seconds = {
-        "two passes through the blocks": flops / rate,
-        "second moments": moments / rate,
-        "scales and columns": blocks.num_blocks * per_block * (9e-8 if size.tokens else 5e-9),
-        "reading and writing": (checkpoint.size_bytes + after) / DISK_BYTES_PER_S,
-    }
-    return {
-        "peak_memory": Estimate(
-            value=sum(memory.values()),
-            unit="bytes",
-            how="sum of what is held at once while the largest block is solved",
-            parts=memory,
-        ),
-        "time": Estimate(
-            value=sum(seconds.values()),
-            unit="seconds",
-            how=f"arithmetic at this machine's float32 matmul rate, measured now: {rate / 1e9:.0f} GFLOP/s; "
-            "calibration text not included",
-            parts=seconds,
-        ),
-        "disk": Estimate(
-            value=sum(disk.values()), unit="bytes", how="written beside each other in the output folder", parts=disk
-        ),
-    }
-
-
-def matmul_rate() -> float:
-    """Float32 matrix products a second on this CPU, in FLOP/s: the best of three of 1024 x 1024 x 1024."""
-    a, b = torch.ones(1024, 1024), torch.ones(1024, 1024)
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        best = min(best, time.perf_counter() - start)
-    return 2 * 1024**3 / best

@@ -105,6 +105,12 @@ class RunFolder:
             run.record(-1)
         return run
 
+    @staticmethod
+    def options_of(out: Path) -> dict[str, Any]:
+        """What the unfinished run for ``out`` was started with; empty where there is none."""
+        journal = out.with_name(out.name + ".partial") / "state" / "journal.json"
+        return dict(read_json(journal)["options"]) if journal.exists() else {}
+
     def record(self, stage: int, **facts: Any) -> None:
         """Declare blocks ``0 .. stage - 1`` finished, atomically, with facts about them."""
         self.journal |= {"stage": stage, **facts}

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 FALLBACK_SPEC = "hf:neuralmagic/calibration:LLM:train"
 CPU_GROWTH = 2.0  # 16-bit weights become float32
-HEADROOM = 1.25  # key-value cache, logits, everything else
+HEADROOM = 1.1
+LOGIT_COPIES = 4  # as the model has them, as float32, masked, cumulative
+# Fixed numbers rather than what is free at the time: the batch size changes rounding, and so the text.
+MAX_ROWS = {"cpu": 64, "cuda": 256}
+MAX_CACHE_BYTES = {"cpu": 2 << 30, "cuda": 16 << 30}
 CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
@@ -40,24 +46,56 @@ def _machine_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def self_needs_bytes(size_bytes: int, device: str = "cpu") -> int:
-    """Memory to run a whole checkpoint of ``size_bytes`` on disk, reckoned as 16-bit weights."""
-    growth = 1.0 if torch.device(device).type == "cuda" else CPU_GROWTH
-    return int(size_bytes * growth * HEADROOM)
+def rows_per_batch(config: Mapping[str, Any], seq_len: int, device: str = "cpu") -> int:
+    """Sequences written at once: as many as keep the key-value cache within :data:`MAX_CACHE_BYTES`."""
+    kind = _kind(device)
+    return max(1, min(MAX_ROWS[kind], MAX_CACHE_BYTES[kind] // _cache_bytes(config, seq_len, kind)))
 
 
-def self_fits(size_bytes: int, device: str = "cpu") -> bool:
-    """Whether a checkpoint of ``size_bytes`` could write its own calibration text on this machine now."""
-    return self_needs_bytes(size_bytes, device) <= available_memory_bytes(device)
+def self_writing_bytes(
+    size_bytes: int, config: Mapping[str, Any], samples: int, seq_len: int, device: str = "cpu"
+) -> int:
+    """Memory that ``self`` calibration needs: the whole model, its key-value cache and the logits of one position.
+
+    Args:
+        size_bytes: the checkpoint on disk, reckoned as 16-bit weights.
+        config: of the text model.
+        samples, seq_len: sequences to write, and tokens in each.
+        device: float32 on a CPU, 16 bits on a GPU.
+    """
+    kind = _kind(device)
+    rows = min(samples, rows_per_batch(config, seq_len, device))
+    logits = 4 * rows * int(config.get("vocab_size") or 0) * LOGIT_COPIES
+    weights = size_bytes * (CPU_GROWTH if kind == "cpu" else 1.0)
+    return int(weights) + rows * _cache_bytes(config, seq_len, kind) + logits
 
 
-def default_spec(size_bytes: int, device: str = "cpu") -> tuple[str, str]:
-    """The calibration spec to use when none was given, and a sentence for the user (empty when it is ``self``)."""
-    if self_fits(size_bytes, device):
+def default_spec(
+    size_bytes: int, config: Mapping[str, Any], samples: int, seq_len: int, device: str = "cpu"
+) -> tuple[str, str]:
+    """The calibration spec to use when none was given, and a sentence for the user (empty when it is ``self``).
+
+    Arguments are those of :func:`self_writing_bytes`.
+    """
+    needed = HEADROOM * self_writing_bytes(size_bytes, config, samples, seq_len, device)
+    there = available_memory_bytes(device)
+    if needed <= there:
         return "self", ""
-    needed, there = self_needs_bytes(size_bytes, device) / 1e9, available_memory_bytes(device) / 1e9
     return FALLBACK_SPEC, (
-        f"Writing its own calibration text would need the whole model in memory (about {needed:.1f} GB; {there:.1f} GB "
-        f"are available), so the data set {FALLBACK_SPEC.removeprefix('hf:')} from the hub is used instead; "
-        "choose another with --calibration."
+        f"Writing its own calibration text would need the whole model in memory (about {needed / 1e9:.1f} GB; "
+        f"{there / 1e9:.1f} GB are available), so the data set {FALLBACK_SPEC.removeprefix('hf:')} from the hub is "
+        "used instead; choose another with --calibration."
     )
+
+
+def _kind(device: str) -> str:
+    return "cuda" if torch.device(device).type == "cuda" else "cpu"
+
+
+def _cache_bytes(config: Mapping[str, Any], seq_len: int, kind: str) -> int:
+    """The key-value cache of one sequence."""
+    heads = int(config.get("num_attention_heads") or 1)
+    width = int(config.get("head_dim") or int(config.get("hidden_size") or 1024) // heads)
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    element = 4 if kind == "cpu" else 2
+    return 2 * int(config.get("num_hidden_layers") or 32) * kv_heads * width * seq_len * element

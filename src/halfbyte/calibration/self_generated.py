@@ -21,7 +21,6 @@ difference grows with the square of the length.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,15 +28,13 @@ from typing import Any
 import torch
 
 from halfbyte.calibration.chat_frame import ChatFrame, chat_frame
+from halfbyte.calibration.memory import rows_per_batch
 from halfbyte.calibration.preallocated import preallocated_cache
 from halfbyte.calibration.request import Found, Request
 from halfbyte.calibration.tokenizing import first_line, load_tokenizer, quiet, text_config
 from halfbyte.errors import CheckpointError, NumericsError
 
 MIN_P = 0.05
-# Fixed numbers rather than what is free at the time: the batch size changes rounding, and so the text.
-MAX_ROWS = {"cpu": 64, "cuda": 256}
-MAX_CACHE_BYTES = {"cpu": 2 << 30, "cuda": 16 << 30}
 MODALITY_WORDS = ("image", "video", "audio", "vision")
 
 
@@ -174,17 +171,6 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, barred: torch.Tensor) -> t
     # The target lies below the total, and right=True steps over tokens of zero weight.
     target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
-
-
-def rows_per_batch(config: Mapping[str, Any], seq_len: int, device: str) -> int:
-    """Sequences written at once: as many as keep the key-value cache within :data:`MAX_CACHE_BYTES`."""
-    kind = torch.device(device).type
-    heads = int(config.get("num_attention_heads") or 1)
-    width = int(config.get("head_dim") or int(config.get("hidden_size") or 1024) // heads)
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    element = 4 if kind == "cpu" else 2
-    row = 2 * int(config.get("num_hidden_layers") or 32) * kv_heads * width * seq_len * element
-    return max(1, min(MAX_ROWS.get(kind, MAX_ROWS["cpu"]), MAX_CACHE_BYTES.get(kind, MAX_CACHE_BYTES["cpu"]) // row))
 
 
 def load_model(model_path: Path, device: str) -> Any:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from halfbyte.cli.console import emit, json_option, reporter
+from halfbyte.cli.options import device_option
 from halfbyte.errors import GateFailed
 from halfbyte.records import CompareRecord
 
@@ -23,13 +24,7 @@ from halfbyte.records import CompareRecord
 )
 @click.option("--tokens", type=click.IntRange(min=16), help="Score at most so many tokens.  [default: all]")
 @click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of context.")
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="Where to compute; auto takes a GPU where there is one.",
-)
+@device_option
 @click.option("--max-kl", type=float, metavar="NATS", help="Exit with status 1 when the mean KL is larger.")
 @json_option
 def command(

@@ -51,6 +51,35 @@ def scheme_options(function: Callable[..., Any]) -> Callable[..., Any]:
             help="TOML or YAML recipe, or llm-compressor's recipe.yaml.",
         ),
     ]
+    return _with(function, options)
+
+
+def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--calibration``, ``--samples``, ``--seq-len`` and ``--offload``."""
+    options = [
+        click.option(
+            "--calibration",
+            metavar="SPEC",
+            help="self, text:FILE, jsonl:FILE, hf:DATASET[:CONFIG][:SPLIT] or random-tokens.  "
+            "[default: self where the model fits in memory]",
+        ),
+        click.option("--samples", type=click.IntRange(min=1), help="Calibration sequences.  [default: 128]"),
+        click.option("--seq-len", type=click.IntRange(min=2), help="Tokens in each.  [default: 512]"),
+        click.option("--offload", is_flag=True, help="Keep hidden states on disk instead of in memory."),
+    ]
+    return _with(function, options)
+
+
+def _with(function: Callable[..., Any], options: list[Callable[..., Any]]) -> Callable[..., Any]:
     for option in reversed(options):
         function = option(function)
     return function
+
+
+device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to compute; auto takes a GPU where there is one.",
+)

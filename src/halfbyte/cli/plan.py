@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from halfbyte.cli.console import duration, emit, json_option, size
-from halfbyte.cli.options import scheme_options
+from halfbyte.cli.options import calibration_options, scheme_options
 from halfbyte.errors import HalfbyteError
 from halfbyte.records import Plan
 
@@ -24,9 +24,7 @@ class PlanProblems(HalfbyteError):
 @click.command("plan")
 @click.argument("source")
 @scheme_options
-@click.option("--samples", type=click.IntRange(min=1), help="Calibration sequences, for the estimates.  [default: 128]")
-@click.option("--seq-len", type=click.IntRange(min=2), help="Tokens in each, for the estimates.  [default: 512]")
-@click.option("--offload", is_flag=True, help="Reckon with hidden states on disk.")
+@calibration_options
 @click.option("--tensors", "every_tensor", is_flag=True, help="List every tensor, not only groups of them.")
 @json_option
 def command(
@@ -36,6 +34,7 @@ def command(
     method: Literal["gptq", "rtn"] | None,
     ignore: tuple[str, ...],
     recipe: Path | None,
+    calibration: str | None,
     samples: int | None,
     seq_len: int | None,
     offload: bool,
@@ -55,6 +54,7 @@ def command(
         method=method,
         ignore=ignore,
         recipe=recipe,
+        calibration=calibration,
         samples=samples,
         seq_len=seq_len,
         offload=offload,

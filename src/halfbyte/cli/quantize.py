@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 
 from halfbyte.cli.console import duration, emit, json_option, reporter, size
-from halfbyte.cli.options import scheme_options
+from halfbyte.cli.options import calibration_options, device_option, scheme_options
 from halfbyte.records import Manifest
 
 
@@ -17,22 +17,8 @@ from halfbyte.records import Manifest
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 @scheme_options
-@click.option(
-    "--calibration",
-    metavar="SPEC",
-    help="self, text:FILE, jsonl:FILE, hf:DATASET[:CONFIG][:SPLIT] or random-tokens.  "
-    "[default: self where the model fits in memory]",
-)
-@click.option("--samples", type=click.IntRange(min=1), help="Calibration sequences.  [default: 128]")
-@click.option("--seq-len", type=click.IntRange(min=2), help="Tokens in each.  [default: 512]")
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="Where to compute; auto takes a GPU where there is one.",
-)
-@click.option("--offload", is_flag=True, help="Keep hidden states on disk instead of in memory.")
+@calibration_options
+@device_option
 @click.option("--resume", is_flag=True, help="Continue the unfinished run in OUT.partial.")
 @click.option("--seed", type=click.IntRange(min=0), help="For calibration that is drawn at random.  [default: 0]")
 @json_option

@@ -25,11 +25,11 @@ from pathlib import Path
 import torch
 
 from halfbyte.blocks import Interner, StreamedModel, run_block
+from halfbyte.calibration import TOKENS_PER_BATCH
 from halfbyte.checkpoint.reader import digest_of, open_checkpoint
 from halfbyte.checkpoint.source import resolve
 from halfbyte.errors import CheckpointError, UsageError
 from halfbyte.evaluation.windows import Window, windows_of
-from halfbyte.planner import TOKENS_PER_BATCH
 from halfbyte.heap import large_tensors_from_the_system
 from halfbyte.progress import Reporter, Silent
 from halfbyte.records import COMPARE_NAME, CompareRecord, write_json

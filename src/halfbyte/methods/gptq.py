@@ -22,7 +22,6 @@ small, column by column. Where we differ from the paper:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +36,7 @@ MAX_RAISES = 4
 LEAST_RAISED = 1e-3
 DOUBLE_LIMIT = 4096
 INVERT_DIRECTLY = 256
+STRIP = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +78,7 @@ def factor_hessian(hessian: torch.Tensor, damp_fraction: float, *, where: str) -
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     mean = float(diagonal.mean(dtype=torch.float64))
-    if not math.isfinite(float(hessian.sum(dtype=torch.float64))):
+    if not all(bool(torch.isfinite(rows).all()) for rows in torch.split(hessian, STRIP)):
         raise NumericsError(
             "the Hessian holds NaN or infinity",
             where=where,
@@ -147,7 +147,7 @@ def invert_lower(matrix: torch.Tensor) -> None:
 
 def output_energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:
     """``tr(W H W^T)``: the squared outputs of a Linear, summed over tokens; what relative errors are relative to."""
-    return float((torch.mm(weight, hessian) * weight).sum(dtype=torch.float64))
+    return sum(float(torch.mm(w, hessian).mul_(w).sum(dtype=torch.float64)) for w in torch.split(weight, STRIP))
 
 
 def quantize_gptq(
@@ -170,6 +170,7 @@ def quantize_gptq(
     del permuted
     codes = torch.empty_like(permuted_codes)
     codes[:, factor.order] = permuted_codes
+    del permuted_codes
     result = QuantizedWeight(
         codes=codes,
         scales=scales.to(scale_dtype),
@@ -177,8 +178,7 @@ def quantize_gptq(
         relative_error=0.0,
     )
     # The loop's loss is tr(E (H + damping I) E^T); take the damping's part off again.
-    difference = float((result.dense() - alive).square().sum(dtype=torch.float64))
-    error = max(float(loss.sum(dtype=torch.float64)) - factor.damping * difference, 0.0)
+    error = max(float(loss.sum(dtype=torch.float64)) - factor.damping * result.squared_error(alive), 0.0)
     return QuantizedWeight(
         codes=result.codes,
         scales=result.scales,

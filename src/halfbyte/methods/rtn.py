@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.methods.result import QuantizedWeight
+from halfbyte.methods.result import QuantizedWeight, squared_norm
 from halfbyte.methods.scales import minmax
 from halfbyte.packing import FLOAT8_MAX
 from halfbyte.schemes import WeightFormat
@@ -24,8 +24,8 @@ def quantize_rtn(weight: torch.Tensor, fmt: WeightFormat, scale_dtype: torch.dty
     result = QuantizedWeight(
         codes=codes, scales=scales.to(scale_dtype), zero_points=zero_points, relative_error=float("nan")
     )
-    energy = float(weight.square().sum(dtype=torch.float64))
-    error = float((result.dense() - weight).square().sum(dtype=torch.float64))
+    energy = squared_norm(weight)
+    error = result.squared_error(weight)
     return QuantizedWeight(
         codes=codes,
         scales=result.scales,

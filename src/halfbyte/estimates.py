@@ -1,0 +1,204 @@
+"""What a run will need: peak memory, time and disk, each with the reckoning behind it.
+
+Memory is what the pipeline holds at its fullest moment. Three kinds of moment compete, and the largest counts:
+
+- the model writes its own calibration text (``self`` only): the whole model in float32, its key-value cache, logits;
+- a Hessian of width ``n`` is factored: the block's weights, the Hessians not solved yet, codes so far, and H with its
+  factor: 16 n^2 bytes in float64, 8 n^2 in float32 above :data:`DOUBLE_LIMIT`;
+- a Linear of N weights is solved: the same with R instead (4 n^2), two copies of the weight and its codes (9 N) and
+  the scale search's candidates.
+
+Time is arithmetic at a rate measured now. Both are compared with real runs in docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from halfbyte.calibration import TOKENS_PER_BATCH, self_writing_bytes
+from halfbyte.checkpoint.reader import DTYPES, Checkpoint
+from halfbyte.methods.gptq import DOUBLE_LIMIT
+from halfbyte.methods.scales import CANDIDATES_PER_CALL, SHRINK
+from halfbyte.records import Estimate, TensorPlan
+
+# Linears that engines fuse into one: all parts have the same input, and need the same scheme.
+FUSED = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
+# Measured resident memory of an idle process with torch, transformers and numba imported.
+RUNTIME_BYTES = 550e6
+DISK_BYTES_PER_S = 400e6
+# Sampling multiplies by few rows at a time: a fifth of the rate of square matrices (SmolLM2-135M, 64 rows).
+SAMPLING_SHARE = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationWork:
+    """Which calibration there will be and how much.
+
+    Attributes:
+        spec: ``self``, ``text:FILE``, ...; ``None`` where the method needs none.
+        samples, seq_len: sequences, and most tokens in one; 0 where the method needs none.
+        offload: hidden states stay on disk.
+        reason: why the spec is not the one that would be taken where memory is plenty; empty mostly.
+    """
+
+    spec: str | None
+    samples: int
+    seq_len: int
+    offload: bool = False
+    reason: str = ""
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.seq_len
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Linears of one block with one input: their weights' shapes."""
+
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def width(self) -> int:
+        return self.shapes[0][1]
+
+    @property
+    def weights(self) -> int:
+        return sum(rows * columns for rows, columns in self.shapes)
+
+    @property
+    def largest(self) -> int:
+        return max(rows * columns for rows, columns in self.shapes)
+
+
+def estimate(
+    checkpoint: Checkpoint, tensors: Iterable[TensorPlan], size: CalibrationWork, after: int
+) -> dict[str, Estimate]:
+    """Peak memory, time and disk of a planned run on the CPU.
+
+    Args:
+        checkpoint: the source; its config and size are used.
+        tensors: the plan's tensors, in the checkpoint's order.
+        size: the calibration set.
+        after: bytes of the quantised checkpoint.
+    """
+    by_block: dict[int, list[TensorPlan]] = {}
+    for t in tensors:
+        if t.block is not None and t.action == "quantize":
+            by_block.setdefault(t.block, []).append(t)
+    blocks = [shared_inputs(ts) for ts in by_block.values()]
+    return {
+        "peak_memory": _memory(checkpoint, blocks, size),
+        "time": _time(checkpoint, blocks, size, after),
+        "disk": _disk(checkpoint, size, after),
+    }
+
+
+def shared_inputs(linears: Sequence[TensorPlan]) -> list[Shared]:
+    """A block's Linears by their input, as their names let expect it; the run itself looks at the tensors."""
+    groups: dict[tuple[str, int], list[tuple[int, ...]]] = {}
+    for t in linears:
+        parent, _, leaf = t.name.removesuffix(".weight").rpartition(".")
+        kin = next((i for i, members in enumerate(FUSED) if leaf in members), None)
+        key = (t.name, -1) if kin is None else (parent, kin)
+        groups.setdefault(key, []).append(tuple(t.shape))
+    return [Shared(tuple(shapes)) for shapes in groups.values()]
+
+
+def _memory(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationWork) -> Estimate:
+    moments = [m for block in blocks for m in _block_moments(checkpoint, block, size)]
+    if size.spec == "self":
+        parts = {
+            "the whole model, float32, its key-value cache and logits": float(
+                self_writing_bytes(checkpoint.size_bytes, checkpoint.text_config, size.samples, size.seq_len)
+            )
+        }
+        moments.append(("the model writes its calibration text", parts))
+    when, parts = max(moments, key=lambda m: sum(m[1].values()))
+    parts = {"runtime (torch, transformers, numba)": RUNTIME_BYTES} | parts
+    return Estimate(value=sum(parts.values()), unit="bytes", how=f"what is held while {when}", parts=parts)
+
+
+def _block_moments(
+    checkpoint: Checkpoint, block: list[Shared], size: CalibrationWork
+) -> list[tuple[str, dict[str, float]]]:
+    """The moments of one block at which memory may be fullest: when it is, and what is held."""
+    weights = sum(s.weights for s in block)
+    largest = max(s.largest for s in block)
+    if not size.tokens:
+        return [("the largest Linear is rounded", {"rounding the largest Linear": 13.0 * largest})]
+    hidden = int(checkpoint.text_config.get("hidden_size", block[0].width))
+    label = "hidden states" + (" (on disk: --offload)" if size.offload else "")
+    always = {
+        "one block's weights, float32": 4.0 * weights,
+        label: 0.0 if size.offload else 4.0 * size.tokens * hidden,
+    }
+    batch = min(TOKENS_PER_BATCH, size.tokens)
+    widest_output = max(shape[0] for s in block for shape in s.shapes)
+    widest = max(s.width for s in block)
+    moments: list[tuple[str, dict[str, float]]] = [
+        (
+            "a block's inputs are observed",
+            always
+            | {
+                "second moments of its inputs, float32": 4.0 * sum(s.width**2 for s in block),
+                "activations of one batch": 4.0 * batch * (2 * widest_output + widest + 4 * hidden),
+            },
+        )
+    ]
+    solved = 0
+    for i, s in enumerate(block):
+        rest = {
+            "second moments not used yet, float32": 4.0 * sum(t.width**2 for t in block[i + 1 :]),
+            "codes found so far": float(solved),
+        }
+        square = float(s.width**2)
+        factoring = (16.0 if s.width <= DOUBLE_LIMIT else 8.0) * square
+        candidates = 28.0 * min(CANDIDATES_PER_CALL, s.largest // 32 * len(SHRINK))
+        held = {f"factor of width {s.width}": 4.0 * square, "solving the largest Linear": 9.0 * s.largest + candidates}
+        moments += [
+            (f"a Hessian of width {s.width} is factored", always | rest | {"factoring it": factoring}),
+            ("a Linear is solved", always | rest | held),
+        ]
+        solved += s.weights
+    return moments
+
+
+def _time(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationWork, after: int) -> Estimate:
+    rate = matmul_rate()
+    weights = sum(s.weights for block in blocks for s in block)
+    parts = {
+        "two passes through the blocks": 4.0 * size.tokens * weights / rate,
+        "second moments": 1.3 * size.tokens * sum(s.width**2 for block in blocks for s in block) / rate,
+        "scales and columns": weights * (9e-8 if size.tokens else 5e-9),
+        "reading and writing": (checkpoint.size_bytes + after) / DISK_BYTES_PER_S,
+    }
+    if size.spec == "self":
+        parameters = sum(t.size_bytes // DTYPES[t.dtype].itemsize for t in checkpoint.tensors.values())
+        parts["writing the calibration text"] = 2.0 * size.tokens * parameters / (SAMPLING_SHARE * rate)
+    how = f"arithmetic at this machine's float32 matmul rate, measured now: {rate / 1e9:.0f} GFLOP/s"
+    return Estimate(value=sum(parts.values()), unit="seconds", how=how, parts=parts)
+
+
+def _disk(checkpoint: Checkpoint, size: CalibrationWork, after: int) -> Estimate:
+    parts = {"quantised checkpoint": float(after)}
+    if size.tokens:
+        hidden = int(checkpoint.text_config.get("hidden_size", 0))
+        parts["hidden states, kept for --resume until the end"] = 8.0 * size.tokens * hidden
+    how = "written beside each other in the output folder"
+    return Estimate(value=sum(parts.values()), unit="bytes", how=how, parts=parts)
+
+
+def matmul_rate() -> float:
+    """Float32 matrix products a second on this CPU, in FLOP/s: the best of three of 1024 x 1024 x 1024."""
+    a, b = torch.ones(1024, 1024), torch.ones(1024, 1024)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024**3 / best
