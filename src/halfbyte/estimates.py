@@ -1,8 +1,9 @@
 """What a run will need: peak memory, time and disk, each with the reckoning behind it.
 
-Memory is what the pipeline holds at its fullest moment. Three kinds of moment compete, and the largest counts:
+Memory is what the pipeline holds at its fullest moment. Four kinds of moment compete, and the largest counts:
 
 - the model writes its own calibration text (``self`` only): the whole model in float32, its key-value cache, logits;
+- its tokenizer is loaded: more than a block, for small models with large vocabularies;
 - a Hessian of width ``n`` is factored: the block's weights, the Hessians not solved yet, codes so far, and H with its
   factor: 16 n^2 bytes in float64, 8 n^2 in float32 above :data:`DOUBLE_LIMIT`;
 - a Linear of N weights is solved: the same with R instead (4 n^2), two copies of the weight and its codes (9 N) and
@@ -29,6 +30,8 @@ from halfbyte.records import Estimate, TensorPlan
 FUSED = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
 # Measured resident memory of an idle process with torch, transformers and numba imported.
 RUNTIME_BYTES = 550e6
+# Measured while loading Gemma 3's vocabulary of 262,144.
+TOKENIZER_BYTES = 2e3
 DISK_BYTES_PER_S = 400e6
 # Sampling multiplies by few rows at a time: a fifth of the rate of square matrices (SmolLM2-135M, 64 rows).
 SAMPLING_SHARE = 0.2
@@ -118,6 +121,9 @@ def _memory(checkpoint: Checkpoint, blocks: list[list[Shared]], size: Calibratio
             )
         }
         moments.append(("the model writes its calibration text", parts))
+    if size.tokens:
+        vocabulary = int(checkpoint.text_config.get("vocab_size") or 0)
+        moments.append(("the tokenizer is loaded", {"tokenizer, 2 kB a token": TOKENIZER_BYTES * vocabulary}))
     when, parts = max(moments, key=lambda m: sum(m[1].values()))
     parts = {"runtime (torch, transformers, numba)": RUNTIME_BYTES} | parts
     return Estimate(value=sum(parts.values()), unit="bytes", how=f"what is held while {when}", parts=parts)

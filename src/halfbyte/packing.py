@@ -2,7 +2,8 @@
 
 The bit layout is the compressed-tensors library's own (its ``pack_to_int32`` and ``unpack_from_int32``); this module
 says which tensors a scheme stores, with which shapes, and builds them. The independent decoder that checks the result
-is ``reference``; it shares nothing with this file.
+is ``reference``; it shares nothing with this file. The library takes longer to import than ``plan`` to run, so it is
+imported where bits are packed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from compressed_tensors.compressors import pack_to_int32, unpack_from_int32
 
 from halfbyte.schemes import Scheme, WeightFormat, packed_columns
 
@@ -54,6 +54,8 @@ def pack(
         scales: ``[out, groups]`` in the dtype to be stored.
         zero_points: ``[out, groups]`` int8 for asymmetric formats, else ``None``.
     """
+    from compressed_tensors.compressors import pack_to_int32
+
     if scheme.storage in ("int-quantized", "float-quantized"):
         return {"weight": codes.contiguous(), "weight_scale": scales.contiguous()}
     bits = scheme.weights.num_bits
@@ -71,6 +73,8 @@ def unpack(
     weights: WeightFormat, stored: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Inverse of :func:`pack`: codes, scales, zero points. ``weights`` gives bits and symmetry."""
+    from compressed_tensors.compressors import unpack_from_int32
+
     scales = stored["weight_scale"]
     if "weight_packed" not in stored:
         return stored["weight"], scales, None
