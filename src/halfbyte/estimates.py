@@ -4,10 +4,10 @@ Memory is what the pipeline holds at its fullest moment. Four kinds of moment co
 
 - the model writes its own calibration text (``self`` only): the whole model in float32, its key-value cache, logits;
 - its tokenizer is loaded: more than a block, for small models with large vocabularies;
-- a Hessian of width ``n`` is factored: the block's weights, the Hessians not solved yet, codes so far, and H with its
-  factor: 16 n^2 bytes in float64, 8 n^2 in float32 above :data:`DOUBLE_LIMIT`;
-- a Linear of N weights is solved: the same with R instead (4 n^2), two copies of the weight and its codes (9 N) and
-  the scale search's candidates.
+- a Hessian of width ``n`` is factored: the block's weights, the Hessians not solved yet, codes so far, H (4 n^2 bytes)
+  and its factor with room to work: 12 n^2 in float64, 6 n^2 in float32 above :data:`DOUBLE_LIMIT`;
+- a Linear of N weights is solved: the same with H and R instead (8 n^2), two copies of the weight and its codes (9 N)
+  and the scale search's candidates.
 
 Time is arithmetic at a rate measured now. Both are compared with real runs in docs/benchmarks.md.
 """
@@ -163,9 +163,12 @@ def _block_moments(
             "codes found so far": float(solved),
         }
         square = float(s.width**2)
-        factoring = (16.0 if s.width <= DOUBLE_LIMIT else 8.0) * square
+        factoring = (16.0 if s.width <= DOUBLE_LIMIT else 10.0) * square
         candidates = 28.0 * min(CANDIDATES_PER_CALL, s.largest // 32 * len(SHRINK))
-        held = {f"factor of width {s.width}": 4.0 * square, "solving the largest Linear": 9.0 * s.largest + candidates}
+        held = {
+            f"Hessian of width {s.width} and its factor": 8.0 * square,
+            "solving the largest Linear": 9.0 * s.largest + candidates,
+        }
         moments += [
             (f"a Hessian of width {s.width} is factored", always | rest | {"factoring it": factoring}),
             ("a Linear is solved", always | rest | held),

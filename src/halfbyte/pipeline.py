@@ -44,7 +44,7 @@ from halfbyte.errors import (
 )
 from halfbyte.estimates import CalibrationWork
 from halfbyte.heap import large_tensors_from_the_system, release_freed_memory
-from halfbyte.methods.gptq import factor_hessian, output_energy, quantize_gptq
+from halfbyte.methods.gptq import factor_hessian, quantize_gptq
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.rtn import quantize_rtn
 from halfbyte.output import finish_checkpoint
@@ -126,10 +126,7 @@ def quantize(
         reporter.say(f"note: {note}")
     options = {
         "source": checkpoint.fingerprint(),
-        "groups": [[g.scheme.name, g.scheme.weights.group_size, list(g.targets)] for g in chosen.groups],
-        "ignore": list(chosen.ignore),
-        "method": chosen.method,
-        "damp_fraction": chosen.damp_fraction,
+        **chosen.to_plain(),
         "calibration": size.spec,
         "samples": size.samples,
         "seq_len": size.seq_len,
@@ -320,16 +317,16 @@ class Job:
     ) -> dict[str, tuple[LinearRecord, QuantizedWeight]]:
         """Solve the Linears that share one input: one factorisation, then each in turn. Their weights are replaced."""
         hessian = moment.take().cpu()
-        energies = {n: output_energy(modules[n].weight.detach().float().cpu(), hessian) for n in moment.names}
-        held = [hessian]
-        del hessian
-        factor = factor_hessian(held.pop(), self.recipe.damp_fraction, where=moment.names[0])
+        steps = self.recipe.gptq
+        factor = factor_hessian(
+            hessian, self.recipe.damp_fraction, where=moment.names[0], static_order=steps.static_order
+        )
         results = {}
         for name in moment.names:
             scheme = self.work.schemes[name]
             weight = modules[name].weight
             dtype = DTYPES[self.checkpoint.tensors[f"{name}.weight"].dtype]
-            result = quantize_gptq(weight.detach().float().cpu(), energies[name], factor, scheme.weights, dtype)
+            result = quantize_gptq(weight.detach().float().cpu(), hessian, factor, scheme.weights, dtype, steps)
             weight.data.copy_(result.dense())
             record = LinearRecord(
                 name=name,
