@@ -112,7 +112,7 @@ def test_a_70b_checkpoint_is_planned_from_its_headers(tmp_path: Path) -> None:
     real = sum(p.stat().st_blocks * 512 for p in source.glob("*.safetensors"))
     assert apparent > 141e9 > 1e8 > real
 
-    made = plan(source, calibration="random-tokens")
+    made = plan(source, calibration="random-tokens", offload=False)
     assert made.problems == []
     assert made.notes == []
     assert made.num_blocks == layers
@@ -218,9 +218,21 @@ def test_no_calibration_costs_none(tmp_path: Path) -> None:
 def test_offloaded_hidden_states_take_no_memory(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "tiny", TINY, config(2, 256))
     options: dict[str, Any] = {"calibration": "random-tokens", "samples": 100, "seq_len": 1000}
-    held = plan(source, **options).estimates["peak_memory"]
+    held = plan(source, **options, offload=False).estimates["peak_memory"]
     spilt = plan(source, **options, offload=True).estimates["peak_memory"]
     assert held.value - spilt.value == 4 * 100 * 1000 * 256
+
+
+def test_hidden_states_go_to_disk_where_they_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_checkpoint(tmp_path / "tiny", TINY, config(2, 256))
+    options: dict[str, Any] = {"calibration": "random-tokens", "samples": 100, "seq_len": 1000}
+    held = plan(source, **options, offload=False).estimates["peak_memory"]
+    for free, stays in ((held.value / 0.79, True), (held.value / 0.81, False)):
+        monkeypatch.setattr(estimates, "available_memory_bytes", lambda free=free: free)
+        chosen = plan(source, **options).estimates["peak_memory"]
+        assert (chosen == held) == stays
+        assert ("hidden states (on disk: --offload)" in chosen.parts) != stays
+        assert plan(source, **options, offload=False).estimates["peak_memory"] == held
 
 
 def test_a_model_that_writes_its_own_text_is_in_memory_whole(tmp_path: Path) -> None:

@@ -42,7 +42,6 @@ from halfbyte.errors import (
     UsageError,
     raise_all,
 )
-from halfbyte.estimates import CalibrationWork
 from halfbyte.heap import large_tensors_from_the_system, release_freed_memory
 from halfbyte.methods.gptq import factor_hessian, quantize_gptq
 from halfbyte.methods.result import QuantizedWeight
@@ -79,7 +78,7 @@ def quantize(
     ignore: Sequence[str] = (),
     recipe: Path | None = None,
     device: str = "auto",
-    offload: bool = False,
+    offload: bool | None = None,
     resume: bool = False,
     seed: int | None = None,
     reporter: Reporter | None = None,
@@ -97,7 +96,7 @@ def quantize(
         ignore: Linears to leave alone, exact names or ``re:`` patterns.
         recipe: a recipe file instead of scheme, group size, method and ignore.
         device: ``auto``, ``cpu`` or ``cuda``.
-        offload: keep hidden states on disk only.
+        offload: keep hidden states on disk only; ``None``: where they would not fit in memory.
         resume: continue the unfinished run in ``out``.partial.
         seed: for calibration text that is drawn at random.
         reporter: hears progress.
@@ -122,6 +121,8 @@ def quantize(
     size = calibration_work(chosen, checkpoint, spec, samples, seq_len, offload=offload, device=target.type)
     work = make_plan(checkpoint, chosen, size)
     raise_all(work.problems)
+    if work.calibration.offload and offload is None:
+        reporter.say("note: hidden states stay on disk, because they would not fit in memory beside the rest")
     for note in (*work.plan.notes, *chosen.notes):
         reporter.say(f"note: {note}")
     options = {
@@ -137,7 +138,7 @@ def quantize(
     }
     run = RunFolder.open(out, options, resume=resume)
     try:
-        job = Job(checkpoint, work, chosen, size, target, options, run, reporter)
+        job = Job(checkpoint, work, chosen, target, options, run, reporter)
         manifest = job.carry_out()
     except OutputError as e:
         if run.fresh:
@@ -166,7 +167,6 @@ class Job:
     checkpoint: Checkpoint
     work: WorkPlan
     recipe: Recipe
-    size: CalibrationWork
     device: torch.device
     options: dict[str, Any]
     run: RunFolder
@@ -199,7 +199,9 @@ class Job:
         timings = list(facts.get("blocks", []))
         stream = None
         if calibration is not None:
-            stream = Stream.begin(model, calibration, self.run, self.reporter, offload=self.size.offload)
+            stream = Stream.begin(
+                model, calibration, self.run, self.reporter, offload=bool(self.work.calibration.offload)
+            )
         if self.run.fresh:
             self._save(layout, stream, 0, digests=digests, linears=[], blocks=[])
         self.reporter.start("blocks", blocks.num_blocks)
@@ -266,8 +268,8 @@ class Job:
         calibration = calibrate(
             self.options["calibration"],
             model_path=self.checkpoint.path,
-            samples=self.size.samples,
-            seq_len=self.size.seq_len,
+            samples=self.work.calibration.samples,
+            seq_len=self.work.calibration.seq_len,
             seed=self.options["seed"],
             device=self.device.type,
             reporter=self.reporter,
