@@ -63,7 +63,9 @@ def measure(
     error_log = log.with_name(log.name + ".err")
     with open(log, "wb") as out, open(error_log, "wb") as err:
         busy, start = busy_s(), perf_counter()
-        child = subprocess.Popen(
+        environment = {**os.environ, **(env or {})}
+        words = [str(c) for c in command]
+        child = subprocess.Popen(words, stdout=out, stderr=err, env=environment, preexec_fn=limit)
             [str(c) for c in command], stdout=out, stderr=err, env={**os.environ, **(env or {})}, preexec_fn=limit
         )
         anonymous = _AnonymousPeak(child.pid)
