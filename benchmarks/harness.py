@@ -66,8 +66,6 @@ def measure(
         environment = {**os.environ, **(env or {})}
         words = [str(c) for c in command]
         child = subprocess.Popen(words, stdout=out, stderr=err, env=environment, preexec_fn=limit)
-            [str(c) for c in command], stdout=out, stderr=err, env={**os.environ, **(env or {})}, preexec_fn=limit
-        )
         anonymous = _AnonymousPeak(child.pid)
         _, status, usage = os.wait4(child.pid, 0)
         wall = perf_counter() - start
