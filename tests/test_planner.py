@@ -404,6 +404,16 @@ def test_ignore_list_names_routers(tmp_path: Path) -> None:
     assert patterns(source) == ["lm_head", r"re:.*block_sparse_moe\.gate$"]
 
 
+def test_ignore_list_names_layers_after_the_last(tmp_path: Path) -> None:
+    """Layers that predict further tokens (as in DeepSeek-V3) are copied, so loaders must not expect codes there."""
+    source = write_checkpoint(tmp_path / "mtp", llama(14, 256, 512, 128, 320), config(13, 256))
+    found = patterns(source)
+    assert found == ["lm_head", r"re:.*layers\.13\..*"]
+    reader = Recipe.of_options(preset("W4A16"), ignore=found)
+    quantised = [i for i in range(14) if reader.scheme_for(f"model.layers.{i}.mlp.up_proj") is not None]
+    assert quantised == list(range(13))
+
+
 def test_ignore_list_keeps_every_quantised_linear(tmp_path: Path) -> None:
     """Whatever is ignored, a loader that reads the list must still quantise what was quantised."""
     shapes = llama(2, 256, 512, 128, 320) | {"visual.blocks.0.attn.qkv.weight": (64, 64)}

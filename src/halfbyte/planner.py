@@ -228,7 +228,12 @@ def ignore_patterns(blocks: BlockMap, recipe: Recipe, schemes: dict[str, Scheme]
     patterns = ["lm_head"]
     if blocks.decoder_prefix not in ("model.", ""):
         patterns.append("re:.*lm_head.*")
+    # Heads that predict further tokens are numbered like blocks, after the last one.
+    numbered = re.compile(re.escape(blocks.prefix) + r"\.(\d+)\.")
     for name in blocks.outside:
+        further = numbered.match(name) if blocks.prefix else None
+        if further is not None:
+            patterns.append(f"re:.*{re.escape(blocks.prefix.rpartition('.')[2])}\\.{further[1]}\\..*")
         match = NOT_LANGUAGE.search(name)
         if match is not None:
             component = next(part for part in name.split(".") if NOT_LANGUAGE.search(part))
