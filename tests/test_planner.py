@@ -146,10 +146,11 @@ def test_a_70b_checkpoint_is_planned_from_its_headers(tmp_path: Path) -> None:
     memory = made.estimates["peak_memory"]
     assert memory.unit == "bytes"
     assert memory.parts["one block's weights, float32"] == 4 * a_block
-    # The fullest moment: down_proj's Hessian and its factor, with all other codes found (one byte each).
-    assert memory.parts["factoring it"] == 10 * intermediate**2
+    # The fullest moment: down_proj is solved, with all other codes found (one byte each).
+    assert memory.parts[f"Hessian of width {intermediate} and its factor"] == 8 * intermediate**2
+    assert memory.parts["solving the largest Linear"] >= 9 * hidden * intermediate
     assert memory.parts["codes found so far"] == a_block - hidden * intermediate
-    assert f"a Hessian of width {intermediate} is factored" in memory.how
+    assert "a Linear is solved" in memory.how
     assert memory.parts["hidden states"] == 4 * 128 * 512 * hidden
     assert memory.value < made.bytes_before / 5  # one block in memory, not the model
     for estimate in made.estimates.values():

@@ -26,6 +26,7 @@ from torch import nn
 from halfbyte.architectures import NOT_LANGUAGE, find_block_prefix
 from halfbyte.checkpoint.reader import Checkpoint, bytes_of
 from halfbyte.errors import ArchitectureError, CheckpointError, NumericsError
+from halfbyte.heap import mapped
 from halfbyte.weights import Weights, fake_quantize_activations
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -156,10 +157,11 @@ class StreamedModel:
         """Load one block's weights, upcast to the compute dtype; they are freed on leaving."""
         block = self.layers[index]
         try:
-            for path, module in block.named_modules():
-                for leaf, _ in list(module.named_parameters(recurse=False)):
-                    name = self.disk_name(index, f"{path}.{leaf}" if path else leaf)
-                    self._place(module, leaf, self.weights.dense(self._existing(name)))
+            with mapped():
+                for path, module in block.named_modules():
+                    for leaf, _ in list(module.named_parameters(recurse=False)):
+                        name = self.disk_name(index, f"{path}.{leaf}" if path else leaf)
+                        self._place(module, leaf, self.weights.dense(self._existing(name)))
             with self._quantized_inputs(index, block):
                 yield block
         finally:

@@ -42,7 +42,7 @@ from halfbyte.errors import (
     UsageError,
     raise_all,
 )
-from halfbyte.heap import large_tensors_from_the_system, release_freed_memory
+from halfbyte.heap import mapped, release_freed_memory, reuse_freed_memory
 from halfbyte.methods.gptq import factor_hessian, quantize_gptq
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.rtn import quantize_rtn
@@ -107,7 +107,7 @@ def quantize(
     Raises:
         HalfbyteError: with what, where, why and a remedy, see ``errors``.
     """
-    large_tensors_from_the_system()
+    reuse_freed_memory()
     reporter = reporter or Silent()
     out = Path(out)
     chosen = choose_recipe(scheme=scheme, group_size=group_size, method=method, ignore=ignore, recipe=recipe)
@@ -307,7 +307,8 @@ class Job:
             for moment in moments:
                 if not bool(torch.isfinite(moment.hessian.diagonal()).all()):
                     raise stream.overflow(block, index, moment.names[0])
-                results |= self._solve_shared(moment, modules, index)
+                with mapped():
+                    results |= self._solve_shared(moment, modules, index)
                 release_freed_memory()
             if not last:
                 self._await_save()
