@@ -15,6 +15,7 @@ import json
 import platform
 import subprocess
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,51 +24,40 @@ import torch
 from halfbyte.blocks import Interner, StreamedModel, run_block
 from halfbyte.calibration import calibrate
 from halfbyte.checkpoint.reader import open_checkpoint
-from halfbyte.kernels.gptq_numba import solve_columns
-from halfbyte.methods.gptq import Factor, factor_hessian
+from halfbyte.methods.gptq import factor_hessian, quantize_gptq
 from halfbyte.methods.rtn import quantize_rtn
-from halfbyte.methods.scales import minmax, searched
-from halfbyte.packing import dequantize
 from halfbyte.progress import Silent
+from halfbyte.recipe import GptqSteps
 from halfbyte.schemes import WeightFormat
 from halfbyte.statistics import Collector
 from halfbyte.weights import Weights
 
-VARIANTS = {
-    "rtn": "round to nearest, min-max scales",
-    "gptq": "GPTQ, columns in file order, min-max scales",
-    "+order": "and static activation order",
-    "+search diag(H)": "and scales searched with importance diag(H)",
-    "+search 1/R^2": "and scales searched with importance 1/R_jj^2 instead (the default)",
+NOTHING = GptqSteps(static_order=False, scale_search=False, scale_refit=False, code_descent=False)
+ORDER = replace(NOTHING, static_order=True)
+SEARCH = replace(ORDER, scale_search=True)
+VARIANTS: dict[str, tuple[str, GptqSteps | None]] = {
+    "rtn": ("round to nearest, min-max scales", None),
+    "gptq": ("GPTQ, columns in file order, min-max scales", NOTHING),
+    "+order": ("and static activation order", ORDER),
+    "+search diag(H)": ("and scales searched with importance diag(H)", SEARCH),
+    "+search 1/R^2": ("and scales searched with importance 1/R_jj^2 instead", SEARCH),
+    "+refit": ("and scales refitted after the columns, two sweeps", replace(SEARCH, scale_refit=True)),
+    "+descent": ("and coordinate descent on codes instead, two sweeps", replace(SEARCH, code_descent=True)),
+    "+both, 1 sweep": ("and both in turn, one sweep", GptqSteps(sweeps=1)),
+    "+both": ("and both in turn, two sweeps (the default)", GptqSteps()),
+    "+both, 8 sweeps": ("and both in turn, eight sweeps", GptqSteps(sweeps=8)),
 }
 
 
-def natural(hessian: torch.Tensor, factor: Factor) -> torch.Tensor:
-    """``R`` of the same damped Hessian with columns in file order."""
-    damped = hessian.double() + factor.damping * torch.eye(len(hessian), dtype=torch.float64)
-    lower = torch.linalg.cholesky(damped.flip(0, 1))
-    identity = torch.eye(len(hessian), dtype=torch.float64)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True).float().contiguous()
-
-
-def variant(name: str, weight: torch.Tensor, hessian: torch.Tensor, factor: Factor, fmt: WeightFormat) -> torch.Tensor:
+def variant(name: str, weight: torch.Tensor, hessian: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
     """The dequantised weight that a variant gives."""
-    if name == "rtn":
+    steps = VARIANTS[name][1]
+    if steps is None:
         return quantize_rtn(weight, fmt, torch.bfloat16).dense()
-    n = weight.shape[1]
-    order = torch.arange(n) if name == "gptq" else factor.order
-    upper = natural(hessian, factor) if name == "gptq" else factor.upper
+    factor = factor_hessian(hessian, 0.01, where=name, static_order=steps.static_order)
     if name == "+search diag(H)":
-        scales, zeros = searched(weight, hessian.diagonal().contiguous(), fmt, torch.bfloat16)
-    elif name == "+search 1/R^2":
-        scales, zeros = searched(weight, factor.importance, fmt, torch.bfloat16)
-    else:
-        scales, zeros = minmax(weight, fmt, torch.bfloat16)
-    group_of = (torch.arange(n) // (n // scales.shape[1]))[order]
-    permuted, _ = solve_columns(weight[:, order].contiguous(), upper, scales, zeros, group_of, fmt.q_min, fmt.q_max)
-    codes = torch.empty_like(permuted)
-    codes[:, order] = permuted
-    return dequantize(codes, scales, None if fmt.symmetric else zeros)
+        factor = replace(factor, importance=hessian.diagonal().contiguous())
+    return quantize_gptq(weight, hessian, factor, fmt, torch.bfloat16, steps).dense()
 
 
 def main() -> None:
@@ -115,19 +105,18 @@ def main() -> None:
                 states[half] = output[0]
             for seen, unseen in zip(*moments, strict=True):
                 h, judge = seen.finish(), unseen.finish()
-                factor = factor_hessian(h, 0.01, where=seen.names[0])
                 for name in seen.names:
                     weight = linears[name].weight.detach()
                     energy = float(((weight @ judge) * weight).sum(dtype=torch.float64))
                     errors = {}
                     for v in VARIANTS:
-                        e = variant(v, weight, h, factor, fmt) - weight
+                        e = variant(v, weight, h, fmt) - weight
                         errors[v] = float(((e @ judge) * e).sum(dtype=torch.float64)) / energy
                     rows.append({"linear": name, "relative_error": errors})
     means = {v: sum(r["relative_error"][v] / r["relative_error"]["rtn"] for r in rows) / len(rows) for v in VARIANTS}
     result = {
         "model": arguments.model.name,
-        "what": VARIANTS,
+        "what": {v: words for v, (words, _) in VARIANTS.items()},
         "mean_error_relative_to_rtn": means,
         "linears": rows,
         "calibration": {"tokens_seen": halves[0].numel(), "tokens_held_out": halves[1].numel()},
@@ -141,7 +130,7 @@ def main() -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{'held-out error, RTN = 1':28s} mean over {len(rows)} Linears")
     for v, mean in means.items():
-        print(f"{v:28s} {mean:.4f}  {VARIANTS[v]}")
+        print(f"{v:28s} {mean:.4f}  {VARIANTS[v][0]}")
 
 
 if __name__ == "__main__":

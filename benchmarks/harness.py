@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -46,15 +47,25 @@ class Measurement:
     other_cpu_share: float | None
 
 
-def measure(command: Sequence[str | Path], log: Path, env: dict[str, str] | None = None) -> Measurement:
+def measure(
+    command: Sequence[str | Path], log: Path, env: dict[str, str] | None = None, data_limit: int | None = None
+) -> Measurement:
     """Run a command to its end with stdout in ``log`` and stderr in ``log`` + ``.err``; stop with its tail if it fails.
 
-    Both sides of a comparison go through here, so they are measured alike.
+    Both sides of a comparison go through here, so they are measured alike. With ``data_limit`` the kernel refuses the
+    child more private memory than so many bytes (``RLIMIT_DATA``, the shell's ``ulimit -d``).
     """
+
+    def limit() -> None:
+        if data_limit is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (data_limit, data_limit))
+
     error_log = log.with_name(log.name + ".err")
     with open(log, "wb") as out, open(error_log, "wb") as err:
         busy, start = busy_s(), perf_counter()
-        child = subprocess.Popen([str(c) for c in command], stdout=out, stderr=err, env={**os.environ, **(env or {})})
+        environment = {**os.environ, **(env or {})}
+        words = [str(c) for c in command]
+        child = subprocess.Popen(words, stdout=out, stderr=err, env=environment, preexec_fn=limit)
         anonymous = _AnonymousPeak(child.pid)
         _, status, usage = os.wait4(child.pid, 0)
         wall = perf_counter() - start

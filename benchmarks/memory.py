@@ -2,11 +2,13 @@
 
     python benchmarks/memory.py layers   [--width 1024] [--layers 4 8 16 32]
     python benchmarks/memory.py gemma27b [--layers 4] [--real-layers 2]
+    python benchmarks/memory.py limit    [--width 2048] [--layers 28] [--limit-mib 1200]
     python benchmarks/memory.py show RESULT.json        the table again, and the picture beside the result
 
 ``layers`` quantises synthetic Llama-shaped checkpoints, with and without ``--offload``, each in a child process whose
 peak memory the kernel reports; it writes a result and a picture. ``gemma27b`` plans the 27B Gemma 3 at its full depth
-and quantises ``--layers`` of its blocks (62 for all: hours on a small CPU, and 17 GB of disk).
+and quantises ``--layers`` of its blocks (62 for all: hours on a small CPU, and 17 GB of disk). ``limit`` quantises a
+checkpoint that is larger than the memory which the kernel lets the process have.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def main() -> None:
         path, result = options.result, json.loads(options.result.read_text(encoding="utf-8"))
     else:
         with tempfile.TemporaryDirectory(prefix="halfbyte-bench-", dir=options.scratch) as scratch:
-            result = (layers if options.work == "layers" else gemma27b)(options, Path(scratch))
+            result = {"layers": layers, "gemma27b": gemma27b, "limit": limit}[options.work](options, Path(scratch))
         path = options.result or harness.RESULTS / f"{result['date']}-{result['benchmark']}.json"
         harness.write_result(path, result)
     print(render(result))
@@ -49,7 +51,11 @@ def arguments() -> argparse.Namespace:
     large = works.add_parser("gemma27b", help="plan and quantise the shapes of Gemma 3 27B")
     large.add_argument("--layers", type=int, default=4, help="decoder blocks to quantise (the plan has all 62)")
     large.add_argument("--real-layers", type=int, default=2, help="of these, how many hold random data; others zeros")
-    for p, samples, seq_len in ((depth, 8, 256), (large, 2, 64)):
+    limited = works.add_parser("limit", help="a checkpoint larger than the memory limit")
+    limited.add_argument("--layers", type=int, default=28)
+    limited.add_argument("--width", type=int, default=2048)
+    limited.add_argument("--limit-mib", type=int, default=1200)
+    for p, samples, seq_len in ((depth, 8, 256), (large, 2, 64), (limited, 8, 256)):
         p.add_argument("--samples", type=int, default=samples)
         p.add_argument("--seq-len", type=int, default=seq_len)
         p.add_argument("--threads", type=int, help="OMP_NUM_THREADS of halfbyte")
@@ -78,14 +84,19 @@ def header(name: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def quantize(options: argparse.Namespace, source: Path, scratch: Path, *, offload: bool) -> dict[str, Any]:
-    """Quantise once, drop the output, and return the measurement."""
+def quantize(
+    options: argparse.Namespace, source: Path, scratch: Path, *, offload: bool, data_limit: int | None = None
+) -> dict[str, Any]:
+    """Quantise once, drop the output, and return the measurement beside the peak that ``plan`` foretold."""
     out = scratch / "out"
-    command = [sys.executable, "-m", "halfbyte", "quantize", source, out, "--scheme", "W4A16", "--json"]
-    command += ["--calibration", "random-tokens", "--samples", str(options.samples), "--seq-len", str(options.seq_len)]
-    measured = harness.measure([*command, *(["--offload"] if offload else [])], scratch / "log", environment(options))
+    rest = ["--scheme", "W4A16", "--json", "--calibration", "random-tokens"]
+    rest += ["--samples", str(options.samples), "--seq-len", str(options.seq_len)]
+    rest += ["--offload" if offload else "--no-offload"]
+    plan = harness.json_from([sys.executable, "-m", "halfbyte", "plan", source, *rest])
+    command = [sys.executable, "-m", "halfbyte", "quantize", source, out, *rest]
+    measured = harness.measure(command, scratch / "log", environment(options), data_limit)
     shutil.rmtree(out)
-    return harness.plain(measured)
+    return {"planned_peak_bytes": plan["estimates"]["peak_memory"]["value"], **harness.plain(measured)}
 
 
 def environment(options: argparse.Namespace) -> dict[str, str]:
@@ -148,20 +159,38 @@ def gemma27b(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     return result
 
 
+def limit(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """A checkpoint larger than the memory that the kernel gives to the process."""
+    result = header("memory-limit", options)
+    source, allowed = scratch / "llama", options.limit_mib * 2**20
+    size = ["--width", str(options.width), "--layers", str(options.layers)]
+    made = harness.json_from([sys.executable, MAKER, "llama", source, *size])
+    measured = quantize(options, source, scratch, offload=True, data_limit=allowed)
+    run = {"work": "quantize --offload", "layers": options.layers, "limit_bytes": allowed}
+    result["runs"] = [{**run, "checkpoint_bytes": made["tensor_bytes"], **measured}]
+    return result
+
+
 def render(result: dict[str, Any]) -> str:
     """The result as a Markdown table; uses nothing but the result."""
-    head = ["run", "layers", "checkpoint", "peak memory", "of it anonymous", "wall (s)", "CPU (s)"]
+    head = ["run", "layers", "checkpoint", "peak memory", "of it anonymous", "plan said", "wall (s)", "CPU (s)"]
     rows = [head]
     for r in result["runs"]:
         name = r["work"] if "work" in r else "quantize --offload" if r["offload"] else "quantize"
         sizes = (r["checkpoint_bytes"], r["peak_rss_bytes"], r["peak_anonymous_bytes"])
-        rows.append([name, str(r["layers"]), *map(harness.gib, sizes), f"{r['wall_s']:.0f}", f"{r['cpu_s']:.0f}"])
+        said = harness.gib(r["planned_peak_bytes"]) if "planned_peak_bytes" in r else ""
+        times = (f"{r['wall_s']:.0f}", f"{r['cpu_s']:.0f}")
+        rows.append([name, str(r["layers"]), *map(harness.gib, sizes), said, *times])
     lines = [harness.table(rows), ""]
     for offload, g in result.get("growth", {}).items():
         side = "with" if offload == "True" else "without"
         ratios = f"peak x {g['peak_ratio']:.3f}, anonymous x {g['anonymous_ratio']:.3f}"
         ratios += f", checkpoint x {g['checkpoint_ratio']:.2f}"
         lines.append(f"{side} --offload, {g['from_layers']} to {g['to_layers']} layers: {ratios}")
+    for r in result["runs"]:
+        if "limit_bytes" in r:
+            ratio = r["checkpoint_bytes"] / r["limit_bytes"]
+            lines.append(f"limit of private memory: {harness.gib(r['limit_bytes'])}; checkpoint x {ratio:.2f} of it")
     m = result["machine"]
     lines.append(f"{m['cpu']}, {m['cores']} cores, {harness.gib(m['memory_bytes'])}; {result['date']}")
     return "\n".join(lines)

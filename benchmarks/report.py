@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import floor
 import memory
 import peer_gptq
 
@@ -50,6 +51,9 @@ def page() -> str:
     for path in newest("peer-gptq"):
         result = json.loads(path.read_text(encoding="utf-8"))
         parts += [f"## Against llm-compressor: `{path.name}`\n", block(peer_gptq.render(result))]
+    for path in newest("floor"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        parts += [f"## Against the arithmetic's floor: `{path.name}`\n", block(floor.render(result))]
     for path in newest("memory"):
         result = json.loads(path.read_text(encoding="utf-8"))
         parts += [f"## Peak memory: `{path.name}`\n", block(memory.render(result))]

@@ -11,7 +11,7 @@ import transformers
 
 import tiny
 from conftest import Models
-from halfbyte.blocks import Arguments, Interner, StreamedModel, run_block
+from halfbyte.blocks import Arguments, Interner, StreamedModel, is_plain_causal, run_block
 from halfbyte.calibration import Batch
 from halfbyte.checkpoint.reader import open_checkpoint
 from halfbyte.statistics import Collector, SecondMoment
@@ -62,6 +62,41 @@ def test_streamed_logits_are_the_models(family: str, tied: bool, tiny_model: Mod
         for row, length in enumerate(batch.lengths.tolist()):  # what stands behind the real positions is never seen
             alone = reference(batch.token_ids[row : row + 1, :length]).logits[0]
             torch.testing.assert_close(logits[row, :length], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("longest", [10, 16])
+def test_a_window_that_is_long_enough_needs_no_mask(longest: int, tiny_model: Models) -> None:
+    """transformers masks sliding layers all the same; left out, attention is causal, and not a bit changes."""
+    folder = tiny_model("gemma3", num_hidden_layers=4)
+    ids = torch.randint(3, tiny.VOCAB, (4, longest), generator=torch.Generator().manual_seed(longest))
+    batch = Batch(token_ids=ids, lengths=torch.full((4,), longest))
+    model = streamed(folder)
+    _, calls = first_states(model, batch)
+    assert [kwargs["attention_mask"] for _, kwargs in calls] == [None] * 4
+    with torch.no_grad():
+        expected = whole(folder)(ids).logits
+    assert torch.equal(stream(model, batch), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16])
+def test_which_masks_say_no_more_than_causal(dtype: torch.dtype) -> None:
+    def mask(seen: torch.Tensor) -> torch.Tensor:
+        if dtype == torch.bool:
+            return seen
+        return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+    causal = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    assert is_plain_causal(mask(causal))
+    assert not is_plain_causal(mask(causal & ~causal.tril(-4)))  # a window
+    assert not is_plain_causal(mask(torch.ones_like(causal)))  # both ways
+    assert not is_plain_causal(mask(causal)[:, :, -1:])  # one query of many keys
+    padded = causal.clone()
+    padded[1, :, :, 0] = False
+    assert not is_plain_causal(mask(padded))
+    if dtype != torch.bool:
+        biased = mask(causal)
+        biased[0, 0, 3, 1] = -1.0
+        assert not is_plain_causal(biased)
 
 
 def test_the_sliding_window_matters(tiny_model: Models) -> None:

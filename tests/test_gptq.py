@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from halfbyte.errors import NumericsError
-from halfbyte.methods.gptq import MAX_RAISES, factor_hessian, invert_lower, output_energy, quantize_gptq
+from halfbyte.methods.gptq import MAX_RAISES, factor_hessian, factor_upper, invert_upper, quantize_gptq
 from halfbyte.methods.rtn import nearest, quantize_rtn
-from halfbyte.methods.scales import searched
+from halfbyte.methods.scales import minmax, searched
+from halfbyte.recipe import GptqSteps
 from halfbyte.schemes import WeightFormat
 
 INT4 = WeightFormat(num_bits=4, group_size=32)
+# The columns alone, with what is found for them beforehand.
+COLUMNS = GptqSteps(scale_refit=False, code_descent=False)
 Array = npt.NDArray[np.float64]
 
 
@@ -80,12 +83,12 @@ def test_dead_inputs_get_weight_zero_and_disturb_nothing(damp_fraction: float) -
     factor = factor_hessian(hessian, damp_fraction, where="w")
     assert factor.dead.nonzero().flatten().tolist() == [3, 40]
     assert factor.raises == 0
-    result = quantize_gptq(weight, output_energy(weight, hessian), factor, INT4, torch.float32)
+    result = quantize_gptq(weight, hessian, factor, INT4, torch.float32)
     assert (result.dense()[:, [3, 40]] == 0).all()
 
     other = weight.clone()
     other[:, [3, 40]] = 1000.0
-    again = quantize_gptq(other, output_energy(other, hessian), factor, INT4, torch.float32)
+    again = quantize_gptq(other, hessian, factor, INT4, torch.float32)
     assert torch.equal(again.codes, result.codes)
     assert torch.equal(again.scales, result.scales)
 
@@ -94,7 +97,7 @@ def test_inputs_that_are_all_dead_are_quantised_to_zero() -> None:
     hessian = torch.zeros(32, 32)
     result = quantize_gptq(
         weights(4, 32),
-        output_energy(weights(4, 32), hessian),
+        hessian,
         factor_hessian(hessian, 0.01, where="w"),
         INT4,
         torch.float32,
@@ -151,7 +154,7 @@ def test_reported_error_is_the_outputs_energy(
     hessian = x.T @ x
     factor = factor_hessian(hessian, 0.01, where="w")
     kept = weight.clone()
-    result = quantize_gptq(weight, output_energy(weight, hessian), factor, fmt, scale_dtype)
+    result = quantize_gptq(weight, hessian, factor, fmt, scale_dtype, COLUMNS)
     assert torch.equal(weight, kept)
     assert result.scales.dtype == scale_dtype
     assert result.codes.dtype == torch.int8
@@ -172,7 +175,7 @@ def test_uncorrelated_inputs_leave_rounding_to_nearest(symmetric: bool) -> None:
     fmt = WeightFormat(num_bits=4, symmetric=symmetric, group_size=32)
     weight = weights(40, 128)
     factor = factor_hessian(torch.eye(128), 0.0, where="w")
-    result = quantize_gptq(weight, output_energy(weight, torch.eye(128)), factor, fmt, torch.bfloat16)
+    result = quantize_gptq(weight, torch.eye(128), factor, fmt, torch.bfloat16, COLUMNS)
     scales, zeros = searched(weight, torch.ones(128), fmt, torch.bfloat16)
     assert torch.equal(result.scales.float(), scales)
     assert torch.equal(result.codes, nearest(weight, scales, zeros, fmt))
@@ -202,7 +205,7 @@ def test_codes_are_those_of_the_closed_form_optimum(n: int) -> None:
         x, weight = inputs(n, tokens=4 * n, seed=seed), weights(3, n, seed=seed + 1000)
         hessian = x.T @ x
         factor = factor_hessian(hessian, 0.0, where="w")
-        result = quantize_gptq(weight, output_energy(weight, hessian), factor, fmt, torch.float32)
+        result = quantize_gptq(weight, hessian, factor, fmt, torch.float32, COLUMNS)
         order = factor.order.numpy()
         h = hessian.double().numpy()[np.ix_(order, order)]
         for row in range(3):
@@ -222,10 +225,40 @@ def test_rtn_error_is_the_share_of_the_weights_energy() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 5, 256, 257, 700])
-def test_a_lower_triangle_is_inverted_in_place(n: int) -> None:
+def test_factor_and_inverse_in_place(n: int) -> None:
     generator = torch.Generator().manual_seed(n)
-    lower = torch.randn(n, n, dtype=torch.float64, generator=generator).tril() / n + torch.eye(n, dtype=torch.float64)
-    inverse = lower.clone()
-    invert_lower(inverse)
-    torch.testing.assert_close(inverse @ lower, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-10)
-    assert torch.equal(inverse, inverse.tril())
+    x = torch.randn(2 * n + 1, n, dtype=torch.float64, generator=generator)
+    a = x.T @ x / n + torch.eye(n, dtype=torch.float64)
+    upper = a.triu() + torch.tril(torch.full_like(a, torch.nan), -1)  # the lower triangle is not read
+    assert factor_upper(upper)
+    assert torch.equal(upper, upper.triu())
+    torch.testing.assert_close(upper @ upper.T, a, rtol=0, atol=1e-10)
+    inverse = upper.clone()
+    invert_upper(inverse)
+    assert torch.equal(inverse, inverse.triu())
+    torch.testing.assert_close(inverse @ upper, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("place", [0, 300, 699])
+def test_a_matrix_that_is_not_positive_definite_is_not_factored(place: int) -> None:
+    a = torch.eye(700, dtype=torch.float64)
+    a[place, place] = -1.0
+    assert not factor_upper(a)
+
+
+def test_columns_in_file_order() -> None:
+    x = inputs(40)
+    hessian = x.T @ x
+    factor = factor_hessian(hessian, 0.01, where="w", static_order=False)
+    assert factor.order.tolist() == list(range(40))
+    damped = hessian.double() + factor.damping * torch.eye(40)
+    upper = factor.upper.double()
+    torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(40).double(), rtol=0, atol=1e-3)
+
+
+def test_scales_from_the_range() -> None:
+    x, weight = inputs(64), weights(8, 64)
+    hessian = x.T @ x
+    steps = GptqSteps(scale_search=False, scale_refit=False, code_descent=False)
+    result = quantize_gptq(weight, hessian, factor_hessian(hessian, 0.01, where="w"), INT4, torch.bfloat16, steps)
+    assert torch.equal(result.scales.float(), minmax(weight, INT4, torch.bfloat16)[0])

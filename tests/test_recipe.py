@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfbyte.errors import RecipeError, UsageError
-from halfbyte.recipe import Recipe, load_recipe, matches
+from halfbyte.recipe import GptqSteps, Recipe, load_recipe, matches
 from halfbyte.recipe.document import TomlLines
 from halfbyte.recipe.llmcompressor import METHOD_OF_MODIFIER, UNSUPPORTED_MODIFIERS, WITHOUT_EFFECT
 from halfbyte.recipe.section import kind_of
@@ -54,6 +54,11 @@ method = "gptq"
 damp_fraction = 0.02
 ignore = ['re:.*\.0\.mlp\.down_proj']
 
+[gptq]
+static_order = false
+scale_refit = false
+sweeps = 5
+
 [calibration]
 source = "text:notes.txt"
 samples = 16
@@ -73,6 +78,7 @@ def test_toml_says_everything(load: Any) -> None:
     assert recipe.scheme_for(DOWN) == PRESETS["W8A16"].with_group_size("channel")
     assert recipe.scheme_for("model.layers.0.mlp.down_proj") is None
     assert (recipe.method, recipe.damp_fraction) == ("gptq", 0.02)
+    assert recipe.gptq == GptqSteps(static_order=False, scale_refit=False, sweeps=5)
     assert (recipe.calibration, recipe.samples, recipe.seq_len, recipe.seed) == ("text:notes.txt", 16, 256, 7)
     assert recipe.description == "four bits, eight where it hurts"
 
@@ -102,6 +108,8 @@ def test_to_plain_is_json_and_tells_recipes_apart(load: Any) -> None:
     one, other = load(FULL_TOML, "a.toml"), load(FULL_TOML.replace("64", "32"), "b.toml")
     assert json.loads(json.dumps(one.to_plain())) == one.to_plain()
     assert one.to_plain() != other.to_plain()
+    assert one.to_plain()["gptq"]["sweeps"] == 5
+    assert one.to_plain()["description"] == "four bits, eight where it hurts"
 
 
 @pytest.mark.parametrize(
@@ -188,6 +196,13 @@ WRONG_TOML = [
         "Set method to rtn, or use integer schemes only.",
     ),
     ('scheme = "W4A16"\ndamp_fraction = 1.5', "r.toml, line 2: damp_fraction must be between 0 and 1, not 1.5."),
+    ('scheme = "W4A16"\n[gptq]\nsweeps = -1', "r.toml, line 3: sweeps must be at least 0, not -1."),
+    ('scheme = "W4A16"\n[gptq]\nscale_search = 1', "r.toml, line 3: scale_search must be true or false, not 1."),
+    (
+        'scheme = "W4A16"\n[gptq]\ncode_decent = true',
+        "r.toml, line 3: unknown key 'code_decent'. Did you mean 'code_descent'?",
+    ),
+    ('scheme = "W4A16"\ngptq = 3', "r.toml, line 2: gptq must be a table of keys, not 3."),
     ('scheme = "W4A16"\ndamp_fraction = nan', "r.toml, line 2: damp_fraction must be between 0 and 1, not nan."),
     ('scheme = "W4A16"\ndescription = 3', "r.toml, line 2: description must be a string, not 3."),
     ('scheme = "W4A16"\n[calibration]\nsamples = 0', "r.toml, line 3: samples must be at least 1, not 0."),

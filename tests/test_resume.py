@@ -224,12 +224,16 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def groups(scheme: str, size: int) -> str:
+    return f'[{{"scheme": "{scheme}", "group_size": {size}, "targets": ["Linear"]}}]'
+
+
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "seed": ({"seed": 3}, "seed was 0, is 3"),
     "samples": ({"samples": 7}, "samples was 8, is 7"),
     "length": ({"seq_len": 32}, "seq_len was 40, is 32"),
-    "group size": ({"group_size": 64}, 'groups was [["W4A16", 32, ["Linear"]]], is [["W4A16", 64, ["Linear"]]]'),
-    "scheme": ({"scheme": "W8A16"}, 'groups was [["W4A16", 32, ["Linear"]]], is [["W8A16", 32, ["Linear"]]]'),
+    "group size": ({"group_size": 64}, f"groups was {groups('W4A16', 32)}, is {groups('W4A16', 64)}"),
+    "scheme": ({"scheme": "W8A16"}, f"groups was {groups('W4A16', 32)}, is {groups('W8A16', 32)}"),
     "ignore": ({"ignore": ["re:.*o_proj"]}, 'ignore was [], is ["re:.*o_proj"]'),
     "calibration": ({"calibration": "random-tokens"}, 'is "random-tokens"'),
     "method": ({"method": "rtn"}, 'method was "gptq", is "rtn"'),

@@ -26,6 +26,7 @@ from torch import nn
 from halfbyte.architectures import NOT_LANGUAGE, find_block_prefix
 from halfbyte.checkpoint.reader import Checkpoint, bytes_of
 from halfbyte.errors import ArchitectureError, CheckpointError, NumericsError
+from halfbyte.heap import mapped
 from halfbyte.weights import Weights, fake_quantize_activations
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -156,10 +157,11 @@ class StreamedModel:
         """Load one block's weights, upcast to the compute dtype; they are freed on leaving."""
         block = self.layers[index]
         try:
-            for path, module in block.named_modules():
-                for leaf, _ in list(module.named_parameters(recurse=False)):
-                    name = self.disk_name(index, f"{path}.{leaf}" if path else leaf)
-                    self._place(module, leaf, self.weights.dense(self._existing(name)))
+            with mapped():
+                for path, module in block.named_modules():
+                    for leaf, _ in list(module.named_parameters(recurse=False)):
+                        name = self.disk_name(index, f"{path}.{leaf}" if path else leaf)
+                        self._place(module, leaf, self.weights.dense(self._existing(name)))
             with self._quantized_inputs(index, block):
                 yield block
         finally:
@@ -192,7 +194,7 @@ class StreamedModel:
             def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
                 if not first:
                     first.append(hidden_states.clone())
-                calls[index] = (intern.tree(args), intern.tree(kwargs))
+                calls[index] = (intern.tree(args), intern.tree(self._without_plain_mask(kwargs)))
                 return hidden_states
 
             return forward
@@ -207,6 +209,17 @@ class StreamedModel:
                 remedy="This architecture runs its blocks in a way that halfbyte does not know yet.",
             )
         return first[0], [c for c in calls if c is not None]
+
+    def _without_plain_mask(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Without the mask where it says no more than "causal": torch's attention then leaves out the masked half.
+
+        transformers makes a dense mask for sliding layers, also where the window is longer than the sequence.
+        """
+        mask = kwargs.get("attention_mask")
+        config = getattr(self.decoder, "config", None)
+        if not isinstance(mask, torch.Tensor) or getattr(config, "_attn_implementation", "") != "sdpa":
+            return kwargs
+        return kwargs | {"attention_mask": None} if is_plain_causal(mask) else kwargs
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits ``[batch, tokens, vocabulary]`` in float32 from the last block's output, by the model's own head.
@@ -286,6 +299,19 @@ class StreamedModel:
 
     def _head_weight(self) -> torch.Tensor:
         return self.weights.dense(self.head_name())
+
+
+def is_plain_causal(mask: torch.Tensor) -> bool:
+    """Whether an attention mask ``[batch, 1, queries, keys]`` lets each position see itself and all before it.
+
+    True or 0 means seen; False or the dtype's least number means not.
+    """
+    if mask.dim() != 4 or mask.shape[-1] != mask.shape[-2] or mask.shape[-1] < 2:
+        return False
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype != torch.bool and not bool((seen | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
+        return False
+    return torch.equal(seen, torch.ones_like(seen).tril())
 
 
 def run_block(block: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:

@@ -4,10 +4,10 @@ Memory is what the pipeline holds at its fullest moment. Four kinds of moment co
 
 - the model writes its own calibration text (``self`` only): the whole model in float32, its key-value cache, logits;
 - its tokenizer is loaded: more than a block, for small models with large vocabularies;
-- a Hessian of width ``n`` is factored: the block's weights, the Hessians not solved yet, codes so far, and H with its
-  factor: 16 n^2 bytes in float64, 8 n^2 in float32 above :data:`DOUBLE_LIMIT`;
-- a Linear of N weights is solved: the same with R instead (4 n^2), two copies of the weight and its codes (9 N) and
-  the scale search's candidates.
+- a Hessian of width ``n`` is factored: the block's weights, the Hessians not solved yet, codes so far, H (4 n^2 bytes)
+  and its factor with room to work: 12 n^2 in float64, 6 n^2 in float32 above :data:`DOUBLE_LIMIT`;
+- a Linear of N weights is solved: the same with H and R instead (8 n^2), two copies of the weight and its codes (9 N)
+  and the scale search's candidates.
 
 Time is arithmetic at a rate measured now. Both are compared with real runs in docs/benchmarks.md.
 """
@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from halfbyte.calibration import TOKENS_PER_BATCH, self_writing_bytes
+from halfbyte.calibration import TOKENS_PER_BATCH, available_memory_bytes, self_writing_bytes
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint
 from halfbyte.methods.gptq import DOUBLE_LIMIT
 from halfbyte.methods.scales import CANDIDATES_PER_CALL, SHRINK
@@ -33,6 +33,8 @@ RUNTIME_BYTES = 550e6
 # Measured while loading Gemma 3's vocabulary of 262,144.
 TOKENIZER_BYTES = 2e3
 DISK_BYTES_PER_S = 400e6
+# Of the memory that is free; the rest is the page cache's and everybody else's.
+MEMORY_SHARE = 0.8
 # Sampling multiplies by few rows at a time: a fifth of the rate of square matrices (SmolLM2-135M, 64 rows).
 SAMPLING_SHARE = 0.2
 
@@ -44,14 +46,14 @@ class CalibrationWork:
     Attributes:
         spec: ``self``, ``text:FILE``, ...; ``None`` where the method needs none.
         samples, seq_len: sequences, and most tokens in one; 0 where the method needs none.
-        offload: hidden states stay on disk.
+        offload: hidden states stay on disk; ``None`` until it is known whether they fit.
         reason: why the spec is not the one that would be taken where memory is plenty; empty mostly.
     """
 
     spec: str | None
     samples: int
     seq_len: int
-    offload: bool = False
+    offload: bool | None = None
     reason: str = ""
 
     @property
@@ -61,9 +63,10 @@ class CalibrationWork:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """Linears of one block with one input: their weights' shapes."""
+    """Linears of one block with one input: their weights' shapes, and the most scales that one of them has."""
 
     shapes: tuple[tuple[int, ...], ...]
+    scales: int
 
     @property
     def width(self) -> int:
@@ -89,11 +92,7 @@ def estimate(
         size: the calibration set.
         after: bytes of the quantised checkpoint.
     """
-    by_block: dict[int, list[TensorPlan]] = {}
-    for t in tensors:
-        if t.block is not None and t.action == "quantize":
-            by_block.setdefault(t.block, []).append(t)
-    blocks = [shared_inputs(ts) for ts in by_block.values()]
+    blocks = _blocks(tensors)
     return {
         "peak_memory": _memory(checkpoint, blocks, size),
         "time": _time(checkpoint, blocks, size, after),
@@ -101,15 +100,37 @@ def estimate(
     }
 
 
+def settle_offload(checkpoint: Checkpoint, tensors: Iterable[TensorPlan], size: CalibrationWork) -> CalibrationWork:
+    """Decide where hidden states live, unless that is decided: on disk where the run would not fit beside them."""
+    if size.offload is not None or not size.tokens:
+        return size
+    peak = _memory(checkpoint, _blocks(tensors), size).value
+    return replace(size, offload=peak > MEMORY_SHARE * available_memory_bytes())
+
+
+def _blocks(tensors: Iterable[TensorPlan]) -> list[list[Shared]]:
+    by_block: dict[int, list[TensorPlan]] = {}
+    for t in tensors:
+        if t.block is not None and t.action == "quantize":
+            by_block.setdefault(t.block, []).append(t)
+    return [shared_inputs(ts) for ts in by_block.values()]
+
+
 def shared_inputs(linears: Sequence[TensorPlan]) -> list[Shared]:
     """A block's Linears by their input, as their names let expect it; the run itself looks at the tensors."""
-    groups: dict[tuple[str, int], list[tuple[int, ...]]] = {}
+    groups: dict[tuple[str, int], list[TensorPlan]] = {}
     for t in linears:
         parent, _, leaf = t.name.removesuffix(".weight").rpartition(".")
         kin = next((i for i, members in enumerate(FUSED) if leaf in members), None)
         key = (t.name, -1) if kin is None else (parent, kin)
-        groups.setdefault(key, []).append(tuple(t.shape))
-    return [Shared(tuple(shapes)) for shapes in groups.values()]
+        groups.setdefault(key, []).append(t)
+    return [
+        Shared(
+            tuple(tuple(t.shape) for t in ts),
+            max(t.shape[0] * (t.shape[1] // (t.group_size or t.shape[1])) for t in ts),
+        )
+        for ts in groups.values()
+    ]
 
 
 def _memory(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationWork) -> Estimate:
@@ -163,9 +184,12 @@ def _block_moments(
             "codes found so far": float(solved),
         }
         square = float(s.width**2)
-        factoring = (16.0 if s.width <= DOUBLE_LIMIT else 8.0) * square
-        candidates = 28.0 * min(CANDIDATES_PER_CALL, s.largest // 32 * len(SHRINK))
-        held = {f"factor of width {s.width}": 4.0 * square, "solving the largest Linear": 9.0 * s.largest + candidates}
+        factoring = (16.0 if s.width <= DOUBLE_LIMIT else 10.0) * square
+        candidates = 28.0 * min(CANDIDATES_PER_CALL, s.scales * len(SHRINK))
+        held = {
+            f"Hessian of width {s.width} and its factor": 8.0 * square,
+            "solving the largest Linear": 9.0 * s.largest + candidates,
+        }
         moments += [
             (f"a Hessian of width {s.width} is factored", always | rest | {"factoring it": factoring}),
             ("a Linear is solved", always | rest | held),

@@ -1,8 +1,14 @@
-"""How the C library hands out large tensors, so that peak memory follows what is in use and not what was freed before.
+"""How the C library hands out tensors: activations from memory that is used again, what lives longer on its own.
 
-Left alone, glibc takes tensors up to 32 MiB from a heap whose freed chunks rarely fit the next request: the peak then
-creeps up with the number of blocks (docs/log.md). Taken from the system one by one they go back when freed. What that
-costs in page faults, huge pages save again. Both are hints; where the platform has neither, nothing is done.
+Left alone, glibc adapts as it goes. Then either the peak creeps up with the number of blocks, because what is freed
+between two live tensors rarely fits the next request, or activations are mapped, zeroed page by page and unmapped once
+for every product, which takes half as long again as the products themselves (docs/log.md). So:
+
+- tensors up to 32 MiB come from the heap, which keeps what is freed (:func:`reuse_freed_memory`);
+- weights, second moments and what the solver needs are mapped one by one and go back when freed (:func:`mapped`);
+- between the stages of a block the heap gives back what it does not use (:func:`release_freed_memory`).
+
+Where the C library is not glibc, or the user has set its thresholds, nothing is done.
 """
 
 from __future__ import annotations
@@ -10,10 +16,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 from functools import cache
 
-MMAP_THRESHOLD = 1 << 20
-M_MMAP_THRESHOLD = -3  # <malloc.h>
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+LARGEST_IN_HEAP = 32 << 20  # glibc's own upper limit
+LEAST_MAPPED = 1 << 20
+NEVER = 2**31 - 1
 
 
 def prefer_huge_pages() -> None:
@@ -24,14 +33,26 @@ def prefer_huge_pages() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-def large_tensors_from_the_system() -> None:
-    """Map every allocation of 1 MiB and more by itself, in this process and from now on.
+def reuse_freed_memory() -> None:
+    """From now on, keep freed memory for the next tensor; in this process, for good."""
+    _set(M_TRIM_THRESHOLD, NEVER)
+    _set(M_MMAP_THRESHOLD, LARGEST_IN_HEAP)
 
-    A threshold that the user has set (``MALLOC_MMAP_THRESHOLD_``) stays.
-    """
+
+@contextlib.contextmanager
+def mapped() -> Iterator[None]:
+    """Take tensors of 1 MiB and more from the system one by one: for what lives longer than a batch."""
+    _set(M_MMAP_THRESHOLD, LEAST_MAPPED)
+    try:
+        yield
+    finally:
+        _set(M_MMAP_THRESHOLD, LARGEST_IN_HEAP)
+
+
+def _set(parameter: int, value: int) -> None:
     library = _glibc()
-    if library is not None and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        library.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+    if library is not None and not any(name.startswith("MALLOC_") for name in os.environ):
+        library.mallopt(parameter, value)
 
 
 def release_freed_memory() -> None:

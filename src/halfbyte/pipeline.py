@@ -42,9 +42,8 @@ from halfbyte.errors import (
     UsageError,
     raise_all,
 )
-from halfbyte.estimates import CalibrationWork
-from halfbyte.heap import large_tensors_from_the_system, release_freed_memory
-from halfbyte.methods.gptq import factor_hessian, output_energy, quantize_gptq
+from halfbyte.heap import mapped, release_freed_memory, reuse_freed_memory
+from halfbyte.methods.gptq import factor_hessian, quantize_gptq
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.rtn import quantize_rtn
 from halfbyte.output import finish_checkpoint
@@ -79,7 +78,7 @@ def quantize(
     ignore: Sequence[str] = (),
     recipe: Path | None = None,
     device: str = "auto",
-    offload: bool = False,
+    offload: bool | None = None,
     resume: bool = False,
     seed: int | None = None,
     reporter: Reporter | None = None,
@@ -97,7 +96,7 @@ def quantize(
         ignore: Linears to leave alone, exact names or ``re:`` patterns.
         recipe: a recipe file instead of scheme, group size, method and ignore.
         device: ``auto``, ``cpu`` or ``cuda``.
-        offload: keep hidden states on disk only.
+        offload: keep hidden states on disk only; ``None``: where they would not fit in memory.
         resume: continue the unfinished run in ``out``.partial.
         seed: for calibration text that is drawn at random.
         reporter: hears progress.
@@ -108,7 +107,7 @@ def quantize(
     Raises:
         HalfbyteError: with what, where, why and a remedy, see ``errors``.
     """
-    large_tensors_from_the_system()
+    reuse_freed_memory()
     reporter = reporter or Silent()
     out = Path(out)
     chosen = choose_recipe(scheme=scheme, group_size=group_size, method=method, ignore=ignore, recipe=recipe)
@@ -122,14 +121,13 @@ def quantize(
     size = calibration_work(chosen, checkpoint, spec, samples, seq_len, offload=offload, device=target.type)
     work = make_plan(checkpoint, chosen, size)
     raise_all(work.problems)
+    if work.calibration.offload and offload is None:
+        reporter.say("note: hidden states stay on disk, because they would not fit in memory beside the rest")
     for note in (*work.plan.notes, *chosen.notes):
         reporter.say(f"note: {note}")
     options = {
         "source": checkpoint.fingerprint(),
-        "groups": [[g.scheme.name, g.scheme.weights.group_size, list(g.targets)] for g in chosen.groups],
-        "ignore": list(chosen.ignore),
-        "method": chosen.method,
-        "damp_fraction": chosen.damp_fraction,
+        **chosen.to_plain(),
         "calibration": size.spec,
         "samples": size.samples,
         "seq_len": size.seq_len,
@@ -140,7 +138,7 @@ def quantize(
     }
     run = RunFolder.open(out, options, resume=resume)
     try:
-        job = Job(checkpoint, work, chosen, size, target, options, run, reporter)
+        job = Job(checkpoint, work, chosen, target, options, run, reporter)
         manifest = job.carry_out()
     except OutputError as e:
         if run.fresh:
@@ -169,7 +167,6 @@ class Job:
     checkpoint: Checkpoint
     work: WorkPlan
     recipe: Recipe
-    size: CalibrationWork
     device: torch.device
     options: dict[str, Any]
     run: RunFolder
@@ -202,7 +199,9 @@ class Job:
         timings = list(facts.get("blocks", []))
         stream = None
         if calibration is not None:
-            stream = Stream.begin(model, calibration, self.run, self.reporter, offload=self.size.offload)
+            stream = Stream.begin(
+                model, calibration, self.run, self.reporter, offload=bool(self.work.calibration.offload)
+            )
         if self.run.fresh:
             self._save(layout, stream, 0, digests=digests, linears=[], blocks=[])
         self.reporter.start("blocks", blocks.num_blocks)
@@ -269,8 +268,8 @@ class Job:
         calibration = calibrate(
             self.options["calibration"],
             model_path=self.checkpoint.path,
-            samples=self.size.samples,
-            seq_len=self.size.seq_len,
+            samples=self.work.calibration.samples,
+            seq_len=self.work.calibration.seq_len,
             seed=self.options["seed"],
             device=self.device.type,
             reporter=self.reporter,
@@ -308,7 +307,8 @@ class Job:
             for moment in moments:
                 if not bool(torch.isfinite(moment.hessian.diagonal()).all()):
                     raise stream.overflow(block, index, moment.names[0])
-                results |= self._solve_shared(moment, modules, index)
+                with mapped():
+                    results |= self._solve_shared(moment, modules, index)
                 release_freed_memory()
             if not last:
                 self._await_save()
@@ -320,16 +320,16 @@ class Job:
     ) -> dict[str, tuple[LinearRecord, QuantizedWeight]]:
         """Solve the Linears that share one input: one factorisation, then each in turn. Their weights are replaced."""
         hessian = moment.take().cpu()
-        energies = {n: output_energy(modules[n].weight.detach().float().cpu(), hessian) for n in moment.names}
-        held = [hessian]
-        del hessian
-        factor = factor_hessian(held.pop(), self.recipe.damp_fraction, where=moment.names[0])
+        steps = self.recipe.gptq
+        factor = factor_hessian(
+            hessian, self.recipe.damp_fraction, where=moment.names[0], static_order=steps.static_order
+        )
         results = {}
         for name in moment.names:
             scheme = self.work.schemes[name]
             weight = modules[name].weight
             dtype = DTYPES[self.checkpoint.tensors[f"{name}.weight"].dtype]
-            result = quantize_gptq(weight.detach().float().cpu(), energies[name], factor, scheme.weights, dtype)
+            result = quantize_gptq(weight.detach().float().cpu(), hessian, factor, scheme.weights, dtype, steps)
             weight.data.copy_(result.dense())
             record = LinearRecord(
                 name=name,

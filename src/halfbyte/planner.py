@@ -18,7 +18,7 @@ from halfbyte.checkpoint.layout import TensorSpec
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint, TensorInfo
 from halfbyte.checkpoint.source import open_headers
 from halfbyte.errors import ArchitectureError, CheckpointError, HalfbyteError, RecipeError, UsageError
-from halfbyte.estimates import FUSED, CalibrationWork, estimate
+from halfbyte.estimates import FUSED, CalibrationWork, estimate, settle_offload
 from halfbyte.packing import stored_tensors
 from halfbyte.recipe import Recipe, load_recipe
 from halfbyte.records import Plan, TensorPlan
@@ -36,6 +36,7 @@ class WorkPlan:
     blocks: BlockMap
     schemes: dict[str, Scheme]
     outputs: list[TensorSpec]
+    calibration: CalibrationWork
     problems: list[HalfbyteError]
     ignore_patterns: list[str]
 
@@ -51,7 +52,7 @@ def plan(
     calibration: str | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
-    offload: bool = False,
+    offload: bool | None = None,
 ) -> Plan:
     """Plan a quantisation.
 
@@ -110,7 +111,7 @@ def calibration_work(
     samples: int | None,
     seq_len: int | None,
     *,
-    offload: bool,
+    offload: bool | None,
     device: str = "cpu",
 ) -> CalibrationWork:
     """Options before recipe before defaults: 128 samples of 512 tokens that the model writes, where it fits."""
@@ -205,12 +206,14 @@ def make_plan(
                 remedy="Narrow it.",
             )
         )
+    size = settle_offload(checkpoint, tensors, size)
     summary = _summary(checkpoint, blocks, recipe, tensors, size, problems, notes)
     return WorkPlan(
         plan=summary,
         blocks=blocks,
         schemes=schemes,
         outputs=outputs,
+        calibration=size,
         problems=problems,
         ignore_patterns=ignore_patterns(blocks, recipe, schemes),
     )
@@ -225,7 +228,12 @@ def ignore_patterns(blocks: BlockMap, recipe: Recipe, schemes: dict[str, Scheme]
     patterns = ["lm_head"]
     if blocks.decoder_prefix not in ("model.", ""):
         patterns.append("re:.*lm_head.*")
+    # Heads that predict further tokens are numbered like blocks, after the last one.
+    numbered = re.compile(re.escape(blocks.prefix) + r"\.(\d+)\.")
     for name in blocks.outside:
+        further = numbered.match(name) if blocks.prefix else None
+        if further is not None:
+            patterns.append(f"re:.*{re.escape(blocks.prefix.rpartition('.')[2])}\\.{further[1]}\\..*")
         match = NOT_LANGUAGE.search(name)
         if match is not None:
             component = next(part for part in name.split(".") if NOT_LANGUAGE.search(part))

@@ -160,7 +160,7 @@ def _refuse_changes(partial: Path, before: dict[str, Any], now: dict[str, Any]) 
 
 def _short(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 @dataclass(slots=True)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from halfbyte.heap import mapped
+
 STRIP = 256
 
 
@@ -34,7 +36,9 @@ class SecondMoment:
 
     @staticmethod
     def empty(in_features: int, device: torch.device) -> SecondMoment:
-        return SecondMoment(names=[], hessian=torch.zeros(in_features, in_features, device=device))
+        with mapped():
+            hessian = torch.zeros(in_features, in_features, device=device)
+        return SecondMoment(names=[], hessian=hessian)
 
     def add(self, x: torch.Tensor) -> None:
         """Add tokens ``x [tokens, in]``. On a GPU, bfloat16 products are summed in float32 by the tensor cores."""

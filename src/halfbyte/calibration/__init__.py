@@ -1,6 +1,6 @@
 """Where calibration tokens come from: files, data sets, random ids, or the model's own writing."""
 
-from halfbyte.calibration.memory import FALLBACK_SPEC, default_spec, self_writing_bytes
+from halfbyte.calibration.memory import FALLBACK_SPEC, available_memory_bytes, default_spec, self_writing_bytes
 from halfbyte.calibration.sequences import TOKENS_PER_BATCH, Batch, Calibration
 from halfbyte.calibration.sources import SOURCES, calibrate, parse_spec
 
@@ -10,6 +10,7 @@ __all__ = [
     "TOKENS_PER_BATCH",
     "Batch",
     "Calibration",
+    "available_memory_bytes",
     "calibrate",
     "default_spec",
     "parse_spec",

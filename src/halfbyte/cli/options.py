@@ -65,7 +65,11 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--samples", type=click.IntRange(min=1), help="Calibration sequences.  [default: 128]"),
         click.option("--seq-len", type=click.IntRange(min=2), help="Tokens in each.  [default: 512]"),
-        click.option("--offload", is_flag=True, help="Keep hidden states on disk instead of in memory."),
+        click.option(
+            "--offload/--no-offload",
+            default=None,
+            help="Keep hidden states on disk instead of in memory.  [default: where they would not fit]",
+        ),
     ]
     return _with(function, options)
 

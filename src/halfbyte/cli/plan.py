@@ -37,7 +37,7 @@ def command(
     calibration: str | None,
     samples: int | None,
     seq_len: int | None,
-    offload: bool,
+    offload: bool | None,
     every_tensor: bool,
     as_json: bool,
 ) -> None:

@@ -34,7 +34,7 @@ def command(
     samples: int | None,
     seq_len: int | None,
     device: str,
-    offload: bool,
+    offload: bool | None,
     resume: bool,
     seed: int | None,
     as_json: bool,

@@ -30,7 +30,7 @@ from halfbyte.checkpoint.reader import digest_of, open_checkpoint
 from halfbyte.checkpoint.source import resolve
 from halfbyte.errors import CheckpointError, UsageError
 from halfbyte.evaluation.windows import Window, windows_of
-from halfbyte.heap import large_tensors_from_the_system
+from halfbyte.heap import reuse_freed_memory
 from halfbyte.progress import Reporter, Silent
 from halfbyte.records import COMPARE_NAME, CompareRecord, write_json
 from halfbyte.weights import Weights
@@ -62,7 +62,7 @@ def compare(
     Returns:
         the record, which is also written to ``compare.json`` in the checkpoint's folder where that is writable.
     """
-    large_tensors_from_the_system()
+    reuse_freed_memory()
     reporter = reporter or Silent()
     if window < 2:
         raise UsageError(f"a window of {window} predicts nothing", where="--window", remedy="Use 512.")

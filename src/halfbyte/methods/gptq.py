@@ -8,12 +8,13 @@ small, column by column. Where we differ from the paper:
 
 - Columns are visited by descending ``diag(H)``, but scales belong to the original groups and are fixed beforehand, so
   the file needs no ``g_idx`` (llm-compressor calls this *static* activation order).
-- The factor ``R`` with ``H^-1 = R^T R`` comes without inverting H: with J the reversal, ``J H J = L L^T``; then
-  ``U = J L J`` is upper triangular, ``H = U U^T`` and ``R = U^-1 = J L^-1 J``. One factorisation and one triangular
-  inverse, in place and by halves.
+- The factor ``R`` with ``H^-1 = R^T R`` comes without inverting H: ``H = U U^T`` with U upper triangular (a Cholesky
+  factorisation that runs from the last column to the first), and ``R = U^-1``. One factorisation and one triangular
+  inverse, both by halves and in one matrix's memory.
 - Scales minimise the rounding error weighted by ``1 / R_jj^2``. That is the weight an error in column j has in GPTQ's
   own objective, ``sum_j (w_j - w_q,j)^2 / R_jj^2``, once the open columns have absorbed what they can; ``diag(H)``
   ignores that they do. (Ablation: docs/log.md.)
+- After the columns, scales and codes are refined against the whole Hessian, see ``refine``.
 - If H cannot be factored, damping rises tenfold, at most :data:`MAX_RAISES` times, and the record says so. Where none
   was asked for, the first raise goes to ten times :data:`LEAST_RAISED`.
 - An input that was always zero gets the mean diagonal for its own: its weights are 0 whatever its pivot is, and it
@@ -28,14 +29,17 @@ import torch
 
 from halfbyte.errors import NumericsError
 from halfbyte.kernels.gptq_numba import solve_columns
+from halfbyte.methods.refine import refine
 from halfbyte.methods.result import QuantizedWeight
-from halfbyte.methods.scales import searched
+from halfbyte.methods.scales import minmax, searched
+from halfbyte.recipe import GptqSteps
 from halfbyte.schemes import WeightFormat
 
 MAX_RAISES = 4
 LEAST_RAISED = 1e-3
 DOUBLE_LIMIT = 4096
-INVERT_DIRECTLY = 256
+DIRECTLY = 256
+DEFAULT_STEPS = GptqSteps()
 STRIP = 1024
 
 
@@ -44,7 +48,7 @@ class Factor:
     """What the solver needs of a Hessian, once for all Linears that share it.
 
     Attributes:
-        order: ``[in]`` int64, columns by descending ``diag(H)``.
+        order: ``[in]`` int64, columns in the order in which they are visited.
         upper: ``R [in, in]`` float32 upper triangular in that order, of the damped H.
         importance: ``1 / R_jj^2 [in]`` float32 in the original order.
         damping: what was added to the diagonal (of inputs that are not dead).
@@ -62,14 +66,14 @@ class Factor:
     dead: torch.Tensor
 
 
-def factor_hessian(hessian: torch.Tensor, damp_fraction: float, *, where: str) -> Factor:
+def factor_hessian(hessian: torch.Tensor, damp_fraction: float, *, where: str, static_order: bool = True) -> Factor:
     """Order, damp and factor a Hessian.
 
     Args:
-        hessian: ``H = sum x x^T [in, in]`` float32, symmetric; not changed, and not kept: a caller that hands over its
-            only reference has the memory back as soon as H has been permuted.
+        hessian: ``H = sum x x^T [in, in]`` float32, symmetric; not changed.
         damp_fraction: share of the mean diagonal to add.
         where: whose Hessian it is, for messages.
+        static_order: visit columns by descending ``diag(H)``; else as they stand.
 
     Raises:
         NumericsError: not finite, or not positive definite even at the highest damping.
@@ -87,18 +91,13 @@ def factor_hessian(hessian: torch.Tensor, damp_fraction: float, *, where: str) -
         )
     if mean == 0:
         mean = 1.0
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    # reversed once for L: the factorisation runs over J H J
-    backwards = order.flip(0)
+    order = torch.argsort(diagonal, descending=True, stable=True) if static_order else torch.arange(n)
     dtype = torch.float64 if n <= DOUBLE_LIMIT else torch.float32
-    reversed_h = hessian[backwards.unsqueeze(1), backwards.unsqueeze(0)].to(dtype)
-    del hessian, diagonal
-    undamped = reversed_h.diagonal().clone()
     for raises in range(MAX_RAISES + 1):
         fraction = max(damp_fraction, LEAST_RAISED) * 10**raises if raises else damp_fraction
-        reversed_h.diagonal().copy_(undamped + torch.where(dead, mean, fraction * mean)[backwards])
-        lower, info = torch.linalg.cholesky_ex(reversed_h)
-        if int(info) == 0:
+        matrix = hessian[order.unsqueeze(1), order.unsqueeze(0)].to(dtype)
+        matrix.diagonal().add_(torch.where(dead, mean, fraction * mean)[order])
+        if factor_upper(matrix):
             break
     else:
         raise NumericsError(
@@ -107,16 +106,13 @@ def factor_hessian(hessian: torch.Tensor, damp_fraction: float, *, where: str) -
             why="the calibration activations are degenerate",
             remedy="Use more or other calibration text, or a higher damping (damp_fraction in a recipe).",
         )
-    del reversed_h
-    invert_lower(lower)
-    # R = U^-1 = (J L J)^-1 = J L^-1 J
-    r = lower.to(torch.float32).flip(0, 1)
-    del lower
+    invert_upper(matrix)
+    upper = matrix.to(torch.float32)
     importance = torch.empty(n)
-    importance[order] = 1.0 / r.diagonal().square()
+    importance[order] = 1.0 / upper.diagonal().square()
     return Factor(
         order=order,
-        upper=r,
+        upper=upper,
         importance=importance,
         damping=fraction * mean,
         damp_fraction=fraction,
@@ -125,23 +121,49 @@ def factor_hessian(hessian: torch.Tensor, damp_fraction: float, *, where: str) -
     )
 
 
-def invert_lower(matrix: torch.Tensor) -> None:
-    """Invert a lower triangular matrix ``[n, n]`` in place, by halves.
+def factor_upper(matrix: torch.Tensor) -> bool:
+    """Replace a symmetric positive definite ``A [n, n]`` by the upper triangular U with ``A = U U^T``, by halves.
 
-    ``[[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]``: two matrix products of half size and two inverses of
+    With ``A = [[P, Q], [Q^T, S]]``: ``S = U_s U_s^T``, ``U_q = Q U_s^-T``, ``P - U_q U_q^T = U_p U_p^T``. Only the
+    upper triangle is read; beside the matrix at most half of its size is needed.
+
+    Returns:
+        whether it is positive definite; where not, the matrix is left half done.
+    """
+    n = matrix.shape[0]
+    if n <= DIRECTLY:
+        mirrored = matrix.triu() + matrix.triu(1).T
+        lower, info = torch.linalg.cholesky_ex(mirrored.flip(0, 1))
+        matrix.copy_(lower.flip(0, 1))
+        return int(info) == 0
+    half = n // 2
+    p, q, s = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
+    if not factor_upper(s):
+        return False
+    q.copy_(torch.linalg.solve_triangular(s.T, q, upper=False, left=False))
+    for i in range(0, half, STRIP):
+        p[i : i + STRIP, i:].addmm_(q[i : i + STRIP], q[i:].T, alpha=-1.0)
+    matrix[half:, :half].zero_()
+    return factor_upper(p)
+
+
+def invert_upper(matrix: torch.Tensor) -> None:
+    """Invert an upper triangular matrix ``[n, n]`` in place, by halves.
+
+    ``[[A, B], [0, C]]^-1 = [[A^-1, -A^-1 B C^-1], [0, C^-1]]``: two matrix products of half size and two inverses of
     half size, so nearly all of it runs at the rate of matrix products, and beside the matrix only a quarter of its size
     is needed.
     """
     n = matrix.shape[0]
-    if n <= INVERT_DIRECTLY:
+    if n <= DIRECTLY:
         identity = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
-        matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=False))
+        matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=True))
         return
     half = n // 2
-    a, b, c = matrix[:half, :half], matrix[half:, :half], matrix[half:, half:]
-    invert_lower(a)
-    invert_lower(c)
-    torch.mm(c, b @ a, out=b)
+    a, b, c = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
+    invert_upper(a)
+    invert_upper(c)
+    torch.mm(a @ b, c, out=b)
     b.neg_()
 
 
@@ -151,37 +173,57 @@ def output_energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:
 
 
 def quantize_gptq(
-    weight: torch.Tensor, energy: float, factor: Factor, fmt: WeightFormat, scale_dtype: torch.dtype
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    factor: Factor,
+    fmt: WeightFormat,
+    scale_dtype: torch.dtype,
+    steps: GptqSteps = DEFAULT_STEPS,
 ) -> QuantizedWeight:
     """Quantise one weight against its inputs' Hessian.
 
     Args:
         weight: ``[out, in]`` float32; not changed.
-        energy: ``tr(W H W^T)`` with the undamped H (:func:`output_energy`), which the error is relative to.
+        hessian: ``H [in, in]`` float32, symmetric, undamped; not changed.
         factor: of the same H.
         fmt: an integer format.
         scale_dtype: what scales are stored in.
+        steps: what is done besides the columns; ``static_order`` is the factor's matter.
     """
-    alive = weight.masked_fill(factor.dead, 0.0)
-    scales, zeros = searched(alive, factor.importance, fmt, scale_dtype)
+    alive = weight.masked_fill(factor.dead, 0.0) if bool(factor.dead.any()) else weight
+    choose = searched if steps.scale_search else without_importance
+    scales, zeros = choose(alive, factor.importance, fmt, scale_dtype)
     group_of = (torch.arange(weight.shape[1]) // (weight.shape[1] // scales.shape[1]))[factor.order]
-    permuted = alive[:, factor.order].contiguous()
-    permuted_codes, loss = solve_columns(permuted, factor.upper, scales, zeros, group_of, fmt.q_min, fmt.q_max)
-    del permuted
+    permuted_codes, _ = solve_columns(
+        alive[:, factor.order].contiguous(), factor.upper, scales, zeros, group_of, fmt.q_min, fmt.q_max
+    )
     codes = torch.empty_like(permuted_codes)
     codes[:, factor.order] = permuted_codes
     del permuted_codes
-    result = QuantizedWeight(
+    error = refine(
+        alive,
+        hessian,
+        factor.damping,
+        codes,
+        scales,
+        zeros,
+        fmt,
+        scale_dtype,
+        refit=steps.scale_refit,
+        descent=steps.code_descent,
+        sweeps=steps.sweeps,
+    )
+    energy = output_energy(weight, hessian)
+    return QuantizedWeight(
         codes=codes,
         scales=scales.to(scale_dtype),
         zero_points=None if fmt.symmetric else zeros.to(torch.int8),
-        relative_error=0.0,
-    )
-    # The loop's loss is tr(E (H + damping I) E^T); take the damping's part off again.
-    error = max(float(loss.sum(dtype=torch.float64)) - factor.damping * result.squared_error(alive), 0.0)
-    return QuantizedWeight(
-        codes=result.codes,
-        scales=result.scales,
-        zero_points=result.zero_points,
         relative_error=error / energy if energy > 0 else 0.0,
     )
+
+
+def without_importance(
+    weight: torch.Tensor, importance: torch.Tensor, fmt: WeightFormat, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Min-max scales, with the signature of :func:`halfbyte.methods.scales.searched`."""
+    return minmax(weight, fmt, scale_dtype)

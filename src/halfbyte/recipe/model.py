@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from halfbyte.errors import HalfbyteError, UsageError, raise_all
@@ -42,6 +42,25 @@ class SchemeGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GptqSteps:
+    """What GPTQ does besides visiting the columns; each can be left out, to see what it is worth.
+
+    Attributes:
+        static_order: columns by descending ``diag(H)``, scales staying with their original groups.
+        scale_search: scales searched by weighted error instead of taken from the range.
+        scale_refit: scales moved, in closed form, after the columns.
+        code_descent: coordinate descent on codes after the columns.
+        sweeps: how often refit and descent take turns.
+    """
+
+    static_order: bool = True
+    scale_search: bool = True
+    scale_refit: bool = True
+    code_descent: bool = True
+    sweeps: int = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """Everything that shapes the output besides the source checkpoint.
 
@@ -50,6 +69,7 @@ class Recipe:
         ignore: modules that no group applies to, whatever their targets say.
         method: how codes are chosen. ``gptq`` needs integer schemes.
         damp_fraction: share of the Hessian's mean diagonal that GPTQ adds to it before factoring.
+        gptq: which of its steps GPTQ takes.
         calibration: a calibration spec such as ``text:notes.txt``; ``None`` leaves the choice to the command.
         samples, seq_len, seed: size of the calibration set and its seed; ``None`` leaves them to the command.
         description: free text, kept in the manifest.
@@ -60,6 +80,7 @@ class Recipe:
     ignore: tuple[str, ...] = ()
     method: Method = "gptq"
     damp_fraction: float = DEFAULT_DAMP_FRACTION
+    gptq: GptqSteps = GptqSteps()
     calibration: str | None = None
     samples: int | None = None
     seq_len: int | None = None
@@ -141,8 +162,9 @@ class Recipe:
         return found
 
     def to_plain(self) -> dict[str, Any]:
-        """JSON-ready values of every field that shapes the output (for the manifest and the resume fingerprint)."""
+        """JSON-ready values of what shapes the output besides calibration: for the manifest and to compare runs by."""
         return {
+            "description": self.description,
             "groups": [
                 {"scheme": g.scheme.name, "group_size": g.scheme.weights.group_size, "targets": list(g.targets)}
                 for g in self.groups
@@ -150,11 +172,7 @@ class Recipe:
             "ignore": list(self.ignore),
             "method": self.method,
             "damp_fraction": self.damp_fraction,
-            "calibration": self.calibration,
-            "samples": self.samples,
-            "seq_len": self.seq_len,
-            "seed": self.seed,
-            "description": self.description,
+            "gptq": asdict(self.gptq),
         }
 
 

@@ -3,10 +3,13 @@
 scheme, group_size, targets            the default scheme, and what it applies to (Linear unless given)
 [[groups]] scheme, group_size, targets exceptions to it, first match first
 ignore, method, damp_fraction, description
+[gptq] static_order, scale_search, scale_refit, code_descent, sweeps
 [calibration] source, samples, seq_len, seed
 """
 
 from __future__ import annotations
+
+from dataclasses import fields, replace
 
 from halfbyte.errors import UsageError, raise_all
 from halfbyte.recipe.document import Node
@@ -14,6 +17,7 @@ from halfbyte.recipe.model import (
     DEFAULT_DAMP_FRACTION,
     LINEAR,
     METHODS,
+    GptqSteps,
     Method,
     Recipe,
     SchemeGroup,
@@ -52,6 +56,7 @@ def read_native(root: Node, file: str) -> Recipe:
     method = top.string("method", METHODS)
     damp = top.fraction("damp_fraction")
     description = top.string("description")
+    steps = _steps(Section(top.get("gptq") or Node(None, top.line), "gptq", problems))
     calibration = Section(top.get("calibration") or Node(None, top.line), "calibration", problems)
     source = calibration.string("source")
     samples = calibration.integer("samples", 1)
@@ -67,12 +72,23 @@ def read_native(root: Node, file: str) -> Recipe:
         ignore=ignore,
         method=chosen,
         damp_fraction=DEFAULT_DAMP_FRACTION if damp is None else damp,
+        gptq=steps,
         calibration=source,
         samples=samples,
         seq_len=seq_len,
         seed=seed,
         description=description or "",
     )
+
+
+def _steps(section: Section) -> GptqSteps:
+    """The steps that a file switches; those that it does not name are taken."""
+    usual = GptqSteps()
+    switches = {f.name: section.boolean(f.name) for f in fields(GptqSteps) if f.name != "sweeps"}
+    sweeps = section.integer("sweeps", 0)
+    section.finish()
+    named = {name: value for name, value in switches.items() if value is not None}
+    return replace(usual, **named, sweeps=usual.sweeps if sweeps is None else sweeps)
 
 
 def _group(section: Section, default_targets: list[Node] | None) -> list[tuple[SchemeGroup, list[Node]]]:

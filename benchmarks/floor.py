@@ -1,0 +1,95 @@
+"""The least time that GPTQ's arithmetic can take here, and how close halfbyte comes to it.
+
+    python benchmarks/floor.py --model DIR --calibration-text FILE [--samples 64] [--seq-len 512] [--runs 3]
+
+The floor counts what no implementation with one block in memory can leave out, at this machine's float32 matmul rate:
+two passes through every block (in the first, without the last Linear; the last block has no second), attention over the
+causal half or the window, and second moments over one triangle, one for each distinct input. Norms, activations,
+softmax, the solver, reading, writing and start-up count as zero. The rate is measured before and after each run, and
+the better one counts. Writes benchmarks/results/DATE-floor-MODEL.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import harness
+
+COUNT = harness.ROOT / "benchmarks" / "operations.py"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--calibration-text", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--result", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="halfbyte-bench-") as scratch:
+        runs = [one_run(options, Path(scratch)) for _ in range(options.runs)]
+    result = {
+        "benchmark": "floor",
+        "date": harness.today(),
+        "work": {
+            "model": options.model.name,
+            "scheme": "W4A16",
+            "group_size": options.group_size,
+            "samples": options.samples,
+            "seq_len": options.seq_len,
+        },
+        "machine": harness.machine(),
+        "commit": harness.git_commit(),
+        "versions": harness.versions(sys.executable, ("halfbyte", "torch", "transformers", "numpy", "numba")),
+        "runs": runs,
+    }
+    path = options.result or harness.RESULTS / f"{result['date']}-floor-{options.model.name}.json"
+    harness.write_result(path, result)
+    print(render(result))
+
+
+def one_run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """One quantisation between two measurements of the rate."""
+    count = [sys.executable, COUNT, options.model, str(options.samples), str(options.seq_len)]
+    before = harness.json_from(count)
+    out = scratch / "out"
+    command = [sys.executable, "-m", "halfbyte", "quantize", options.model, out, "--json"]
+    command += ["--group-size", str(options.group_size), "--calibration", f"text:{options.calibration_text}"]
+    command += ["--samples", str(options.samples), "--seq-len", str(options.seq_len)]
+    measured = harness.plain(harness.measure(command, scratch / "log"))
+    after = harness.json_from(count)
+    manifest = json.loads((out / "halfbyte.json").read_text(encoding="utf-8"))
+    shutil.rmtree(out)
+    rate = max(before["rate"], after["rate"])
+    operations = before["operations"]
+    return {
+        "operations": operations,
+        "matmul_rate": rate,
+        "floor_s": sum(operations.values()) / rate,
+        "blocks_s": sum(b["seconds"] for b in manifest["run"]["blocks"]),
+        **measured,
+    }
+
+
+def render(result: dict[str, Any]) -> str:
+    """The result as a Markdown table; uses nothing but the result."""
+    rows = [["run", "matmul rate (GFLOP/s)", "floor (s)", "blocks (s)", "wall (s)", "CPU (s)", "wall / floor"]]
+    for i, r in enumerate(result["runs"]):
+        times = (r["floor_s"], r["blocks_s"], r["wall_s"], r["cpu_s"])
+        cells = [f"{r['matmul_rate'] / 1e9:.0f}", *(f"{t:.0f}" for t in times), f"{r['wall_s'] / r['floor_s']:.2f}"]
+        rows.append([str(i + 1), *cells])
+    m = result["machine"]
+    lines = [harness.table(rows), "", f"{m['cpu']}, {m['cores']} cores; {result['date']}"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

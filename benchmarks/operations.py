@@ -1,0 +1,58 @@
+"""Print as JSON how many operations a GPTQ run cannot do without, and this machine's matmul rate (see floor.py).
+
+python benchmarks/operations.py MODEL SAMPLES SEQ_LEN
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from halfbyte.checkpoint.reader import open_checkpoint
+from halfbyte.estimates import shared_inputs
+from halfbyte.planner import plan
+from halfbyte.records import TensorPlan
+
+
+def operations(model: Path, samples: int, seq_len: int) -> dict[str, float]:
+    """Floating-point operations of the two passes, of attention and of the second moments."""
+    config = open_checkpoint(model).text_config
+    tokens = samples * seq_len
+    by_block: dict[int, list[TensorPlan]] = {}
+    for t in plan(model, group_size="channel", calibration="random-tokens").tensors:
+        if t.action == "quantize" and t.block is not None:
+            by_block.setdefault(t.block, []).append(t)
+    heads = config["num_attention_heads"]
+    width = config.get("head_dim") or config["hidden_size"] // heads
+    kinds = config.get("layer_types")
+    passes = attention = moments = 0.0
+    for index, linears in by_block.items():
+        sizes = {t.name: t.shape[0] * t.shape[1] for t in linears}
+        runs = 1 if index == max(by_block) else 2
+        last = sum(n for name, n in sizes.items() if name.endswith("down_proj.weight"))
+        passes += 2.0 * tokens * (runs * sum(sizes.values()) - last)
+        window = config.get("sliding_window") if kinds and kinds[index] == "sliding_attention" else None
+        seen = sum(min(i + 1, window or seq_len) for i in range(seq_len)) / seq_len
+        attention += runs * 4.0 * tokens * seen * heads * width
+        moments += sum(tokens * s.width * (s.width + 1.0) for s in shared_inputs(linears))
+    return {"two passes": passes, "attention": attention, "second moments": moments}
+
+
+def matmul_rate() -> float:
+    """The best of twenty float32 products of 1024 x 2048 by 2048 x 2048, in FLOP/s."""
+    x, w = torch.randn(1024, 2048), torch.randn(2048, 2048)
+    best = 0.0
+    for _ in range(20):
+        start = time.perf_counter()
+        torch.mm(x, w)
+        best = max(best, 2.0 * 1024 * 2048 * 2048 / (time.perf_counter() - start))
+    return best
+
+
+if __name__ == "__main__":
+    counted = operations(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    print(json.dumps({"operations": counted, "rate": matmul_rate()}))

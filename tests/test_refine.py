@@ -1,0 +1,189 @@
+"""Refinement against its definitions: each step is least where it says, none raises the error, the kernel does it."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from halfbyte.kernels import refine_numba, refine_reference
+from halfbyte.methods.gptq import factor_hessian, quantize_gptq
+from halfbyte.methods.refine import refine
+from halfbyte.methods.rtn import nearest
+from halfbyte.methods.scales import minmax
+from halfbyte.packing import dequantize
+from halfbyte.recipe import GptqSteps
+from halfbyte.schemes import WeightFormat
+
+Array = npt.NDArray[np.float64]
+TIE = 2e-4
+
+
+class Linear:
+    """A weight rounded to nearest, and the Hessian of correlated inputs."""
+
+    def __init__(self, rows: int, n: int, fmt: WeightFormat, dtype: torch.dtype = torch.bfloat16) -> None:
+        generator = torch.Generator().manual_seed(rows * 1000 + n)
+        mixing = torch.randn(n, n, generator=generator) / n**0.5 + torch.eye(n)
+        x = torch.randn(3 * n, n, generator=generator) @ mixing * torch.rand(n, generator=generator).add(0.1)
+        self.hessian = x.T @ x
+        self.damping = 0.01 * float(self.hessian.diagonal().mean())
+        self.weight = torch.randn(rows, n, generator=generator)
+        self.fmt, self.dtype = fmt, dtype
+        self.scales, self.zeros = minmax(self.weight, fmt, dtype)
+        self.codes = nearest(self.weight, self.scales, self.zeros, fmt)
+
+    def dense(self) -> torch.Tensor:
+        return dequantize(self.codes, self.scales, self.zeros)
+
+    def refine(self, *, refit: bool = True, descent: bool = True, sweeps: int = 1) -> float:
+        return refine(
+            self.weight,
+            self.hessian,
+            self.damping,
+            self.codes,
+            self.scales,
+            self.zeros,
+            self.fmt,
+            self.dtype,
+            refit=refit,
+            descent=descent,
+            sweeps=sweeps,
+        )
+
+    def error(self, *, damped: bool) -> float:
+        e = (self.weight - self.dense()).double()
+        h = self.hessian.double() + (self.damping if damped else 0.0) * torch.eye(len(self.hessian))
+        return float(((e @ h) * e).sum())
+
+
+FORMATS = [
+    WeightFormat(num_bits=bits, symmetric=symmetric, group_size=size)
+    for bits, symmetric, size in itertools.product((4, 8), (True, False), (None, 32, 128))
+]
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_no_sweep_raises_the_error_and_the_error_is_reported(fmt: WeightFormat) -> None:
+    linear = Linear(9, 384, fmt)
+    before = linear.error(damped=True)
+    for refit, descent in ((True, False), (False, True), (True, True), (True, True)):
+        reported = linear.refine(refit=refit, descent=descent)
+        assert reported == pytest.approx(linear.error(damped=False), rel=1e-3)
+        after = linear.error(damped=True)
+        assert after < before or (after == pytest.approx(before, rel=1e-6) and not (refit and descent))
+        before = after
+    assert int(linear.codes.min()) >= fmt.q_min
+    assert int(linear.codes.max()) <= fmt.q_max
+    assert torch.equal(linear.scales, linear.scales.to(torch.bfloat16).float())
+    assert (linear.scales > 0).all()
+
+
+def test_no_steps_change_nothing() -> None:
+    linear = Linear(5, 128, WeightFormat(num_bits=4, group_size=32))
+    codes, scales = linear.codes.clone(), linear.scales.clone()
+    assert linear.refine(sweeps=0) == pytest.approx(linear.error(damped=False), rel=1e-4)
+    linear.refine(refit=False, descent=False, sweeps=3)
+    assert torch.equal(linear.codes, codes)
+    assert torch.equal(linear.scales, scales)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("size", [None, 32])
+def test_a_refitted_scale_is_the_least_squares_one(symmetric: bool, size: int | None) -> None:
+    """The group that is moved last has all others in their final place: its scale must solve its normal equation."""
+    linear = Linear(6, 160, WeightFormat(num_bits=4, symmetric=symmetric, group_size=size), torch.float32)
+    linear.refine(descent=False)
+    width = size or 160
+    last = slice(160 - width, 160)
+    h = linear.hessian.double() + linear.damping * torch.eye(160)
+    rest = (linear.weight - linear.dense()).double()
+    v = (linear.codes[:, last] - linear.zeros[:, -1:]).double()
+    rest[:, last] = linear.weight[:, last].double()
+    # min over s of (rest - s v) H (rest - s v)^T
+    best = ((rest @ h)[:, last] * v).sum(dim=1) / ((v @ h[last, last]) * v).sum(dim=1)
+    torch.testing.assert_close(linear.scales[:, -1].double(), best, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_after_descent_no_single_code_can_do_better(symmetric: bool) -> None:
+    linear = Linear(4, 96, WeightFormat(num_bits=4, symmetric=symmetric, group_size=32), torch.float32)
+    linear.refine(refit=False, sweeps=50)
+    h = linear.hessian.double() + linear.damping * torch.eye(96)
+    error = (linear.weight - linear.dense()).double()
+    gradient = error @ h
+    scales = linear.scales.double().repeat_interleave(32, dim=1)
+    for step in (-1, 1):
+        moved = linear.codes + step
+        allowed = (moved >= -8) & (moved <= 7)
+        change = -2 * step * scales * gradient + scales.square() * h.diagonal()
+        assert float(change[allowed].min()) > -1e-4 * float((error @ h * error).sum(dim=1).mean())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("rows", "n"), [(1, 8), (7, 32), (33, 100), (64, 128)])
+def test_the_kernel_matches_the_slow_twin(rows: int, n: int, symmetric: bool, bits: int) -> None:
+    """With the kernel's codes forced on it, the twin shows what each stands for: the nearest, ties excepted."""
+    fmt = WeightFormat(num_bits=bits, symmetric=symmetric)
+    linear = Linear(rows, n, fmt)
+    start = linear.codes.clone()
+    square = linear.hessian + linear.damping * torch.eye(n)
+    gradient = (linear.weight - linear.dense()) @ square
+    kept, steps = gradient.clone(), torch.full((rows, n), 0.5)
+    scales, zeros = linear.scales[:, 0].contiguous(), linear.zeros[:, 0].contiguous()
+    refine_numba.descend(gradient, square, linear.codes, scales, zeros, fmt.q_min, fmt.q_max, steps)
+    assert torch.equal(gradient, kept)
+    moved = (linear.codes - start).float() * linear.scales
+    torch.testing.assert_close(steps, moved + 0.5, rtol=1e-5, atol=1e-6)
+    assert (moved != 0).any() or n == 8
+
+    w, h, s, z = (t.numpy().astype(np.float64) for t in (linear.weight, square, linear.scales, linear.zeros))
+    group_of = np.zeros(n, dtype=np.int64)
+    _, exact = refine_reference.descend(
+        w, h, start.numpy(), s, z, group_of, fmt.q_min, fmt.q_max, forced_codes=linear.codes.numpy()
+    )
+    distance = np.abs(np.clip(exact, fmt.q_min, fmt.q_max) - linear.codes.numpy()) - 0.5
+    assert distance.max() < TIE * (1 if bits == 4 else 16)
+    free, _ = refine_reference.descend(w, h, start.numpy(), s, z, group_of, fmt.q_min, fmt.q_max)
+    assert np.array_equal(free, linear.codes.numpy()) or distance.max() > -TIE * 16
+
+
+def test_views_of_codes_are_changed_in_place() -> None:
+    linear = Linear(40, 256, WeightFormat(num_bits=4))
+    square = linear.hessian[100:150, 100:150] + linear.damping * torch.eye(50)
+    gradient = ((linear.weight - linear.dense()) @ linear.hessian)[:, 100:150].contiguous()
+    before = linear.codes.clone()
+    scales, zeros = linear.scales[:, 0].contiguous(), linear.zeros[:, 0].contiguous()
+    refine_numba.descend(gradient, square, linear.codes[:, 100:150], scales, zeros, -8, 7, torch.zeros(40, 50))
+    changed = (linear.codes != before).any(dim=0)
+    assert changed[100:150].any()
+    assert not changed[:100].any()
+    assert not changed[150:].any()
+
+
+def test_dead_columns_stay_at_zero_without_damping() -> None:
+    linear = Linear(8, 64, WeightFormat(num_bits=4, group_size=32))
+    linear.damping = 0.0
+    linear.hessian[[3, 40]] = 0.0
+    linear.hessian[:, [3, 40]] = 0.0
+    linear.weight[:, [3, 40]] = 0.0
+    linear.codes[:, [3, 40]] = 0
+    linear.refine(sweeps=3)
+    assert (linear.codes[:, [3, 40]] == 0).all()
+    assert torch.isfinite(linear.scales).all()
+
+
+def test_each_step_lowers_what_gptq_leaves() -> None:
+    linear = Linear(64, 256, WeightFormat(num_bits=4, group_size=64))
+    factor = factor_hessian(linear.hessian, 0.01, where="w")
+    errors = {}
+    for refit, descent in itertools.product((False, True), repeat=2):
+        steps = GptqSteps(scale_refit=refit, code_descent=descent)
+        result = quantize_gptq(linear.weight, linear.hessian, factor, linear.fmt, torch.bfloat16, steps)
+        errors[refit, descent] = result.relative_error
+    assert errors[True, True] < errors[False, True] < errors[False, False]
+    assert errors[True, True] < errors[True, False] < errors[False, False]
