@@ -177,6 +177,16 @@ def test_dead_columns_stay_at_zero_without_damping() -> None:
     assert torch.isfinite(linear.scales).all()
 
 
+def test_an_error_that_overflows_moves_nothing() -> None:
+    linear = Linear(4, 32, WeightFormat(num_bits=4))
+    linear.weight *= 1e37
+    linear.scales *= 3e36
+    codes, scales = linear.codes.clone(), linear.scales.clone()
+    assert linear.refine() == float("inf")
+    assert torch.equal(linear.codes, codes)
+    assert torch.equal(linear.scales, scales)
+
+
 def test_each_step_lowers_what_gptq_leaves() -> None:
     linear = Linear(64, 256, WeightFormat(num_bits=4, group_size=64))
     factor = factor_hessian(linear.hessian, 0.01, where="w")

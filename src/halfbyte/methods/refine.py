@@ -50,13 +50,15 @@ def refine(
         refit, descent: which of the two to do.
 
     Returns:
-        the error left, ``tr(E H E^T)`` without damping.
+        the error left, ``tr(E H E^T)`` without damping; infinite, and nothing changed, where it overflows float32.
     """
     columns, groups = weight.shape[1], scales.shape[1]
     width = columns // groups
     step = min(width, PANEL)
     error = dequantize(codes, scales, None if fmt.symmetric else zeros).neg_().add_(weight)
     gradient = torch.addmm(error, error, hessian, beta=damping)
+    if not bool(torch.isfinite(gradient.sum())):  # nothing to go by; what made it so is found in the activations
+        return float("inf")
     for _ in range(sweeps):
         for g in range(groups):
             whole = slice(g * width, (g + 1) * width)
