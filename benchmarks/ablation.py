@@ -41,10 +41,10 @@ VARIANTS: dict[str, tuple[str, GptqSteps | None]] = {
     "+order": ("and static activation order", ORDER),
     "+search diag(H)": ("and scales searched with importance diag(H)", SEARCH),
     "+search 1/R^2": ("and scales searched with importance 1/R_jj^2 instead", SEARCH),
-    "+refit": ("and scales refitted after the columns, two sweeps", replace(SEARCH, scale_refit=True)),
-    "+descent": ("and coordinate descent on codes instead, two sweeps", replace(SEARCH, code_descent=True)),
-    "+both, 1 sweep": ("and both in turn, one sweep", GptqSteps(sweeps=1)),
-    "+both": ("and both in turn, two sweeps (the default)", GptqSteps()),
+    "+refit": ("and scales refitted after the columns", replace(SEARCH, scale_refit=True)),
+    "+descent": ("and coordinate descent on codes instead", replace(SEARCH, code_descent=True)),
+    "+both": ("and both in turn (the default)", GptqSteps()),
+    "+both, 2 sweeps": ("and both in turn, two sweeps", GptqSteps(sweeps=2)),
     "+both, 8 sweeps": ("and both in turn, eight sweeps", GptqSteps(sweeps=8)),
 }
 

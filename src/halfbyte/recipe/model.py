@@ -57,7 +57,7 @@ class GptqSteps:
     scale_search: bool = True
     scale_refit: bool = True
     code_descent: bool = True
-    sweeps: int = 2
+    sweeps: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
