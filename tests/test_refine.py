@@ -148,8 +148,12 @@ def test_the_kernel_matches_the_slow_twin(rows: int, n: int, symmetric: bool, bi
     )
     distance = np.abs(np.clip(exact, fmt.q_min, fmt.q_max) - linear.codes.numpy()) - 0.5
     assert distance.max() < TIE * (1 if bits == 4 else 16)
-    free, _ = refine_reference.descend(w, h, start.numpy(), s, z, group_of, fmt.q_min, fmt.q_max)
-    assert np.array_equal(free, linear.codes.numpy()) or distance.max() > -TIE * 16
+    # Left to itself it takes the same codes, unless one is so close to a tie that float32 may go the other way.
+    if (np.abs(distance) > TIE * (1 if bits == 4 else 16)).all():
+        free, _ = refine_reference.descend(w, h, start.numpy(), s, z, group_of, fmt.q_min, fmt.q_max)
+        assert np.array_equal(free, linear.codes.numpy())
+    else:
+        assert rows * n > 200  # too few codes for a tie by chance
 
 
 def test_views_of_codes_are_changed_in_place() -> None:

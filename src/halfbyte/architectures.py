@@ -27,6 +27,9 @@ NOT_LANGUAGE = re.compile(r"(^|[._])(vision|visual|vit|image|audio|speech|projec
 # Modules inside blocks that hold a 2-D weight and stay in original precision: they steer tokens to experts.
 KEPT_MODULES = re.compile(r"(^|\.)(router|gate|shared_expert_gate|wg)$")
 
+# Linears that engines fuse into one: all parts have the same input, and need the same scheme.
+FUSED = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
+
 KNOWN_ARCHITECTURES = frozenset(
     {
         "LlamaForCausalLM",

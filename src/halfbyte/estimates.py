@@ -9,7 +9,7 @@ Memory is what the pipeline holds at its fullest moment. Four kinds of moment co
 - a Linear of N weights is solved: the same with H and R instead (8 n^2), two copies of the weight and its codes (9 N)
   and the scale search's candidates.
 
-Time is arithmetic at a rate measured now. Both are compared with real runs in docs/benchmarks.md.
+Time is arithmetic at a rate measured now. Peaks stand beside measured ones in docs/benchmarks.md; times do not yet.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from halfbyte.architectures import FUSED
 from halfbyte.calibration import TOKENS_PER_BATCH, available_memory_bytes, self_writing_bytes
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint
 from halfbyte.methods.gptq import DOUBLE_LIMIT
 from halfbyte.methods.scales import CANDIDATES_PER_CALL, SHRINK
 from halfbyte.records import Estimate, TensorPlan
 
-# Linears that engines fuse into one: all parts have the same input, and need the same scheme.
-FUSED = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
-# Measured resident memory of an idle process with torch, transformers and numba imported.
+# What measured peaks hold besides tensors: imports, the module tree, compiled kernels, the C library's heap.
 RUNTIME_BYTES = 550e6
 # Measured while loading Gemma 3's vocabulary of 262,144.
 TOKENIZER_BYTES = 2e3
 DISK_BYTES_PER_S = 400e6
 # Of the memory that is free; the rest is the page cache's and everybody else's.
 MEMORY_SHARE = 0.8
-# Sampling multiplies by few rows at a time: a fifth of the rate of square matrices (SmolLM2-135M, 64 rows).
-SAMPLING_SHARE = 0.2
+# Sampling multiplies by few rows at a time. One demo (SmolLM2-135M, 48 rows, 18,432 tokens) took 79 s for it, which is
+# 0.3 of the rate of square matrices measured later on the same machine; rough.
+SAMPLING_SHARE = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from halfbyte.architectures import KEPT_MODULES, KNOWN_ARCHITECTURES, NOT_LANGUAGE, BlockMap, map_blocks
+from halfbyte.architectures import FUSED, KEPT_MODULES, KNOWN_ARCHITECTURES, NOT_LANGUAGE, BlockMap, map_blocks
 from halfbyte.calibration import default_spec, parse_spec
 from halfbyte.checkpoint.layout import TensorSpec
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint, TensorInfo
 from halfbyte.checkpoint.source import open_headers
 from halfbyte.errors import ArchitectureError, CheckpointError, HalfbyteError, RecipeError, UsageError
-from halfbyte.estimates import FUSED, CalibrationWork, estimate, settle_offload
+from halfbyte.estimates import CalibrationWork, estimate, settle_offload
 from halfbyte.packing import stored_tensors
 from halfbyte.recipe import Recipe, load_recipe
 from halfbyte.records import Plan, TensorPlan

@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323) with static activation order, a reversed Cholesky factor and searched scales.
+"""GPTQ (Frantar et al., arXiv 2210.17323) with static activation order, searched scales and refinement.
 
 For one Linear with inputs X (``[tokens, in]``) and weight W (``[out, in]``) GPTQ looks for codes that make
 
@@ -13,7 +13,7 @@ small, column by column. Where we differ from the paper:
   inverse, both by halves and in one matrix's memory.
 - Scales minimise the rounding error weighted by ``1 / R_jj^2``. That is the weight an error in column j has in GPTQ's
   own objective, ``sum_j (w_j - w_q,j)^2 / R_jj^2``, once the open columns have absorbed what they can; ``diag(H)``
-  ignores that they do. (Ablation: docs/log.md.)
+  ignores that they do. (Ablation: docs/benchmarks.md.)
 - After the columns, scales and codes are refined against the whole Hessian, see ``refine``.
 - If H cannot be factored, damping rises tenfold, at most :data:`MAX_RAISES` times, and the record says so. Where none
   was asked for, the first raise goes to ten times :data:`LEAST_RAISED`.
@@ -191,8 +191,10 @@ def quantize_gptq(
         steps: what is done besides the columns; ``static_order`` is the factor's matter.
     """
     alive = weight.masked_fill(factor.dead, 0.0) if bool(factor.dead.any()) else weight
-    choose = searched if steps.scale_search else without_importance
-    scales, zeros = choose(alive, factor.importance, fmt, scale_dtype)
+    if steps.scale_search:
+        scales, zeros = searched(alive, factor.importance, fmt, scale_dtype)
+    else:
+        scales, zeros = minmax(alive, fmt, scale_dtype)
     group_of = (torch.arange(weight.shape[1]) // (weight.shape[1] // scales.shape[1]))[factor.order]
     permuted_codes, _ = solve_columns(
         alive[:, factor.order].contiguous(), factor.upper, scales, zeros, group_of, fmt.q_min, fmt.q_max
@@ -220,10 +222,3 @@ def quantize_gptq(
         zero_points=None if fmt.symmetric else zeros.to(torch.int8),
         relative_error=error / energy if energy > 0 else 0.0,
     )
-
-
-def without_importance(
-    weight: torch.Tensor, importance: torch.Tensor, fmt: WeightFormat, scale_dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Min-max scales, with the signature of :func:`halfbyte.methods.scales.searched`."""
-    return minmax(weight, fmt, scale_dtype)
