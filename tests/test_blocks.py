@@ -130,7 +130,7 @@ def test_linears_with_one_input_share_one_statistic(family: str, tiny_model: Mod
                     looks[path] = inputs[0]
 
                 module.register_forward_pre_hook(look, prepend=True)
-        for _ in range(2):  # the second pass stops at the last Linear, and must count it all the same
+        for _ in range(2):
             collector.run(lambda: run_block(block, hidden, calls[0]), rows)
     shared = [[n.rpartition(".")[2] for n in m.names] for m in collector.moments]
     assert shared == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]

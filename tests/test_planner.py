@@ -157,9 +157,9 @@ def test_a_70b_checkpoint_is_planned_from_its_headers(tmp_path: Path) -> None:
         assert estimate.value == pytest.approx(sum(estimate.parts.values()))
         assert estimate.how
     assert made.estimates["disk"].parts["quantised checkpoint"] == after
-    # Two passes of two operations a weight and token.
-    expected = 4 * 128 * 512 * quantized / 100e9
-    assert made.estimates["time"].parts["two passes through the blocks"] == pytest.approx(expected)
+    # One pass of two operations a weight and token.
+    expected = 2 * 128 * 512 * quantized / 100e9
+    assert made.estimates["time"].parts["a pass through the blocks"] == pytest.approx(expected)
 
     write_json(tmp_path / "plan.json", made)
     assert read_record(Plan, tmp_path / "plan.json") == made
@@ -212,7 +212,7 @@ def test_no_calibration_costs_none(tmp_path: Path) -> None:
     made = plan(source, method="rtn")
     assert made.method == "rtn"
     assert "hidden states" not in made.estimates["peak_memory"].parts
-    assert made.estimates["time"].parts["two passes through the blocks"] == 0
+    assert made.estimates["time"].parts["a pass through the blocks"] == 0
     assert plan(source, scheme="FP8_DYNAMIC").method == "rtn"
 
 
@@ -221,7 +221,19 @@ def test_offloaded_hidden_states_take_no_memory(tmp_path: Path) -> None:
     options: dict[str, Any] = {"calibration": "random-tokens", "samples": 100, "seq_len": 1000}
     held = plan(source, **options, offload=False).estimates["peak_memory"]
     spilt = plan(source, **options, offload=True).estimates["peak_memory"]
-    assert held.value - spilt.value == 4 * 100 * 1000 * 256
+    kept = held.parts["inputs and outputs kept between stages"]
+    assert kept == 4 * 100 * 1000 * (256 + 512)  # the attention's output, and what down_proj sees
+    # But for a few small things: the fullest moment is another one then.
+    assert held.value - spilt.value == pytest.approx(4 * 100 * 1000 * 256 + kept, rel=0.01)
+
+
+def test_what_waits_between_stages_goes_to_disk_past_a_gibibyte(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "tiny", TINY, config(2, 256))
+    for samples, on_disk in ((340, False), (360, True)):  # 1000 tokens each, 3072 bytes for one
+        found = plan(source, calibration="random-tokens", samples=samples, seq_len=1000, offload=False).estimates
+        kept = 4.0 * samples * 1000 * (256 + 512)
+        assert found["peak_memory"].parts["inputs and outputs kept between stages"] == (0 if on_disk else kept)
+        assert found["disk"].parts.get("inputs and outputs kept between stages", 0) == (kept if on_disk else 0)
 
 
 def test_hidden_states_go_to_disk_where_they_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,13 +249,14 @@ def test_hidden_states_go_to_disk_where_they_do_not_fit(tmp_path: Path, monkeypa
 
 
 def test_a_model_that_writes_its_own_text_is_in_memory_whole(tmp_path: Path) -> None:
-    source = write_checkpoint(tmp_path / "tiny", TINY, config(2, 256))
-    written = plan(source, calibration="self", samples=8).estimates
-    given = plan(source, calibration="random-tokens", samples=8).estimates
+    shapes = llama(30, 256, 512, 128, 320)  # so many that all blocks outweigh one with its statistics
+    source = write_checkpoint(tmp_path / "tiny", shapes, config(30, 256))
+    written = plan(source, calibration="self", samples=1, seq_len=16).estimates
+    given = plan(source, calibration="random-tokens", samples=1, seq_len=16).estimates
     assert "writes its calibration text" in written["peak_memory"].how
     assert written["peak_memory"].value > given["peak_memory"].value
     parameters = written["time"].value - given["time"].value
-    assert parameters == pytest.approx(2 * 8 * 512 * sum(map(numel, TINY.values())) / (0.3 * 100e9))
+    assert parameters == pytest.approx(2 * 16 * sum(map(numel, shapes.values())) / (0.3 * 100e9))
     with pytest.raises(UsageError, match="unknown calibration source"):
         plan(source, calibration="wikitext")
 

@@ -4,8 +4,9 @@ Memory is what the pipeline holds at its fullest moment. Four kinds of moment co
 
 - the model writes its own calibration text (``self`` only): the whole model in float32, its key-value cache, logits;
 - its tokenizer is loaded: more than a block, for small models with large vocabularies;
-- a Hessian of width ``n`` is factored: the block's weights, the Hessians not solved yet, codes so far, H (4 n^2 bytes)
-  and its factor with room to work: 12 n^2 in float64, 6 n^2 in float32 above :data:`DOUBLE_LIMIT`;
+- a Hessian of width ``n`` is factored: the block's weights, codes so far, what waits for the stages to come (see
+  ``sequential``), H (4 n^2 bytes) and its factor with room to work: 12 n^2 in float64, 6 n^2 in float32 above
+  :data:`DOUBLE_LIMIT`;
 - a Linear of N weights is solved: the same with H and R instead (8 n^2), two copies of the weight and its codes (9 N)
   and the scale search's candidates.
 
@@ -32,6 +33,8 @@ RUNTIME_BYTES = 550e6
 # Measured while loading Gemma 3's vocabulary of 262,144.
 TOKENIZER_BYTES = 2e3
 DISK_BYTES_PER_S = 400e6
+# What may wait in memory between the stages of a block; more goes to files.
+KEPT_IN_MEMORY = 1 << 30
 # Of the memory that is free; the rest is the page cache's and everybody else's.
 MEMORY_SHARE = 0.8
 # Sampling multiplies by few rows at a time. One demo (SmolLM2-135M, 48 rows, 18,432 tokens) took 79 s for it, which is
@@ -96,7 +99,7 @@ def estimate(
     return {
         "peak_memory": _memory(checkpoint, blocks, size),
         "time": _time(checkpoint, blocks, size, after),
-        "disk": _disk(checkpoint, size, after),
+        "disk": _disk(checkpoint, blocks, size, after),
     }
 
 
@@ -155,8 +158,8 @@ def _block_moments(
 ) -> list[tuple[str, dict[str, float]]]:
     """The moments of one block at which memory may be fullest: when it is, and what is held."""
     weights = sum(s.weights for s in block)
-    largest = max(s.largest for s in block)
     if not size.tokens:
+        largest = max(s.largest for s in block)
         return [("the largest Linear is rounded", {"rounding the largest Linear": 13.0 * largest})]
     hidden = int(checkpoint.text_config.get("hidden_size", block[0].width))
     label = "hidden states" + (" (on disk: --offload)" if size.offload else "")
@@ -165,44 +168,50 @@ def _block_moments(
         label: 0.0 if size.offload else 4.0 * size.tokens * hidden,
     }
     batch = min(TOKENS_PER_BATCH, size.tokens)
-    widest_output = max(shape[0] for s in block for shape in s.shapes)
-    widest = max(s.width for s in block)
-    moments: list[tuple[str, dict[str, float]]] = [
-        (
-            "a block's inputs are observed",
-            always
-            | {
-                "second moments of its inputs, float32": 4.0 * sum(s.width**2 for s in block),
-                "activations of one batch": 4.0 * batch * (2 * widest_output + widest + 4 * hidden),
-            },
-        )
-    ]
-    solved = 0
-    for i, s in enumerate(block):
-        rest = {
-            "second moments not used yet, float32": 4.0 * sum(t.width**2 for t in block[i + 1 :]),
-            "codes found so far": float(solved),
+    moments: list[tuple[str, dict[str, float]]] = []
+    for s in block:
+        widest_output = max(shape[0] for shape in s.shapes)
+        kept = 0.0 if _kept_on_disk([block], size, hidden) else _kept_bytes(s, size, hidden)
+        rest = always | {
+            "inputs and outputs kept between stages": kept,
+            "codes found so far": float(weights - s.weights),
         }
         square = float(s.width**2)
         factoring = (16.0 if s.width <= DOUBLE_LIMIT else 10.0) * square
         candidates = 28.0 * min(CANDIDATES_PER_CALL, s.scales * len(SHRINK))
+        observed = {
+            f"second moment of width {s.width}, float32": 4.0 * square,
+            "activations of one batch": 4.0 * batch * (2 * widest_output + s.width + 4 * hidden),
+        }
         held = {
             f"Hessian of width {s.width} and its factor": 8.0 * square,
             "solving the largest Linear": 9.0 * s.largest + candidates,
         }
         moments += [
-            (f"a Hessian of width {s.width} is factored", always | rest | {"factoring it": factoring}),
-            ("a Linear is solved", always | rest | held),
+            ("a block's inputs are observed", rest | observed),
+            (f"a Hessian of width {s.width} is factored", rest | {"factoring it": factoring}),
+            ("a Linear is solved", rest | held),
         ]
-        solved += s.weights
     return moments
+
+
+def _kept_bytes(shared: Shared, size: CalibrationWork, hidden: int) -> float:
+    """What waits while a stage is solved: its input, unless it lies behind a norm as q/k/v's and gate/up's do (several
+    Linears, here), and the attention's output."""
+    return 4.0 * size.tokens * (hidden + (shared.width if len(shared.shapes) == 1 else 0))
+
+
+def _kept_on_disk(blocks: list[list[Shared]], size: CalibrationWork, hidden: int) -> float:
+    """As much of it as goes to files: all, where any block's would be too much for memory."""
+    most = max((_kept_bytes(s, size, hidden) for block in blocks for s in block), default=0.0)
+    return most if size.offload or most > KEPT_IN_MEMORY else 0.0
 
 
 def _time(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationWork, after: int) -> Estimate:
     rate = matmul_rate()
     weights = sum(s.weights for block in blocks for s in block)
     parts = {
-        "two passes through the blocks": 4.0 * size.tokens * weights / rate,
+        "a pass through the blocks": 2.0 * size.tokens * weights / rate,
         "second moments": 1.3 * size.tokens * sum(s.width**2 for block in blocks for s in block) / rate,
         "scales and columns": weights * (9e-8 if size.tokens else 5e-9),
         "reading and writing": (checkpoint.size_bytes + after) / DISK_BYTES_PER_S,
@@ -214,11 +223,12 @@ def _time(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationW
     return Estimate(value=sum(parts.values()), unit="seconds", how=how, parts=parts)
 
 
-def _disk(checkpoint: Checkpoint, size: CalibrationWork, after: int) -> Estimate:
+def _disk(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationWork, after: int) -> Estimate:
     parts = {"quantised checkpoint": float(after)}
     if size.tokens:
         hidden = int(checkpoint.text_config.get("hidden_size", 0))
         parts["hidden states, kept for --resume until the end"] = 8.0 * size.tokens * hidden
+        parts["inputs and outputs kept between stages"] = _kept_on_disk(blocks, size, hidden)
     how = "written beside each other in the output folder"
     return Estimate(value=sum(parts.values()), unit="bytes", how=how, parts=parts)
 

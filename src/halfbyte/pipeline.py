@@ -6,12 +6,13 @@ the number of blocks. Every finished block is on disk before the next is touched
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import platform
 import resource
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -42,6 +43,7 @@ from halfbyte.errors import (
     UsageError,
     raise_all,
 )
+from halfbyte.estimates import KEPT_IN_MEMORY
 from halfbyte.heap import mapped, release_freed_memory, reuse_freed_memory
 from halfbyte.methods.gptq import factor_hessian, quantize_gptq
 from halfbyte.methods.result import QuantizedWeight
@@ -57,10 +59,12 @@ from halfbyte.planner import (
     require_calibration,
 )
 from halfbyte.progress import Reporter, Silent
-from halfbyte.recipe import Recipe
+from halfbyte.recipe import GptqSteps, Recipe
 from halfbyte.records import CalibrationRecord, LinearRecord, Manifest, from_plain, read_record
+from halfbyte.schemes import ActivationFormat
+from halfbyte.sequential import AtOnce, Route, Sequential, Shelf, Walk, learn_route
 from halfbyte.state import HiddenStates, RunFolder, already_published
-from halfbyte.statistics import Collector, SecondMoment
+from halfbyte.statistics import SecondMoment
 from halfbyte.tokens import load_calibration, save_calibration
 from halfbyte.weights import Weights
 
@@ -302,18 +306,22 @@ class Job:
         with model.block(index) as block:
             modules = {n: m for n, m in model.linears(index).items() if n in names}
             require_finite_weights(modules)
-            moments = stream.observe(block, index, modules) if modules else ()
-            release_freed_memory()
-            for moment in moments:
-                if not bool(torch.isfinite(moment.hessian.diagonal()).all()):
-                    raise stream.overflow(block, index, moment.names[0])
-                with mapped():
-                    results |= self._solve_shared(moment, modules, index)
-                release_freed_memory()
-            if not last:
-                self._await_save()
-                stream.advance(block, index)
+            with stream.walk(block, index, modules, self._activation_formats(names), self.recipe.gptq) as walk:
+                for moment in walk.moments():
+                    release_freed_memory()
+                    if not bool(torch.isfinite(moment.hessian.diagonal()).all()):
+                        raise stream.overflow(block, index, moment.names[0])
+                    with mapped():
+                        results |= self._solve_shared(moment, modules, index)
+                    release_freed_memory()
+                if not last:
+                    self._await_save()
+                    stream.advance(block, index, walk)
         return {n: results[n] for n in names}
+
+    def _activation_formats(self, names: Sequence[str]) -> dict[str, ActivationFormat]:
+        formats = {n: self.work.schemes[n].activations for n in names}
+        return {n: f for n, f in formats.items() if f is not None}
 
     def _solve_shared(
         self, moment: SecondMoment, modules: dict[str, nn.Linear], index: int
@@ -425,6 +433,7 @@ class Stream:
     samples: list[list[int]]
     arguments: list[list[Arguments]]
     states: HiddenStates
+    routes: dict[tuple[type, tuple[str, ...]], Route | None] = field(default_factory=dict)
 
     @staticmethod
     def begin(
@@ -453,26 +462,51 @@ class Stream:
             model, batches, [real_rows(b) for b in batches], sample_numbers(calibration, batches), arguments, states
         )
 
-    def observe(self, block: nn.Module, index: int, modules: dict[str, nn.Linear]) -> Sequence[SecondMoment]:
-        """Pass 1: run the block with original weights and sum up the second moments of its Linears' inputs."""
-        with Collector(modules, self.model.device) as collector:
-            for i, rows in enumerate(self.rows):
-                hidden = self.states.read(i).to(self.model.device, self.model.dtype)
-                collector.run(lambda i=i, hidden=hidden: run_block(block, hidden, self.arguments[i][index]), rows)  # type: ignore[misc]
-        idle = collector.never_called()
-        if idle:
-            raise ArchitectureError(
-                f"{len(idle)} Linears of block {index} saw no calibration token",
-                where=idle[0],
-                remedy="Leave them out with --ignore, or use more calibration text.",
-            )
-        return Draining(collector.moments)
+    @contextlib.contextmanager
+    def walk(
+        self,
+        block: nn.Module,
+        index: int,
+        linears: Mapping[str, nn.Linear],
+        formats: Mapping[str, ActivationFormat],
+        steps: GptqSteps,
+    ) -> Iterator[Walk]:
+        """The way through a block: stage by stage where it can be, all Linears at once where it cannot."""
+
+        def run(batch: int) -> torch.Tensor:
+            hidden = self.states.read(batch).to(self.model.device, self.model.dtype)
+            return run_block(block, hidden, self.arguments[batch][index])
+
+        route = self._route(block, index, linears, run) if steps.true_sequential and linears else None
+        if route is None:
+            yield AtOnce(run, self.rows, linears, self.model.device, formats)
+            return
+        tokens = sum(b.token_ids.numel() for b in self.batches)
+        kept = route.kept_bytes(linears, tokens, self.states.dtype.itemsize)
+        shelf = Shelf(self.states.folder if self.states.offload or kept > KEPT_IN_MEMORY else None)
+        try:
+            yield Sequential(block, linears, route, run, self.rows, self.model.device, shelf, formats)
+        finally:
+            shelf.clear()
+
+    def _route(
+        self, block: nn.Module, index: int, linears: Mapping[str, nn.Linear], run: Callable[[int], torch.Tensor]
+    ) -> Route | None:
+        """Learnt once for all blocks of a kind, and spelt with this block's names."""
+        prefix = f"{self.model.disk_prefix}.{index}."
+        short = {n.removeprefix(prefix): m for n, m in linears.items()}
+        kind = (type(block), tuple(short))
+        if kind not in self.routes:
+            self.routes[kind] = learn_route(block, short, lambda: run(0))
+        known = self.routes[kind]
+        return None if known is None else known.renamed(prefix)
 
     def overflow(self, block: nn.Module, index: int, where: str) -> NumericsError:
         """What to say of a second moment that is not finite: which module and sample made it so, if they show."""
         try:
             for i in range(len(self.batches)):
-                self._run(block, index, i)
+                hidden = self.states.read(i).to(self.model.device, self.model.dtype)
+                self._require_finite(block, index, i, run_block(block, hidden, self.arguments[i][index]))
         except NumericsError as e:
             return e
         return NumericsError(
@@ -482,27 +516,16 @@ class Stream:
             remedy="Check the source weights with `halfbyte inspect`, or calibrate with other text.",
         )
 
-    def advance(self, block: nn.Module, index: int) -> None:
-        """Pass 2: run the block with quantised weights to get what enters the next."""
-        for i in range(len(self.batches)):
-            self.states.write(i, self._run(block, index, i), stage=index + 1)
+    def advance(self, block: nn.Module, index: int, walk: Walk) -> None:
+        """Move on to what enters the next block; anything but finite numbers stops it, naming module and sample."""
+        for i, output in enumerate(walk.outputs()):
+            self._require_finite(block, index, i, output)
+            self.states.write(i, output, stage=index + 1)
 
-    def _run(self, block: nn.Module, index: int, batch: int) -> torch.Tensor:
-        """One batch through one block; anything but finite numbers stops it, naming module and sample."""
+    def _require_finite(self, block: nn.Module, index: int, batch: int, output: torch.Tensor) -> None:
         hidden = self.states.read(batch).to(self.model.device, self.model.dtype)
-        output = run_block(block, hidden, self.arguments[batch][index])
         name = f"{self.model.disk_prefix}.{index}"
         require_finite(block, name, hidden, output, self.arguments[batch][index], self.samples[batch])
-        return output
-
-
-class Draining(list[SecondMoment]):
-    """A list that lets go of each element when it has been looped over: a solved Hessian's memory is free at once."""
-
-    def __iter__(self) -> Any:
-        self.reverse()
-        while self:
-            yield self.pop()
 
 
 def real_rows(batch: Batch) -> torch.Tensor | None:

@@ -69,10 +69,6 @@ class SecondMoment:
         return self.hessian
 
 
-class LastInputSeen(Exception):
-    """Raised inside a block when its last Linear's input has been recorded: the rest of the pass is not needed."""
-
-
 @dataclass(slots=True)
 class Collector:
     """Forward hooks on a block's Linears that accumulate one :class:`SecondMoment` for each distinct input.
@@ -80,10 +76,7 @@ class Collector:
     Use::
 
         with Collector(linears, device) as collector:
-            for batch: collector.run(lambda: block(...), lengths, padded)
-
-    The first batch runs to the end and shows which Linears share inputs and which is called last; from the second on,
-    the pass stops there and saves that Linear's product.
+            for batch: collector.run(lambda: block(...), rows)
     """
 
     linears: Mapping[str, nn.Module]
@@ -92,8 +85,6 @@ class Collector:
     _handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
     _moment_of: dict[str, SecondMoment] = field(default_factory=dict)
     _seen: list[tuple[torch.Tensor, SecondMoment]] = field(default_factory=list)
-    _calls: list[str] = field(default_factory=list)
-    _last: str | None = None
     _rows: torch.Tensor | None = None
 
     def __enter__(self) -> Collector:
@@ -116,16 +107,10 @@ class Collector:
         """
         self._rows = rows
         self._seen.clear()
-        self._calls.clear()
         try:
             forward()
-        except LastInputSeen:
-            return
         finally:
             self._seen.clear()
-        # Stopping early is safe only where every Linear is called exactly once, in an order that does not vary.
-        if self._last is None and self._calls and sorted(self._calls) == sorted(self.linears):
-            self._last = self._calls[-1]
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         def record(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -134,7 +119,6 @@ class Collector:
         return record
 
     def _record(self, name: str, x: torch.Tensor) -> None:
-        self._calls.append(name)
         shared = next((moment for tensor, moment in self._seen if tensor is x), None)
         known = self._moment_of.get(name)
         if shared is not None and known in (None, shared):
@@ -148,8 +132,6 @@ class Collector:
             flat = x.reshape(-1, x.shape[-1])
             known.add(flat if self._rows is None else flat[self._rows])
             self._seen.append((x, known))
-        if name == self._last:
-            raise LastInputSeen
 
     def _join(self, name: str, moment: SecondMoment) -> None:
         moment.names.append(name)

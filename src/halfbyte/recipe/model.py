@@ -51,6 +51,7 @@ class GptqSteps:
         scale_refit: scales moved, in closed form, after the columns.
         code_descent: coordinate descent on codes after the columns.
         sweeps: how often refit and descent take turns.
+        true_sequential: each Linear is observed where those before it in its block are quantised already.
     """
 
     static_order: bool = True
@@ -58,6 +59,7 @@ class GptqSteps:
     scale_refit: bool = True
     code_descent: bool = True
     sweeps: int = 1
+    true_sequential: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

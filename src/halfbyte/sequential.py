@@ -1,0 +1,447 @@
+"""One block's inputs, stage by stage: a Linear's statistic is taken where everything before it is quantised already.
+
+GPTQ calls this true-sequential. Done plainly it costs one pass through the block for every stage (q/k/v; o; gate/up;
+down). Here every Linear's product is computed once in all: a stage keeps what it saw, and the next goes on from there.
+So a block costs one forward pass and its second moments, where observing the original block first and running the
+quantised one after it costs two passes.
+
+Nothing of this is read from names. For the first batch a :class:`Route` is learnt by trying:
+
+- Linears that receive the same tensor object are one *stage*; stages follow in the order in which they are called;
+- each Linear's output is replaced by ones, all others' left as they were: where nothing changes behind the next stage
+  (q, k and v act through o's input alone), its output need not be remembered; else it is *lasting* (o and down, which
+  go into the residual stream);
+- with all lasting outputs in place and ones for all others, a stage whose input comes out right is cheap to reach
+  (q/k/v and gate/up lie behind a norm); the input of another is *kept* (o's, down's);
+- a module that returns a lasting output as it is (the attention, the MLP) need not run again once that is there.
+
+A block whose Linears are not each called once a batch, in one order (experts), is observed at once: :class:`AtOnce`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from halfbyte.checkpoint.layout import write_error
+from halfbyte.checkpoint.reader import bytes_of
+from halfbyte.errors import ArchitectureError, ResumeError
+from halfbyte.schemes import ActivationFormat
+from halfbyte.statistics import Collector, SecondMoment
+from halfbyte.weights import fake_quantize_activations
+
+# More Linears than this make trying each one dear, and are experts in all likelihood.
+MOST_LINEARS = 32
+
+
+class InputSeen(Exception):
+    """Raised inside a block when the stage's input has been recorded: the rest of the pass is not needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How data flows from Linear to Linear in a block. Names are the caller's.
+
+    Attributes:
+        stages: Linears by shared input, in the order of their first calls.
+        kept: stages whose inputs have to be kept.
+        lasting: Linears whose outputs have to be remembered.
+        owners: a lasting Linear's outermost module that returns its output as it is (path in the block), and how many
+            ``None`` follow it there in a tuple; -1: no tuple.
+    """
+
+    stages: tuple[tuple[str, ...], ...]
+    kept: frozenset[int]
+    lasting: frozenset[str]
+    owners: Mapping[str, tuple[str, int]]
+
+    def stage_of(self, name: str) -> int:
+        return next(i for i, names in enumerate(self.stages) if name in names)
+
+    def renamed(self, prefix: str) -> Route:
+        """The same with a prefix before every Linear's name."""
+        return Route(
+            stages=tuple(tuple(prefix + n for n in names) for names in self.stages),
+            kept=self.kept,
+            lasting=frozenset(prefix + n for n in self.lasting),
+            owners={prefix + n: owner for n, owner in self.owners.items()},
+        )
+
+    def kept_bytes(self, linears: Mapping[str, nn.Linear], tokens: int, itemsize: int) -> int:
+        """The most that is kept at a time: inputs of a stage and the one before it, and lasting outputs up to there."""
+        most = 0
+        for stage in range(len(self.stages)):
+            inputs = [self.stages[i][0] for i in (stage - 1, stage) if i in self.kept]
+            before = [n for earlier in self.stages[:stage] for n in earlier if n in self.lasting]
+            width = sum(linears[n].in_features for n in inputs) + sum(linears[n].out_features for n in before)
+            most = max(most, width)
+        return most * tokens * itemsize
+
+
+@dataclass(slots=True)
+class _Recorded:
+    """What one plain pass through a block showed."""
+
+    order: list[str] = field(default_factory=list)
+    inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    owners: dict[str, tuple[str, int]] = field(default_factory=dict)
+    result: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@contextlib.contextmanager
+def _forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Give modules another ``forward`` for a while."""
+    try:
+        for module, forward in replaced.items():
+            module.forward = forward
+        yield
+    finally:
+        for module in replaced:
+            module.__dict__.pop("forward", None)
+
+
+def learn_route(block: nn.Module, linears: Mapping[str, nn.Linear], run: Callable[[], torch.Tensor]) -> Route | None:
+    """Find out how a block's Linears follow each other, from one batch.
+
+    Args:
+        block: with its weights in place.
+        linears: those that are to be observed, by name.
+        run: runs the batch through the block and returns its output.
+
+    Returns:
+        the route; ``None`` where the Linears are too many, or not each called once.
+    """
+    if len(linears) > MOST_LINEARS:
+        return None
+    seen = _record(block, linears, run)
+    if sorted(seen.order) != sorted(linears):
+        return None
+    stages: list[list[str]] = []
+    for name in seen.order:
+        known = next((s for s in stages if seen.inputs[s[0]] is seen.inputs[name]), None)
+        if known is None:
+            stages.append([name])
+        else:
+            known.append(name)
+    stage_of = {name: i for i, names in enumerate(stages) for name in names}
+    lasting = set()
+    for name in linears:
+        right, same_result = _try(linears, run, seen, {name})
+        later = [n for n in linears if stage_of[n] >= stage_of[name] + 2]
+        if not same_result or not all(right[n] for n in later):
+            lasting.add(name)
+    right, same_result = _try(linears, run, seen, set(linears) - lasting)
+    if not same_result:
+        return None
+    kept = {i for i, names in enumerate(stages) if not right[names[0]]}
+    return Route(
+        stages=tuple(tuple(names) for names in stages),
+        kept=frozenset(kept),
+        lasting=frozenset(lasting),
+        owners={name: owner for name, owner in seen.owners.items() if name in lasting},
+    )
+
+
+def _record(block: nn.Module, linears: Mapping[str, nn.Linear], run: Callable[[], torch.Tensor]) -> _Recorded:
+    seen = _Recorded()
+    returned: dict[str, torch.Tensor] = {}
+    handles = []
+
+    def recorder(name: str, original: Callable[..., torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            y = original(x)
+            seen.order.append(name)
+            seen.inputs[name], seen.outputs[name], returned[name] = x, y.clone(), y
+            return y
+
+        return forward
+
+    def owner(path: str, module: nn.Module) -> None:
+        def look(_: nn.Module, __: Any, out: Any) -> None:
+            first, rest = (out[0], out[1:]) if isinstance(out, tuple) and out else (out, None)
+            for name, y in returned.items():
+                if y is first and all(r is None for r in rest or ()):
+                    seen.owners[name] = (path, -1 if rest is None else len(rest))  # outer modules end later
+
+        handles.append(module.register_forward_hook(look))
+
+    for path, module in block.named_modules():
+        if module is not block and not isinstance(module, nn.Linear):
+            owner(path, module)
+    try:
+        with _forwards({m: recorder(n, m.forward) for n, m in linears.items()}):
+            seen.result = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _try(
+    linears: Mapping[str, nn.Linear], run: Callable[[], torch.Tensor], seen: _Recorded, replaced: set[str]
+) -> tuple[dict[str, bool], bool]:
+    """Run with ones for the outputs of ``replaced`` and the recorded outputs for all others.
+
+    Returns:
+        for each Linear whether its input was as recorded, and whether the result was.
+    """
+    right: dict[str, bool] = dict.fromkeys(linears, False)
+
+    def stand_in(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            right[name] = torch.equal(x, seen.inputs[name])
+            return torch.ones_like(seen.outputs[name]) if name in replaced else seen.outputs[name].clone()
+
+        return forward
+
+    with _forwards({m: stand_in(n) for n, m in linears.items()}):
+        result = run()
+    return right, torch.equal(result, seen.result)
+
+
+def linear(module: nn.Linear, x: torch.Tensor, fmt: ActivationFormat | None) -> torch.Tensor:
+    """A Linear's output, its input rounded as an engine would where it does."""
+    seen = x if fmt is None else fake_quantize_activations(x, fmt)
+    return nn.functional.linear(seen, module.weight, module.bias)
+
+
+@dataclass(slots=True)
+class Shelf:
+    """Tensors put aside for each batch, in memory or, with a folder, in files (plain reads and writes, no mapping)."""
+
+    folder: Path | None
+    _held: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    _filed: dict[tuple[str, int], tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
+
+    def put(self, key: str, batch: int, value: torch.Tensor) -> None:
+        if self.folder is None:
+            whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+            self._held[key, batch] = value if whole else value.clone()
+            return
+        path = self._file(key, batch)
+        try:
+            path.write_bytes(bytes_of(value.cpu()))
+        except OSError as e:
+            raise write_error(e, path, value.numel() * value.element_size()) from None
+        self._filed[key, batch] = (value.shape, value.dtype)
+
+    def get(self, key: str, batch: int) -> torch.Tensor | None:
+        if (key, batch) in self._held:
+            return self._held[key, batch]
+        if (key, batch) not in self._filed:
+            return None
+        shape, dtype = self._filed[key, batch]
+        buffer = torch.empty(shape.numel() * dtype.itemsize, dtype=torch.uint8)
+        with open(self._file(key, batch), "rb", buffering=0) as f:
+            if f.readinto(buffer.numpy().data) != buffer.numel():
+                raise ResumeError("what was put aside is cut short", where=str(self._file(key, batch)))
+        return buffer.view(dtype).reshape(shape)
+
+    def drop(self, key: str) -> None:
+        """Forget all batches of a key."""
+        for k, batch in [i for i in self._held if i[0] == key]:
+            del self._held[k, batch]
+        for k, batch in [i for i in self._filed if i[0] == key]:
+            del self._filed[k, batch]
+            self._file(k, batch).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        for key in {k for k, _ in (*self._held, *self._filed)}:
+            self.drop(key)
+
+    def _file(self, key: str, batch: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"aside-{key}-{batch:05d}.bin"
+
+
+class Walk(Protocol):
+    """A way through one block: observe its Linears, have them quantised by the caller, then run what came of it."""
+
+    def moments(self) -> Iterator[SecondMoment]:
+        """Second moments in the order in which they are wanted; the caller quantises before taking the next."""
+        ...
+
+    def outputs(self) -> Iterator[torch.Tensor]:
+        """The quantised block's output for each batch."""
+        ...
+
+
+@dataclass(slots=True)
+class AtOnce:
+    """All Linears observed in one pass of the original block; then a pass of the quantised one.
+
+    Attributes:
+        run: runs batch ``i`` through the block; rows: which positions are tokens, ``None`` for all.
+        linears: what is observed; device: where statistics are kept.
+        formats: Linears whose input an engine will quantise: once solved, they see it so here.
+    """
+
+    run: Callable[[int], torch.Tensor]
+    rows: Sequence[torch.Tensor | None]
+    linears: Mapping[str, nn.Linear]
+    device: torch.device
+    formats: Mapping[str, ActivationFormat]
+
+    def moments(self) -> Iterator[SecondMoment]:
+        with Collector(self.linears, self.device) as collector:
+            for i, rows in enumerate(self.rows):
+                collector.run(lambda i=i: self.run(i), rows)  # type: ignore[misc]
+        idle = collector.never_called()
+        if idle:
+            raise ArchitectureError(
+                f"{len(idle)} of the block's Linears saw no calibration token",
+                where=idle[0],
+                remedy="Leave them out with --ignore, or use more calibration text.",
+            )
+        found = collector.moments[::-1]
+        collector.moments.clear()
+        while found:
+            yield found.pop()
+
+    def outputs(self) -> Iterator[torch.Tensor]:
+        for i in range(len(self.rows)):
+            with _forwards({m: self._quantized(n) for n, m in self.linears.items() if n in self.formats}):
+                output = self.run(i)
+            yield output
+
+    def _quantized(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: linear(self.linears[name], x, self.formats[name])
+
+
+@dataclass(slots=True)
+class Sequential:
+    """Stage by stage along a :class:`Route`, each product computed once.
+
+    Attributes:
+        block, linears, route: what is walked.
+        run: runs batch ``i`` through the block; rows: which positions are tokens, ``None`` for all.
+        device: where statistics are kept.
+        shelf: where inputs and outputs wait.
+        formats: Linears whose input an engine will quantise: once solved, they see it so here.
+    """
+
+    block: nn.Module
+    linears: Mapping[str, nn.Linear]
+    route: Route
+    run: Callable[[int], torch.Tensor]
+    rows: Sequence[torch.Tensor | None]
+    device: torch.device
+    shelf: Shelf
+    formats: Mapping[str, ActivationFormat]
+    _stage: int = 0
+    _batch: int = 0
+    _moment: SecondMoment | None = None
+
+    def moments(self) -> Iterator[SecondMoment]:
+        for stage, names in enumerate(self.route.stages):
+            self._stage = stage
+            self._moment = SecondMoment.empty(self.linears[names[0]].in_features, self.device)
+            self._moment.names.extend(names)
+            with self._active():
+                for batch in range(len(self.rows)):
+                    self._run_to_stage(batch, names[0])
+            self._forget()
+            moment, self._moment = self._moment, None
+            yield moment
+
+    def outputs(self) -> Iterator[torch.Tensor]:
+        self._stage = len(self.route.stages)
+        for batch in range(len(self.rows)):
+            self._batch = batch
+            with self._active():
+                output = self.run(batch)
+            yield output
+        self.shelf.clear()
+
+    def _run_to_stage(self, batch: int, name: str) -> None:
+        self._batch = batch
+        try:
+            self.run(batch)
+        except InputSeen:
+            return
+        raise another_order(name, batch)
+
+    @contextlib.contextmanager
+    def _active(self) -> Iterator[None]:
+        replaced: dict[nn.Module, Callable[..., Any]] = {m: self._linear(n) for n, m in self.linears.items()}
+        for name, (path, nones) in self.route.owners.items():
+            module = self.block.get_submodule(path)
+            replaced[module] = self._owner(name, module.forward, nones)
+        with _forwards(replaced):
+            yield
+
+    def _linear(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        stage = self.route.stage_of(name)
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if stage >= self._stage:
+                self._observe(stage, x)
+                raise InputSeen
+            return self._output(name, stage, x)
+
+        return forward
+
+    def _owner(self, name: str, original: Callable[..., Any], nones: int) -> Callable[..., Any]:
+        stage = self.route.stage_of(name)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            remembered = self.shelf.get(f"out-{name}", self._batch) is not None
+            if stage >= self._stage or not (remembered or stage in self.route.kept):
+                return original(*args, **kwargs)
+            y = self._output(name, stage, None)
+            return y if nones < 0 else (y, *[None] * nones)
+
+        return forward
+
+    def _observe(self, stage: int, x: torch.Tensor) -> None:
+        if self._moment is None or stage != self._stage:
+            raise another_order(self.route.stages[stage][0], self._batch)
+        rows = self.rows[self._batch]
+        flat = x.reshape(-1, x.shape[-1])
+        self._moment.add(flat if rows is None else flat[rows])
+        if stage in self.route.kept:
+            self.shelf.put(f"in-{stage}", self._batch, x)
+
+    def _output(self, name: str, stage: int, x: torch.Tensor | None) -> torch.Tensor:
+        """A solved Linear's output: remembered, or computed from its kept input or, where that is not kept, from x."""
+        last = self._stage == len(self.route.stages)
+        if name in self.route.lasting:
+            remembered = self.shelf.get(f"out-{name}", self._batch)
+            if remembered is not None:
+                return remembered.clone()
+        elif self._stage > stage + 1:
+            assert x is not None
+            return x.new_ones((*x.shape[:-1], self.linears[name].out_features))
+        if stage in self.route.kept:
+            x = self.shelf.get(f"in-{stage}", self._batch)
+        assert x is not None
+        y = linear(self.linears[name], x.to(self.device), self.formats.get(name))
+        if name in self.route.lasting and not last:
+            self.shelf.put(f"out-{name}", self._batch, y.clone())
+        return y
+
+    def _forget(self) -> None:
+        """Drop kept inputs that no later pass needs: each Linear there is done with or its output remembered."""
+        for stage in self.route.kept:
+            names = self.route.stages[stage]
+            done = [
+                self.shelf.get(f"out-{n}", 0) is not None if n in self.route.lasting else self._stage > stage + 1
+                for n in names
+            ]
+            if stage < self._stage and all(done):
+                self.shelf.drop(f"in-{stage}")
+
+
+def another_order(name: str, batch: int) -> ArchitectureError:
+    return ArchitectureError(
+        f"calibration batch {batch} goes through the block's Linears in another order than batch 0",
+        where=name,
+        remedy="Set true_sequential = false under [gptq] in a recipe.",
+    )
