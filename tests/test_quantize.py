@@ -50,17 +50,17 @@ def quantized(
 ) -> Callable[..., tuple[Path, Path]]:
     """``quantized(family, scheme, method)``: source and output, made once for equal arguments.
 
-    With ``columns_only`` scales and codes stay as the columns left them.
+    ``left_out`` names steps of GPTQ that are not taken.
     """
 
     @functools.cache
     def make(
-        family: str, scheme: str, method: str | None = None, tied: bool | None = None, columns_only: bool = False
+        family: str, scheme: str, method: str | None = None, tied: bool | None = None, left_out: tuple[str, ...] = ()
     ) -> tuple[Path, Path]:
         source = tiny_model(family) if tied is None else tiny_model(family, tied=tied)
         folder = tmp_path_factory.mktemp("quantized")
-        if columns_only:
-            run_columns_only(source, folder / "out", text_file, scheme=scheme)
+        if left_out:
+            run_without(left_out, source, folder / "out", text_file, scheme=scheme)
         else:
             run(source, folder / "out", text_file, scheme=scheme, method=method)
         return source, folder / "out"
@@ -76,10 +76,15 @@ def run(
     return halfbyte.quantize(source, out, scheme=name, group_size=group_size, method=method, **(settings | options))
 
 
-def run_columns_only(source: Path, out: Path, text: Path, *, scheme: str = "W4A16-g32", **options: Any) -> Manifest:
-    """GPTQ whose every code can be derived from those before it: without the refinement that comes after."""
+# With these left out every code can be derived from those before it.
+AFTER_COLUMNS = ("scale_refit", "code_descent", "smoothing")
+
+
+def run_without(
+    steps: tuple[str, ...], source: Path, out: Path, text: Path, *, scheme: str = "W4A16-g32", **options: Any
+) -> Manifest:
     name, group_size = SCHEMES[scheme]
-    values = {"scheme": name, "group_size": group_size, "gptq": {"scale_refit": False, "code_descent": False}}
+    values = {"scheme": name, "group_size": group_size, "gptq": dict.fromkeys(steps, False)}
     recipe = out.with_name(f"{out.name}-recipe.json")
     recipe.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
     settings: dict[str, Any] = {"calibration": f"text:{text}", "samples": 6, "seq_len": 40, "device": "cpu"}
@@ -523,13 +528,13 @@ def assert_scales_are_searched(
 def test_gptq_codes_are_those_of_a_float64_derivation(
     scheme: str, quantized: Callable[..., tuple[Path, Path]], text_file: Path
 ) -> None:
-    source, out = quantized("llama", scheme, columns_only=True)
+    source, out = quantized("llama", scheme, left_out=AFTER_COLUMNS)
     check_codes(source, out, windows(source))
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma3"])
 def test_gptq_codes_in_every_family(family: str, quantized: Callable[..., tuple[Path, Path]]) -> None:
-    source, out = quantized(family, "W4A16-g32", columns_only=True)
+    source, out = quantized(family, "W4A16-g32", left_out=AFTER_COLUMNS)
     check_codes(source, out, windows(source))
 
 
@@ -539,8 +544,8 @@ def test_refinement_lowers_every_error_of_the_first_block(
 ) -> None:
     """Recorded errors are those of the written weights, derived in float64; what sees the same inputs in both runs
     (q, k and v) has lost error."""
-    source, columns = quantized("llama", scheme, columns_only=True)
-    _, refined = quantized("llama", scheme)
+    source, columns = quantized("llama", scheme, left_out=AFTER_COLUMNS)
+    _, refined = quantized("llama", scheme, left_out=("smoothing",))
     looks = stage_inputs(source, refined, windows(source), 0)
     before, after = tiny.stored(source), tiny.decoded(refined)
     recorded = [
@@ -628,7 +633,7 @@ def test_padding_enters_no_statistic(
 ) -> None:
     monkeypatch.setattr(pipeline, "TOKENS_PER_BATCH", tokens_per_batch)
     source, out = tiny_model(family), tmp_path / "out"
-    manifest = run_columns_only(source, out, uneven, calibration=f"jsonl:{uneven}", samples=9)
+    manifest = run_without(AFTER_COLUMNS, source, out, uneven, calibration=f"jsonl:{uneven}", samples=9)
     sequences = rows_of(source, uneven)
     assert manifest.calibration is not None
     assert manifest.calibration.tokens == sum(map(len, sequences))

@@ -21,6 +21,7 @@ from halfbyte.records import (
     LinearRecord,
     Manifest,
     Plan,
+    SmoothingRecord,
     TensorPlan,
     VerifyRecord,
     read_json,
@@ -61,6 +62,7 @@ LINEAR = LinearRecord(
 CALIBRATION = CalibrationRecord(
     spec="text:fähre.txt", samples=8, tokens=4096, seq_len=512, seed=7, sha256="ab" * 32, description="“prose”"
 )
+SMOOTHED = SmoothingRecord(norm="a.norm.weight", offset=1.0, linears=["a.q", "a.k"], strength=0.5)
 CHECK = Check(name="names", status="failed", detail="1 of 2", problems=["model.norm.weight: absent"])
 EVERY: list[Any] = [
     TENSOR,
@@ -68,6 +70,7 @@ EVERY: list[Any] = [
     ESTIMATE,
     LINEAR,
     CALIBRATION,
+    SMOOTHED,
     CHECK,
     Plan(
         source="org/model",
@@ -98,6 +101,7 @@ EVERY: list[Any] = [
         bytes_after=1,
         files={"model.safetensors": "11" * 32},
         versions={"torch": "2.13.0"},
+        smoothing=[SMOOTHED],
         run={"seconds": 1.5, "hosts": ["a"]},
     ),
     Manifest(
@@ -163,7 +167,7 @@ def test_unknown_fields_are_named(record: Any, tmp_path: Path) -> None:
 
 def test_unknown_fields_deeper_down_are_named(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
-    plain = dataclasses.asdict(EVERY[6])
+    plain = dataclasses.asdict(next(r for r in EVERY if isinstance(r, Plan)))
     plain["tensors"][1]["colour"] = "red"
     path.write_text(json.dumps(plain))
     with pytest.raises(CheckpointError, match="is not a Plan record: unknown fields colour in TensorPlan"):

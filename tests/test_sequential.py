@@ -14,13 +14,14 @@ from torch import nn
 
 import tiny
 from conftest import Models
+from halfbyte.activations import fake_quantize_activations
 from halfbyte.blocks import Interner, StreamedModel, run_block
 from halfbyte.checkpoint.reader import open_checkpoint
 from halfbyte.errors import ArchitectureError
 from halfbyte.schemes import ActivationFormat
 from halfbyte.sequential import MOST_LINEARS, AtOnce, Route, Sequential, Shelf, learn_route
 from halfbyte.statistics import SecondMoment
-from halfbyte.weights import Weights, fake_quantize_activations
+from halfbyte.weights import Weights
 
 CPU = torch.device("cpu")
 INT8 = ActivationFormat(num_bits=8, kind="int")
@@ -183,6 +184,7 @@ def test_the_route_of_a_plain_block() -> None:
         kept=frozenset({1, 3}),
         lasting=frozenset({"attend.o", "mlp.down"}),
         owners={"attend.o": ("attend", 1), "mlp.down": ("mlp", -1)},
+        norms={0: "norm", 2: "norm2"},
     )
 
 
@@ -191,6 +193,7 @@ def test_the_route_of_a_parallel_block() -> None:
     assert route is not None
     assert route.stages == (("q", "up"), ("o",), ("down",))
     assert route.lasting == {"o", "up", "down"}
+    assert route.norms == {0: "norm"}
     assert route.owners == {}
 
 
@@ -221,7 +224,21 @@ def test_every_family_is_walked(family: str, tiny_model: Models) -> None:
     leaves = [[n.rpartition(".")[2] for n in names] for names in route.stages]
     assert leaves == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
     assert route.kept == {1, 3}
+    assert sorted(route.norms) == [0, 2]
     assert route.owners == {"self_attn.o_proj": ("self_attn", 1), "mlp.down_proj": ("mlp", -1)}
+
+
+def test_a_norm_that_others_read_too_is_not_listed() -> None:
+    class Leaky(Plain):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.norm(x)
+            x = x + self.attend(h)[0] + 0.1 * h
+            y: torch.Tensor = x + self.mlp(self.norm2(x))
+            return y
+
+    route = learn(Leaky(), torch.randn(2, 5, 6))
+    assert route is not None
+    assert route.norms == {2: "norm2"}
 
 
 def test_what_is_kept_is_reckoned() -> None:

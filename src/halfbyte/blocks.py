@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfbyte.activations import fake_quantize_activations
 from halfbyte.architectures import NOT_LANGUAGE, find_block_prefix
 from halfbyte.checkpoint.reader import Checkpoint, bytes_of
 from halfbyte.errors import ArchitectureError, CheckpointError, NumericsError
 from halfbyte.heap import mapped
-from halfbyte.weights import Weights, fake_quantize_activations
+from halfbyte.weights import Weights
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -12,7 +12,7 @@ from halfbyte.checkpoint.layout import write_error
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.planner import WorkPlan
 from halfbyte.recipe import Recipe
-from halfbyte.records import MANIFEST_NAME, CalibrationRecord, LinearRecord, Manifest, write_json
+from halfbyte.records import MANIFEST_NAME, CalibrationRecord, LinearRecord, Manifest, SmoothingRecord, write_json
 from halfbyte.schemes import quantization_config
 
 
@@ -25,6 +25,7 @@ def finish_checkpoint(
     options: dict[str, Any],
     calibration: CalibrationRecord | None,
     linears: list[LinearRecord],
+    smoothing: list[SmoothingRecord],
     source_sha256: str,
     companions: list[Path],
     run: dict[str, Any],
@@ -49,6 +50,7 @@ def finish_checkpoint(
             bytes_after=work.plan.bytes_after,
             files={f.name: file_sha256(f) for f in sorted(folder.glob("*.safetensors"))},
             versions=options["versions"],
+            smoothing=smoothing,
             run={**run, "threads": options["threads"]},
         )
         write_json(folder / MANIFEST_NAME, manifest)

@@ -48,6 +48,7 @@ from halfbyte.heap import mapped, release_freed_memory, reuse_freed_memory
 from halfbyte.methods.gptq import factor_hessian, quantize_gptq
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.rtn import quantize_rtn
+from halfbyte.methods.smoothing import STRENGTHS, choose_strength, expressible, factors_of, gain_offset
 from halfbyte.output import finish_checkpoint
 from halfbyte.packing import pack
 from halfbyte.planner import (
@@ -60,9 +61,9 @@ from halfbyte.planner import (
 )
 from halfbyte.progress import Reporter, Silent
 from halfbyte.recipe import GptqSteps, Recipe
-from halfbyte.records import CalibrationRecord, LinearRecord, Manifest, from_plain, read_record
+from halfbyte.records import CalibrationRecord, LinearRecord, Manifest, SmoothingRecord, from_plain, read_record
 from halfbyte.schemes import ActivationFormat
-from halfbyte.sequential import AtOnce, Route, Sequential, Shelf, Walk, learn_route
+from halfbyte.sequential import AtOnce, Outliers, Route, Sequential, Shelf, Walk, learn_route
 from halfbyte.state import HiddenStates, RunFolder, already_published
 from halfbyte.statistics import SecondMoment
 from halfbyte.tokens import load_calibration, save_calibration
@@ -165,6 +166,15 @@ def quantize(
 
 
 @dataclass(slots=True)
+class Solved:
+    """What became of a block: its Linears, and norms that are no longer the source's."""
+
+    linears: dict[str, tuple[LinearRecord, QuantizedWeight]]
+    rewritten: dict[str, torch.Tensor] = field(default_factory=dict)
+    smoothing: list[SmoothingRecord] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Job:
     """One quantisation: the stages, in order, each ended by an entry in the journal."""
 
@@ -200,6 +210,7 @@ class Job:
             digests = dict(facts["digests"])
             self.reporter.say(f"resuming: {facts['stage']} of {blocks.num_blocks} blocks are done")
         records = [from_plain(LinearRecord, r) for r in facts.get("linears", [])]
+        smoothing = [from_plain(SmoothingRecord, r) for r in facts.get("smoothing", [])]
         timings = list(facts.get("blocks", []))
         stream = None
         if calibration is not None:
@@ -213,17 +224,19 @@ class Job:
         with ThreadPoolExecutor(1) as saver:
             for index in range(int(facts["stage"]), blocks.num_blocks):
                 clock = time.monotonic()
-                results = self._solve_block(model, stream, index)
-                self._write_block(layout, index, results, digests)
-                records += [r for r, _ in results.values()]
+                solved = self._solve_block(model, stream, index)
+                self._write_block(layout, index, solved, digests)
+                records += [r for r, _ in solved.linears.values()]
+                smoothing += solved.smoothing
                 seconds = time.monotonic() - clock
                 release_freed_memory()
                 timings.append({"block": index, "seconds": round(seconds, 3), "peak_bytes": peak_bytes()})
-                self._report(index, [r for r, _ in results.values()], timings)
+                self._report(index, [r for r, _ in solved.linears.values()], timings)
                 self._await_save()
                 stage = {
                     "digests": dict(digests),
                     "linears": [asdict(r) for r in records],
+                    "smoothing": [asdict(r) for r in smoothing],
                     "blocks": list(timings),
                 }
                 if stream is not None:
@@ -239,6 +252,7 @@ class Job:
             options=self.options,
             calibration=None if calibration is None else calibration.record,
             linears=records,
+            smoothing=smoothing,
             source_sha256=combined_digest(digests),
             companions=list(companion_files(self.checkpoint.path)),
             run={
@@ -294,14 +308,13 @@ class Job:
                     remedy="Leave them out with --ignore.",
                 )
 
-    def _solve_block(
-        self, model: StreamedModel, stream: Stream | None, index: int
-    ) -> dict[str, tuple[LinearRecord, QuantizedWeight]]:
+    def _solve_block(self, model: StreamedModel, stream: Stream | None, index: int) -> Solved:
         """Quantise one block's Linears; with calibration, also move the hidden states past it."""
         names = [n for n in self.work.blocks.linears[index] if n in self.work.schemes]
         if stream is None:
-            return {n: self._round(n, index) for n in names}
-        results: dict[str, tuple[LinearRecord, QuantizedWeight]] = {}
+            return Solved({n: self._round(n, index) for n in names})
+        solved = Solved({})
+        results = solved.linears
         last = index + 1 == model.num_blocks
         with model.block(index) as block:
             modules = {n: m for n, m in model.linears(index).items() if n in names}
@@ -311,13 +324,56 @@ class Job:
                     release_freed_memory()
                     if not bool(torch.isfinite(moment.hessian.diagonal()).all()):
                         raise stream.overflow(block, index, moment.names[0])
+                    if self.recipe.gptq.smoothing:
+                        self._smooth(walk.outliers(), moment, modules, block, index, solved)
                     with mapped():
                         results |= self._solve_shared(moment, modules, index)
                     release_freed_memory()
                 if not last:
                     self._await_save()
                     stream.advance(block, index, walk)
-        return {n: results[n] for n in names}
+        solved.linears = {n: results[n] for n in names}
+        return solved
+
+    def _smooth(
+        self,
+        outliers: Outliers | None,
+        moment: SecondMoment,
+        modules: Mapping[str, nn.Linear],
+        block: nn.Module,
+        index: int,
+        solved: Solved,
+    ) -> None:
+        """Move outliers from a norm's output into its Linears' weights, where that lowers their output error."""
+        norm = None if outliers is None else block.get_submodule(outliers.norm)
+        offset = None if norm is None else gain_offset(norm, moment.hessian.shape[0])
+        activations = self.work.schemes[moment.names[0]].activations
+        if outliers is None or norm is None or offset is None or activations is None or activations.kind != "int":
+            return
+        tensor = f"{self.work.blocks.prefix}.{index}.{outliers.norm}.weight"
+        stored = DTYPES[self.checkpoint.tensors[tensor].dtype]
+        weights = [modules[n].weight.detach().float().cpu() for n in moment.names]
+        largest_weight = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+        gain = norm.weight.detach().float().cpu() + offset  # type: ignore[operator]
+        candidates = [
+            expressible(gain, factors_of(outliers.largest.cpu(), largest_weight, a), offset, stored) for a in STRENGTHS
+        ]
+        formats = [self.work.schemes[n].weights for n in moment.names]
+        scale_dtype = DTYPES[self.checkpoint.tensors[f"{moment.names[0]}.weight"].dtype]
+        sample = torch.cat(outliers.sample)
+        best = choose_strength(weights, formats, activations, scale_dtype, sample, [f for _, f in candidates])
+        if STRENGTHS[best] == 0:
+            return
+        weight, factors = candidates[best]
+        norm.weight.data.copy_(weight)  # type: ignore[operator]
+        factors = factors.to(moment.hessian.device)
+        for name in moment.names:
+            modules[name].weight.data.mul_(factors.to(modules[name].weight.dtype))
+        moment.hessian.div_(factors).div_(factors[:, None])
+        solved.rewritten[tensor] = weight.to(stored)
+        solved.smoothing.append(
+            SmoothingRecord(norm=tensor, offset=offset, linears=list(moment.names), strength=STRENGTHS[best])
+        )
 
     def _activation_formats(self, names: Sequence[str]) -> dict[str, ActivationFormat]:
         formats = {n: self.work.schemes[n].activations for n in names}
@@ -381,13 +437,16 @@ class Job:
         self,
         layout: Layout,
         index: int,
-        results: dict[str, tuple[LinearRecord, QuantizedWeight]],
+        solved: Solved,
         digests: dict[str, str],
     ) -> None:
-        for name, (_, result) in results.items():
+        for name, (_, result) in solved.linears.items():
             packed = pack(self.work.schemes[name], result.codes, result.scales, result.zero_points)
             layout.write(self.run.checkpoint, {f"{name}.{leaf}": t for leaf, t in packed.items()})
             digests[f"{name}.weight"] = digest_of(self.checkpoint.read(f"{name}.weight"))
+        for name, tensor in solved.rewritten.items():
+            layout.write(self.run.checkpoint, {name: tensor})
+            digests[name] = digest_of(self.checkpoint.read(name))
         for name in self.work.blocks.block_tensors(index):
             if name not in digests:
                 digests[name] = layout.copy(self.run.checkpoint, self.checkpoint, name)

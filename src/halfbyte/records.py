@@ -121,6 +121,23 @@ class LinearRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SmoothingRecord:
+    """A norm whose gain was rewritten, its Linears' columns making up for it (SmoothQuant).
+
+    Attributes:
+        norm: name of the norm's weight tensor.
+        offset: the gain is ``offset + weight`` (1 for Gemma's norms, else 0).
+        linears: modules that read its output.
+        strength: how much of the outliers moved into the weights, 0 to 1.
+    """
+
+    norm: str
+    offset: float
+    linears: list[str]
+    strength: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationRecord:
     """Which tokens the statistics come from. ``sha256`` is over the token ids and lengths, in order."""
 
@@ -139,7 +156,9 @@ class Manifest:
 
     ``source`` holds ``name``, ``architecture`` and ``sha256`` (over the sorted names and contents of all its tensors,
     see :func:`halfbyte.checkpoint.reader.combined_digest`). ``recipe`` holds every option that shaped the output.
-    ``files`` maps each written safetensors file to its sha256. ``run`` alone varies between equal runs.
+    ``files`` maps each written safetensors file to its sha256. ``smoothing`` lists the norms that are not the source's:
+    a Linear behind one holds ``W diag(s)``, with ``s`` the old gain over the new. ``run`` alone varies between equal
+    runs.
     """
 
     format_version: int
@@ -152,6 +171,7 @@ class Manifest:
     bytes_after: int
     files: dict[str, str]
     versions: dict[str, str]
+    smoothing: list[SmoothingRecord] = field(default_factory=list)
     run: dict[str, Any] = field(default_factory=dict)
 
 

@@ -29,15 +29,17 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from halfbyte.activations import fake_quantize_activations
 from halfbyte.checkpoint.layout import write_error
 from halfbyte.checkpoint.reader import bytes_of
 from halfbyte.errors import ArchitectureError, ResumeError
 from halfbyte.schemes import ActivationFormat
 from halfbyte.statistics import Collector, SecondMoment
-from halfbyte.weights import fake_quantize_activations
 
 # More Linears than this make trying each one dear, and are experts in all likelihood.
 MOST_LINEARS = 32
+# Tokens that strengths of smoothing are tried on.
+SAMPLED_TOKENS = 256
 
 
 class InputSeen(Exception):
@@ -54,12 +56,14 @@ class Route:
         lasting: Linears whose outputs have to be remembered.
         owners: a lasting Linear's outermost module that returns its output as it is (path in the block), and how many
             ``None`` follow it there in a tuple; -1: no tuple.
+        norms: for stages whose input is a norm's output that goes nowhere else: the norm's path.
     """
 
     stages: tuple[tuple[str, ...], ...]
     kept: frozenset[int]
     lasting: frozenset[str]
     owners: Mapping[str, tuple[str, int]]
+    norms: Mapping[int, str] = field(default_factory=dict)
 
     def stage_of(self, name: str) -> int:
         return next(i for i, names in enumerate(self.stages) if name in names)
@@ -71,6 +75,7 @@ class Route:
             kept=self.kept,
             lasting=frozenset(prefix + n for n in self.lasting),
             owners={prefix + n: owner for n, owner in self.owners.items()},
+            norms=self.norms,
         )
 
     def kept_bytes(self, linears: Mapping[str, nn.Linear], tokens: int, itemsize: int) -> int:
@@ -92,6 +97,7 @@ class _Recorded:
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     owners: dict[str, tuple[str, int]] = field(default_factory=dict)
+    gains: dict[str, torch.Tensor] = field(default_factory=dict)
     result: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -141,11 +147,20 @@ def learn_route(block: nn.Module, linears: Mapping[str, nn.Linear], run: Callabl
     if not same_result:
         return None
     kept = {i for i, names in enumerate(stages) if not right[names[0]]}
+    norms = {}
+    for i, names in enumerate(stages):
+        path = next((p for p, y in seen.gains.items() if y is seen.inputs[names[0]]), None)
+        if path is not None:
+            others = [n for n in linears if stage_of[n] != i]
+            right, same_result = _try(linears, run, seen, set(), block.get_submodule(path))
+            if same_result and all(right[n] for n in others):
+                norms[i] = path
     return Route(
         stages=tuple(tuple(names) for names in stages),
         kept=frozenset(kept),
         lasting=frozenset(lasting),
         owners={name: owner for name, owner in seen.owners.items() if name in lasting},
+        norms=norms,
     )
 
 
@@ -165,6 +180,9 @@ def _record(block: nn.Module, linears: Mapping[str, nn.Linear], run: Callable[[]
 
     def owner(path: str, module: nn.Module) -> None:
         def look(_: nn.Module, __: Any, out: Any) -> None:
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.dim() == 1 and isinstance(out, torch.Tensor):
+                seen.gains[path] = out
             first, rest = (out[0], out[1:]) if isinstance(out, tuple) and out else (out, None)
             for name, y in returned.items():
                 if y is first and all(r is None for r in rest or ()):
@@ -185,9 +203,13 @@ def _record(block: nn.Module, linears: Mapping[str, nn.Linear], run: Callable[[]
 
 
 def _try(
-    linears: Mapping[str, nn.Linear], run: Callable[[], torch.Tensor], seen: _Recorded, replaced: set[str]
+    linears: Mapping[str, nn.Linear],
+    run: Callable[[], torch.Tensor],
+    seen: _Recorded,
+    replaced: set[str],
+    norm: nn.Module | None = None,
 ) -> tuple[dict[str, bool], bool]:
-    """Run with ones for the outputs of ``replaced`` and the recorded outputs for all others.
+    """Run with ones for the outputs of ``replaced`` and of ``norm``, and the recorded outputs for all other Linears.
 
     Returns:
         for each Linear whether its input was as recorded, and whether the result was.
@@ -201,7 +223,10 @@ def _try(
 
         return forward
 
-    with _forwards({m: stand_in(n) for n, m in linears.items()}):
+    forwards: dict[nn.Module, Callable[..., Any]] = {m: stand_in(n) for n, m in linears.items()}
+    if norm is not None:
+        forwards[norm] = torch.ones_like
+    with _forwards(forwards):
         result = run()
     return right, torch.equal(result, seen.result)
 
@@ -261,11 +286,35 @@ class Shelf:
         return self.folder / f"aside-{key}-{batch:05d}.bin"
 
 
+@dataclass(slots=True)
+class Outliers:
+    """What smoothing needs to know of a stage's input.
+
+    Attributes:
+        norm: path in the block of the norm that it comes from.
+        largest: ``max|x_j| [in]``.
+        sample: some tokens ``[tokens, in]``, spread over the batches.
+    """
+
+    norm: str
+    largest: torch.Tensor
+    sample: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, x: torch.Tensor, batches: int) -> None:
+        self.largest = torch.maximum(self.largest, x.abs().amax(0).float())
+        wanted = max(1, SAMPLED_TOKENS // batches)
+        self.sample.append(x[:: max(1, x.shape[0] // wanted)][:wanted].float().cpu())
+
+
 class Walk(Protocol):
     """A way through one block: observe its Linears, have them quantised by the caller, then run what came of it."""
 
     def moments(self) -> Iterator[SecondMoment]:
         """Second moments in the order in which they are wanted; the caller quantises before taking the next."""
+        ...
+
+    def outliers(self) -> Outliers | None:
+        """Of the input whose moment was given last; ``None`` where nothing can be smoothed."""
         ...
 
     def outputs(self) -> Iterator[torch.Tensor]:
@@ -305,6 +354,9 @@ class AtOnce:
         while found:
             yield found.pop()
 
+    def outliers(self) -> Outliers | None:
+        return None
+
     def outputs(self) -> Iterator[torch.Tensor]:
         for i in range(len(self.rows)):
             with _forwards({m: self._quantized(n) for n, m in self.linears.items() if n in self.formats}):
@@ -338,18 +390,27 @@ class Sequential:
     _stage: int = 0
     _batch: int = 0
     _moment: SecondMoment | None = None
+    _outliers: Outliers | None = None
 
     def moments(self) -> Iterator[SecondMoment]:
         for stage, names in enumerate(self.route.stages):
             self._stage = stage
             self._moment = SecondMoment.empty(self.linears[names[0]].in_features, self.device)
             self._moment.names.extend(names)
+            self._outliers = None
+            behind_norm = stage in self.route.norms and stage not in self.route.kept
+            if behind_norm and all(n in self.formats for n in names):
+                width = self.linears[names[0]].in_features
+                self._outliers = Outliers(self.route.norms[stage], torch.zeros(width, device=self.device))
             with self._active():
                 for batch in range(len(self.rows)):
                     self._run_to_stage(batch, names[0])
             self._forget()
             moment, self._moment = self._moment, None
             yield moment
+
+    def outliers(self) -> Outliers | None:
+        return self._outliers
 
     def outputs(self) -> Iterator[torch.Tensor]:
         self._stage = len(self.route.stages)
@@ -405,7 +466,10 @@ class Sequential:
             raise another_order(self.route.stages[stage][0], self._batch)
         rows = self.rows[self._batch]
         flat = x.reshape(-1, x.shape[-1])
-        self._moment.add(flat if rows is None else flat[rows])
+        real = flat if rows is None else flat[rows]
+        self._moment.add(real)
+        if self._outliers is not None:
+            self._outliers.add(real, len(self.rows))
         if stage in self.route.kept:
             self.shelf.put(f"in-{stage}", self._batch, x)
 

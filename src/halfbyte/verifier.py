@@ -6,8 +6,9 @@
     linears   every quantised Linear has the right tensors, dtypes and shapes
     scales    finite and positive
     codes     codes and zero points within their range, no NaN
-    copies    every other tensor is byte for byte that of the source
-    error     relative Frobenius error ||W_q - W|| / ||W|| of each Linear against the source is plausible
+    copies    every other tensor is byte for byte that of the source, but for norms that the manifest says were smoothed
+    error     relative Frobenius error ||W_q - W|| / ||W|| of each Linear against the source is plausible; behind a
+              smoothed norm the source's W with its columns multiplied by the old gain over the new
     reload    transformers loads it without a missing, unexpected or mismatched key
     weights   its dequantised weights are those of :mod:`halfbyte.reference`, bit for bit
     logits    on a few prompts they equal those of the same model built dense from the reference weights
@@ -39,7 +40,7 @@ from halfbyte.verifier_layout import (
     parse_rules,
     quantized_parts,
 )
-from halfbyte.verifier_numbers import copy_problems, scan
+from halfbyte.verifier_numbers import copy_problems, scan, smoothing_factors
 from halfbyte.verifier_reload import RELOAD_CHECKS, build_skeleton, reload_checks
 
 DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
@@ -94,10 +95,13 @@ def verify(
         _check("config", problems, _config_detail(rules, modules, unknown)),
         _linears_check(modules, misfits),
     ]
+    smoothing = manifest.smoothing if manifest else []
+    factors, misshapen = smoothing_factors(smoothing, found.tensors, original.tensors) if original else ({}, [])
     scales, codes, error = scan(
-        readable, original.tensors if original else None, len(modules) - len(readable), reporter
+        readable, original.tensors if original else None, len(modules) - len(readable), factors, reporter
     )
-    checks = [*structure, scales, codes, _copies_check(found, original, modules, reporter), error]
+    copies = _copies_check(found, original, modules, {s.norm for s in smoothing}, misshapen, reporter)
+    checks = [*structure, scales, codes, copies, error]
     if found.file_problems or any(c.status == "failed" for c in structure[1:]):
         reason = "the structure of the checkpoint has to be right first"
         checks += [Check(name=n, status="skipped", detail=reason) for n in RELOAD_CHECKS]
@@ -230,15 +234,21 @@ def _model_dtype(found: Inventory) -> str | None:
 
 
 def _copies_check(
-    found: Inventory, original: Inventory | None, modules: Sequence[QuantizedModule], reporter: Reporter
+    found: Inventory,
+    original: Inventory | None,
+    modules: Sequence[QuantizedModule],
+    smoothed: set[str],
+    misshapen: list[str],
+    reporter: Reporter,
 ) -> Check:
     if original is None:
         return Check(name="copies", status="skipped", detail="no source was given (--source)")
     quantized = {f"{m.name}.weight" for m in modules}
-    kept = _dense(found, modules)
-    expected = {n: t for n, t in original.tensors.items() if n not in quantized}
-    problems = copy_problems(kept, expected, reporter)
+    kept = {n: t for n, t in _dense(found, modules).items() if n not in smoothed}
+    expected = {n: t for n, t in original.tensors.items() if n not in quantized | smoothed}
+    problems = misshapen + copy_problems(kept, expected, reporter)
     orphans = sorted(quantized - original.tensors.keys())
     problems += [f"{n} is quantised, but the source has no such tensor" for n in orphans]
     size = sum(t.size_bytes for t in kept.values())
-    return _check("copies", problems, f"{len(kept)} tensors, {size / 1e6:.1f} MB, equal to the source byte for byte")
+    detail = f"{len(kept)} tensors, {size / 1e6:.1f} MB, equal to the source byte for byte"
+    return _check("copies", problems, detail + (f"; {len(smoothed)} smoothed norms are not" if smoothed else ""))

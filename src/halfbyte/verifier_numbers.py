@@ -12,7 +12,7 @@ import numpy as np
 
 from halfbyte.errors import CheckpointError
 from halfbyte.progress import Reporter
-from halfbyte.records import Check
+from halfbyte.records import Check, SmoothingRecord
 from halfbyte.reference import FLOATS, Decoded, Float32, StoredTensor, decode_rows, to_float32
 from halfbyte.schemes import WeightFormat
 from halfbyte.verifier_layout import QuantizedModule
@@ -27,6 +27,7 @@ def scan(
     modules: Sequence[QuantizedModule],
     source: Mapping[str, StoredTensor] | None,
     unread: int,
+    factors: Mapping[str, Float32],
     reporter: Reporter,
 ) -> tuple[Check, Check, Check]:
     """Decode every module once, in slices of rows: the checks ``scales``, ``codes`` and ``error``.
@@ -35,6 +36,7 @@ def scan(
         modules: those whose tensors fit together.
         source: dense tensors by name, or ``None``.
         unread: how many modules are left out, for the details.
+        factors: of modules behind a smoothed norm: what each column of the source was multiplied by.
     """
     scale_problems: list[str] = []
     code_problems: list[str] = []
@@ -44,7 +46,7 @@ def scan(
     for m in modules:
         dense = source.get(f"{m.name}.weight") if source else None
         try:
-            scales, codes, error = _scan_one(m, dense)
+            scales, codes, error = _scan_one(m, dense, factors.get(m.name))
         except (CheckpointError, OSError) as e:
             code_problems.append(f"{m.name} cannot be decoded: {e}")
             continue
@@ -76,7 +78,9 @@ def _outcome(name: str, problems: list[str], detail: str, *, empty: bool) -> Che
     return Check(name=name, status=status, detail="nothing could be read" if empty else detail, problems=problems)
 
 
-def _scan_one(module: QuantizedModule, dense: StoredTensor | None) -> tuple[list[str], list[str], float | None]:
+def _scan_one(
+    module: QuantizedModule, dense: StoredTensor | None, factors: Float32 | None
+) -> tuple[list[str], list[str], float | None]:
     """Problems of the scales and of the codes, and the relative error where ``dense`` is comparable."""
     assert module.group is not None
     assert module.group.format is not None
@@ -97,6 +101,7 @@ def _scan_one(module: QuantizedModule, dense: StoredTensor | None) -> tuple[list
         bad_codes.update(dict.fromkeys(_code_problems(module.name, decoded, fmt)))
         if dense is not None and comparable:
             weight = to_float32(dense.rows(start, start + step), dense.dtype).astype(np.float64)
+            weight = weight if factors is None else weight * factors
             squares += float(np.sum(weight**2))
             with np.errstate(invalid="ignore", over="ignore"):
                 distance += float(np.sum((decoded.weight - weight) ** 2))
@@ -126,6 +131,31 @@ def _code_problems(name: str, decoded: Decoded, fmt: WeightFormat) -> list[str]:
     if zeros is not None and zeros.size and (zeros.min() < fmt.q_min or zeros.max() > fmt.q_max):
         problems.append(f"{name}.weight_zero_point holds values outside {fmt.q_min}..{fmt.q_max}")
     return problems
+
+
+def smoothing_factors(
+    smoothing: Sequence[SmoothingRecord], found: Mapping[str, StoredTensor], source: Mapping[str, StoredTensor]
+) -> tuple[dict[str, Float32], list[str]]:
+    """By module what its columns were multiplied by, from the gains of both checkpoints; and what is wrong with these.
+
+    ``s = (offset + weight) / (offset + weight')``, 1 where both are zero.
+    """
+    factors: dict[str, Float32] = {}
+    problems = []
+    for record in smoothing:
+        old, new = source.get(record.norm), found.get(record.norm)
+        if old is None or new is None or (old.dtype, old.shape) != (new.dtype, new.shape):
+            problems.append(f"{record.norm} is not as in the source in dtype and shape")
+            continue
+        before = to_float32(old.rows(), old.dtype) + np.float32(record.offset)
+        after = to_float32(new.rows(), new.dtype) + np.float32(record.offset)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            s = np.where((before == 0) & (after == 0), np.float32(1), before / after)
+        if not (np.isfinite(s) & (s > 0)).all():
+            problems.append(f"{record.norm} has gains that vanish, change sign or are not finite")
+            continue
+        factors |= dict.fromkeys(record.linears, s)
+    return factors, problems
 
 
 def copy_problems(

@@ -52,6 +52,7 @@ class GptqSteps:
         code_descent: coordinate descent on codes after the columns.
         sweeps: how often refit and descent take turns.
         true_sequential: each Linear is observed where those before it in its block are quantised already.
+        smoothing: where inputs are quantised too, their outliers move into the weights first (SmoothQuant).
     """
 
     static_order: bool = True
@@ -60,6 +61,7 @@ class GptqSteps:
     code_descent: bool = True
     sweeps: int = 1
     true_sequential: bool = True
+    smoothing: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 scheme, group_size, targets            the default scheme, and what it applies to (Linear unless given)
 [[groups]] scheme, group_size, targets exceptions to it, first match first
 ignore, method, damp_fraction, description
-[gptq] static_order, scale_search, scale_refit, code_descent, sweeps, true_sequential
+[gptq] static_order, scale_search, scale_refit, code_descent, sweeps, true_sequential, smoothing
 [calibration] source, samples, seq_len, seed
 """
 

@@ -1,0 +1,128 @@
+"""SmoothQuant (Xiao et al., arXiv 2211.10438): outliers of an input are moved into the weights before rounding both.
+
+A norm's gain and the Linears behind it can trade a factor for each channel without changing the model:
+
+    (x / s) (W diag(s))^T = x W^T,    s_j = max|x_j|^a / max_i |W_ij|^(1-a)
+
+Rounding x (one scale a token) and W (one a row) both profit where s evens them out. Where we differ from the paper:
+
+- the strength ``a`` is not given but tried, for each norm: the one whose rounded product is nearest to the exact one
+  on a sample of calibration tokens, with 0 (no smoothing at all) among the candidates;
+- s is what the norm's stored dtype can express: the new gain is rounded first, and the Linears get the exact quotient
+  of the old gain and the new one. Only their rounding is left as an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from halfbyte.activations import fake_quantize_activations
+from halfbyte.methods.rtn import quantize_rtn
+from halfbyte.schemes import ActivationFormat, WeightFormat
+
+STRENGTHS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+SMALLEST = 1e-5
+
+
+def gain_offset(norm: nn.Module, width: int) -> float | None:
+    """Which gain a norm applies: 0 for ``weight``, 1 for ``1 + weight`` (Gemma); ``None`` for any other, or a bias.
+
+    Found by trying it on a row of numbers with weights of zero, of one, and its own.
+    """
+    weight = norm._parameters["weight"]
+    if weight is None or norm._parameters.get("bias") is not None:
+        return None
+    x = torch.linspace(-1.0, 2.0, width, device=weight.device).to(weight.dtype)[None]
+    own = weight.data
+    outputs = []
+    try:
+        for tried in (torch.zeros_like(own), torch.ones_like(own), own):
+            weight.data = tried
+            with torch.no_grad():
+                outputs.append(norm(x).float())
+    finally:
+        weight.data = own
+    at_zero, at_one, at_own = outputs
+    unit = at_one - at_zero
+    for offset in (0.0, 1.0):
+        expected = (at_zero, offset * unit), (at_own, (offset + own.float()) * unit)
+        if all(torch.allclose(a, b, rtol=1e-2, atol=1e-5) for a, b in expected):
+            return offset
+    return None
+
+
+def factors_of(largest_input: torch.Tensor, largest_weight: torch.Tensor, strength: float) -> torch.Tensor:
+    """``s [in]`` for one strength, with geometric mean 1; 1 where a channel or its weights are always zero.
+
+    Args:
+        largest_input: ``max|x_j|`` over tokens ``[in]``.
+        largest_weight: ``max_i |W_ij|`` over all rows of all Linears ``[in]``.
+        strength: 0 to 1; 0 means no smoothing.
+    """
+    if strength == 0:
+        return torch.ones_like(largest_input)
+    alive = (largest_input > 0) & (largest_weight > 0)
+    x, w = largest_input.double().clamp(min=SMALLEST), largest_weight.double().clamp(min=SMALLEST)
+    logarithm = torch.where(alive, strength * x.log() - (1 - strength) * w.log(), 0.0)
+    if bool(alive.any()):
+        logarithm[alive] -= logarithm[alive].mean()
+    return logarithm.exp().float()
+
+
+def expressible(
+    gain: torch.Tensor, factors: torch.Tensor, offset: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """The nearest factors that a norm stored in ``dtype`` can express.
+
+    Args:
+        gain: ``g = offset + weight [in]`` float32.
+        factors: what is wished for.
+        offset: 1 where the norm multiplies by ``1 + weight`` (Gemma), else 0.
+
+    Returns:
+        the new stored weight, in float32, and the factors ``g / g'``; where g' would vanish or change its sign, the
+        weight stays and the factor is 1.
+    """
+    weight = (gain / factors - offset).to(dtype).float()
+    new = weight + offset
+    sound = torch.isfinite(new) & (new * gain > 0)
+    weight = torch.where(sound, weight, (gain - offset).to(dtype).float())
+    return weight, torch.where(sound, gain / torch.where(sound, new, 1.0), 1.0)
+
+
+def choose_strength(
+    weights: Sequence[torch.Tensor],
+    formats: Sequence[WeightFormat],
+    activations: ActivationFormat,
+    scale_dtype: torch.dtype,
+    sample: torch.Tensor,
+    candidates: Sequence[torch.Tensor],
+) -> int:
+    """Which of several factor vectors gives the least output error of rounded inputs and weights.
+
+    The error is ``sum_W |Q(x/s) Q(W s)^T - x W^T|^2 / |x W^T|^2`` with weights rounded to nearest.
+
+    Args:
+        weights: ``[out, in]`` float32 each, all with the same input; formats: theirs.
+        activations: how an engine rounds the input.
+        scale_dtype: of weight scales.
+        sample: inputs ``[tokens, in]`` float32.
+        candidates: factors ``[in]`` each.
+
+    Returns:
+        the index of the best candidate; the first where none is better than it.
+    """
+    targets = [sample @ w.T for w in weights]
+    energies = [float(t.square().sum(dtype=torch.float64)) or 1.0 for t in targets]
+    errors = []
+    for s in candidates:
+        x = fake_quantize_activations(sample / s, activations)
+        error = 0.0
+        for w, fmt, target, energy in zip(weights, formats, targets, energies, strict=True):
+            rounded = quantize_rtn(w * s, fmt, scale_dtype).dense()
+            error += float((x @ rounded.T - target).square().sum(dtype=torch.float64)) / energy
+        errors.append(error)
+    return min(range(len(errors)), key=errors.__getitem__)
