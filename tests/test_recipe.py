@@ -514,13 +514,23 @@ def _as_compressed_tensors_does(groups: dict[str, Any], names: list[str]) -> dic
     return found
 
 
+def test_smoothing_is_what_the_recipe_says(tmp_path: Path) -> None:
+    smooth, plain = tmp_path / "smooth.yaml", tmp_path / "plain.yaml"
+    smooth.write_text(
+        "m_modifiers:\n  SmoothQuantModifier: {smoothing_strength: 0.8}\n  GPTQModifier: {scheme: W8A8}\n"
+    )
+    plain.write_text("GPTQModifier: {scheme: W8A8}\n")
+    assert load_recipe(smooth).gptq.smoothing
+    assert [n.split(":")[0] for n in load_recipe(smooth).notes] == ["SmoothQuantModifier"]
+    assert not load_recipe(plain).gptq.smoothing
+
+
 GROUP = "GPTQModifier:\n  config_groups:\n    g:\n      targets: [Linear]\n"
 WRONG_LLMC = [
     (
         "default_stage:\n  default_modifiers:\n    SmoothQuantModifier: {smoothing_strength: 0.8}\n"
-        "    GPTQModifier: {scheme: W8A8}",
-        "recipe.yaml, line 3: SmoothQuantModifier cannot be honoured (it rescales channels between layers, which "
-        "halfbyte does not do yet). Known: GPTQModifier, QuantizationModifier.",
+        "    QuantizationModifier: {scheme: W8A8}",
+        "recipe.yaml, line 3: SmoothQuantModifier works together with one GPTQModifier here. Add or remove one.",
     ),
     ("AWQModifier: {scheme: W4A16}", "recipe.yaml, line 1: AWQModifier cannot be honoured (it rescales channels"),
     ("SparseGPTModifier: {sparsity: 0.5}", "recipe.yaml, line 1: SparseGPTModifier cannot be honoured (it prunes"),

@@ -13,6 +13,7 @@ recipes that llm-compressor 0.14 serialises.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from halfbyte.errors import raise_all
 from halfbyte.recipe.document import Node
@@ -23,7 +24,6 @@ from halfbyte.recipe.section import Problems, Section, kind_of, string_list
 
 METHOD_OF_MODIFIER = {"GPTQModifier": "gptq", "QuantizationModifier": "rtn"}
 UNSUPPORTED_MODIFIERS = {
-    "SmoothQuantModifier": "it rescales channels between layers, which halfbyte does not do yet",
     "AWQModifier": "it rescales channels between layers, which halfbyte does not do yet",
     "SpinQuantModifier": "it rotates weights, which halfbyte does not do",
     "QuIPModifier": "it rotates weights, which halfbyte does not do",
@@ -33,6 +33,10 @@ UNSUPPORTED_MODIFIERS = {
     "MagnitudePruningModifier": "it prunes weights, which halfbyte does not do",
     "ConstantPruningModifier": "it prunes weights, which halfbyte does not do",
 }
+SMOOTHING = "SmoothQuantModifier"
+CHOSEN_STRENGTH = (
+    f"{SMOOTHING}: halfbyte finds the norms from how the block is wired, and tries which strength is best for each"
+)
 ALWAYS_SEQUENTIAL = "halfbyte always calibrates a decoder block on the outputs of the quantised blocks before it"
 # Accepted without a word: how many columns or Linears a solver takes at a time and where it keeps its statistics change
 # no result; requires_calibration_data follows from the method; the rest schedules training.
@@ -70,13 +74,20 @@ def read_llmcompressor(root: Node, file: str) -> Recipe:
     modifiers: list[tuple[str, Node]] = []
     _find_modifiers(root, modifiers, problems)
     usable = []
+    smoothing = [node for name, node in modifiers if name == SMOOTHING]
     for name, node in modifiers:
+        if name == SMOOTHING:
+            continue
         if name in METHOD_OF_MODIFIER:
             usable.append((name, node))
             continue
         why = UNSUPPORTED_MODIFIERS.get(name, "")
         what = f"{name} cannot be honoured" if why else f"unknown modifier {name!r}"
-        problems.add(node.line, what, why=why, remedy=f"Known: {', '.join(METHOD_OF_MODIFIER)}.")
+        problems.add(node.line, what, why=why, remedy=f"Known: {', '.join((*METHOD_OF_MODIFIER, SMOOTHING))}.")
+    if smoothing and [name for name, _ in usable] != ["GPTQModifier"]:
+        problems.add(
+            smoothing[0].line, f"{SMOOTHING} works together with one GPTQModifier here", remedy="Add or remove one."
+        )
     if not modifiers and not problems.found:
         problems.add(root.line, "there is no modifier in it", remedy="Add a GPTQModifier or a QuantizationModifier.")
     for name, node in usable[1:]:
@@ -89,7 +100,12 @@ def read_llmcompressor(root: Node, file: str) -> Recipe:
     sections = [(name, Section(node, name, problems)) for name, node in usable]
     recipes = [_read_modifier(name, section) for name, section in sections if section.is_table]
     raise_all(problems.in_order())
-    return recipes[0]
+    recipe = recipes[0]
+    return replace(
+        recipe,
+        gptq=replace(recipe.gptq, smoothing=bool(smoothing)),
+        notes=(*recipe.notes, *([CHOSEN_STRENGTH] if smoothing else [])),
+    )
 
 
 def _find_modifiers(node: Node, found: list[tuple[str, Node]], problems: Problems) -> None:
