@@ -23,6 +23,7 @@ from halfbyte.records import (
     Plan,
     SmoothingRecord,
     TensorPlan,
+    TuningRecord,
     VerifyRecord,
     read_json,
     read_record,
@@ -63,6 +64,7 @@ CALIBRATION = CalibrationRecord(
     spec="text:fähre.txt", samples=8, tokens=4096, seq_len=512, seed=7, sha256="ab" * 32, description="“prose”"
 )
 SMOOTHED = SmoothingRecord(norm="a.norm.weight", offset=1.0, linears=["a.q", "a.k"], strength=0.5)
+TUNED = TuningRecord(block=3, loss_before=0.25, loss_after=0.125, kept=True)
 CHECK = Check(name="names", status="failed", detail="1 of 2", problems=["model.norm.weight: absent"])
 EVERY: list[Any] = [
     TENSOR,
@@ -71,6 +73,7 @@ EVERY: list[Any] = [
     LINEAR,
     CALIBRATION,
     SMOOTHED,
+    TUNED,
     CHECK,
     Plan(
         source="org/model",
@@ -102,6 +105,7 @@ EVERY: list[Any] = [
         files={"model.safetensors": "11" * 32},
         versions={"torch": "2.13.0"},
         smoothing=[SMOOTHED],
+        tuning=[TUNED],
         run={"seconds": 1.5, "hosts": ["a"]},
     ),
     Manifest(

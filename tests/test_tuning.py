@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from halfbyte.activations import fake_quantize_activations
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.rtn import nearest, quantize_rtn
 from halfbyte.methods.scales import minmax
 from halfbyte.methods.tuned_parts import LinearState, TunedLinear, TunedVector, VectorState
 from halfbyte.methods.tuning import Sample, TuningOptions, TuningResult, divide, loss_of, mean_loss, tune_block
 from halfbyte.schemes import ActivationFormat, WeightFormat
-from halfbyte.weights import fake_quantize_activations
 
 HIDDEN, INNER, TOKENS = 16, 32, 12
 FORMATS = {

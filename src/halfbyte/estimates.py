@@ -26,6 +26,7 @@ from halfbyte.calibration import TOKENS_PER_BATCH, available_memory_bytes, self_
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint
 from halfbyte.methods.gptq import DOUBLE_LIMIT
 from halfbyte.methods.scales import CANDIDATES_PER_CALL, SHRINK
+from halfbyte.methods.tuning import TuningOptions
 from halfbyte.records import Estimate, TensorPlan
 
 # What measured peaks hold besides tensors: imports, the module tree, compiled kernels, the C library's heap.
@@ -50,6 +51,7 @@ class CalibrationWork:
         spec: ``self``, ``text:FILE``, ...; ``None`` where the method needs none.
         samples, seq_len: sequences, and most tokens in one; 0 where the method needs none.
         offload: hidden states stay on disk; ``None`` until it is known whether they fit.
+        tuned: whether blocks are tuned (effort high).
         reason: why the spec is not the one that would be taken where memory is plenty; empty mostly.
     """
 
@@ -57,6 +59,7 @@ class CalibrationWork:
     samples: int
     seq_len: int
     offload: bool | None = None
+    tuned: bool = False
     reason: str = ""
 
     @property
@@ -162,13 +165,22 @@ def _block_moments(
         largest = max(s.largest for s in block)
         return [("the largest Linear is rounded", {"rounding the largest Linear": 13.0 * largest})]
     hidden = int(checkpoint.text_config.get("hidden_size", block[0].width))
-    label = "hidden states" + (" (on disk: --offload)" if size.offload else "")
+    label = "hidden states of both models" if size.tuned else "hidden states"
+    label += " (on disk: --offload)" if size.offload else ""
     always = {
         "one block's weights, float32": 4.0 * weights,
-        label: 0.0 if size.offload else 4.0 * size.tokens * hidden,
+        label: 0.0 if size.offload else 4.0 * size.tokens * hidden * (2 if size.tuned else 1),
     }
     batch = min(TOKENS_PER_BATCH, size.tokens)
     moments: list[tuple[str, dict[str, float]]] = []
+    if size.tuned:
+        outputs = sum(shape[0] for s in block for shape in s.shapes)
+        tuning = {
+            "its original weights, latents and gradients, float32": 12.0 * weights,
+            "codes before and after": 2.0 * weights,
+            "one batch's graph": 4.0 * batch * (3 * outputs + 12 * hidden),
+        }
+        moments.append(("a block is tuned", always | tuning))
     for s in block:
         widest_output = max(shape[0] for shape in s.shapes)
         kept = 0.0 if _kept_on_disk([block], size, hidden) else _kept_bytes(s, size, hidden)
@@ -216,6 +228,10 @@ def _time(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationW
         "scales and columns": weights * (9e-8 if size.tokens else 5e-9),
         "reading and writing": (checkpoint.size_bytes + after) / DISK_BYTES_PER_S,
     }
+    if size.tuned:
+        steps = TuningOptions()
+        taught = steps.steps * steps.samples_per_step * min(TOKENS_PER_BATCH, size.tokens)
+        parts["tuning"] = (6.0 * taught + 4.0 * size.tokens) * weights / rate
     if size.spec == "self":
         parameters = sum(t.size_bytes // DTYPES[t.dtype].itemsize for t in checkpoint.tensors.values())
         parts["writing the calibration text"] = 2.0 * size.tokens * parameters / (SAMPLING_SHARE * rate)
@@ -227,7 +243,7 @@ def _disk(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationW
     parts = {"quantised checkpoint": float(after)}
     if size.tokens:
         hidden = int(checkpoint.text_config.get("hidden_size", 0))
-        parts["hidden states, kept for --resume until the end"] = 8.0 * size.tokens * hidden
+        parts["hidden states, kept for --resume until the end"] = 8.0 * size.tokens * hidden * (2 if size.tuned else 1)
         parts["inputs and outputs kept between stages"] = _kept_on_disk(blocks, size, hidden)
     how = "written beside each other in the output folder"
     return Estimate(value=sum(parts.values()), unit="bytes", how=how, parts=parts)

@@ -12,7 +12,15 @@ from halfbyte.checkpoint.layout import write_error
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.planner import WorkPlan
 from halfbyte.recipe import Recipe
-from halfbyte.records import MANIFEST_NAME, CalibrationRecord, LinearRecord, Manifest, SmoothingRecord, write_json
+from halfbyte.records import (
+    MANIFEST_NAME,
+    CalibrationRecord,
+    LinearRecord,
+    Manifest,
+    SmoothingRecord,
+    TuningRecord,
+    write_json,
+)
 from halfbyte.schemes import quantization_config
 
 
@@ -26,6 +34,7 @@ def finish_checkpoint(
     calibration: CalibrationRecord | None,
     linears: list[LinearRecord],
     smoothing: list[SmoothingRecord],
+    tuning: list[TuningRecord],
     source_sha256: str,
     companions: list[Path],
     run: dict[str, Any],
@@ -51,6 +60,7 @@ def finish_checkpoint(
             files={f.name: file_sha256(f) for f in sorted(folder.glob("*.safetensors"))},
             versions=options["versions"],
             smoothing=smoothing,
+            tuning=tuning,
             run={**run, "threads": options["threads"]},
         )
         write_json(folder / MANIFEST_NAME, manifest)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from halfbyte.activations import fake_quantize_activations
 from halfbyte.blocks import Arguments, Interner, StreamedModel, checkpoint_dtype, require_finite, run_block
 from halfbyte.calibration import TOKENS_PER_BATCH, Batch, Calibration, calibrate
 from halfbyte.checkpoint.layout import Layout
@@ -49,6 +51,8 @@ from halfbyte.methods.gptq import factor_hessian, quantize_gptq
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.rtn import quantize_rtn
 from halfbyte.methods.smoothing import STRENGTHS, choose_strength, expressible, factors_of, gain_offset
+from halfbyte.methods.tuned_parts import TunedLinear
+from halfbyte.methods.tuning import Sample, TuningOptions, tune_block
 from halfbyte.output import finish_checkpoint
 from halfbyte.packing import pack
 from halfbyte.planner import (
@@ -60,8 +64,16 @@ from halfbyte.planner import (
     require_calibration,
 )
 from halfbyte.progress import Reporter, Silent
-from halfbyte.recipe import GptqSteps, Recipe
-from halfbyte.records import CalibrationRecord, LinearRecord, Manifest, SmoothingRecord, from_plain, read_record
+from halfbyte.recipe import Effort, GptqSteps, Recipe
+from halfbyte.records import (
+    CalibrationRecord,
+    LinearRecord,
+    Manifest,
+    SmoothingRecord,
+    TuningRecord,
+    from_plain,
+    read_record,
+)
 from halfbyte.schemes import ActivationFormat
 from halfbyte.sequential import AtOnce, Outliers, Route, Sequential, Shelf, Walk, learn_route
 from halfbyte.state import HiddenStates, RunFolder, already_published
@@ -82,6 +94,7 @@ def quantize(
     seq_len: int | None = None,
     ignore: Sequence[str] = (),
     recipe: Path | None = None,
+    effort: Effort | None = None,
     device: str = "auto",
     offload: bool | None = None,
     resume: bool = False,
@@ -100,6 +113,7 @@ def quantize(
         samples, seq_len: sequences and tokens in each (128 x 512).
         ignore: Linears to leave alone, exact names or ``re:`` patterns.
         recipe: a recipe file instead of scheme, group size, method and ignore.
+        effort: ``standard``, or ``high`` to tune each block on its output after GPTQ; ``None`` is the recipe's.
         device: ``auto``, ``cpu`` or ``cuda``.
         offload: keep hidden states on disk only; ``None``: where they would not fit in memory.
         resume: continue the unfinished run in ``out``.partial.
@@ -115,7 +129,9 @@ def quantize(
     reuse_freed_memory()
     reporter = reporter or Silent()
     out = Path(out)
-    chosen = choose_recipe(scheme=scheme, group_size=group_size, method=method, ignore=ignore, recipe=recipe)
+    chosen = choose_recipe(
+        scheme=scheme, group_size=group_size, method=method, ignore=ignore, recipe=recipe, effort=effort
+    )
     require_calibration(chosen, calibration)
     target = choose_device(device)
     if resume and already_published(out):
@@ -172,6 +188,7 @@ class Solved:
     linears: dict[str, tuple[LinearRecord, QuantizedWeight]]
     rewritten: dict[str, torch.Tensor] = field(default_factory=dict)
     smoothing: list[SmoothingRecord] = field(default_factory=list)
+    tuning: list[TuningRecord] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -211,11 +228,17 @@ class Job:
             self.reporter.say(f"resuming: {facts['stage']} of {blocks.num_blocks} blocks are done")
         records = [from_plain(LinearRecord, r) for r in facts.get("linears", [])]
         smoothing = [from_plain(SmoothingRecord, r) for r in facts.get("smoothing", [])]
+        tuning = [from_plain(TuningRecord, r) for r in facts.get("tuning", [])]
         timings = list(facts.get("blocks", []))
         stream = None
         if calibration is not None:
             stream = Stream.begin(
-                model, calibration, self.run, self.reporter, offload=bool(self.work.calibration.offload)
+                model,
+                calibration,
+                self.run,
+                self.reporter,
+                offload=bool(self.work.calibration.offload),
+                twofold=self.recipe.effort == "high",
             )
         if self.run.fresh:
             self._save(layout, stream, 0, digests=digests, linears=[], blocks=[])
@@ -228,6 +251,7 @@ class Job:
                 self._write_block(layout, index, solved, digests)
                 records += [r for r, _ in solved.linears.values()]
                 smoothing += solved.smoothing
+                tuning += solved.tuning
                 seconds = time.monotonic() - clock
                 release_freed_memory()
                 timings.append({"block": index, "seconds": round(seconds, 3), "peak_bytes": peak_bytes()})
@@ -237,10 +261,11 @@ class Job:
                     "digests": dict(digests),
                     "linears": [asdict(r) for r in records],
                     "smoothing": [asdict(r) for r in smoothing],
+                    "tuning": [asdict(r) for r in tuning],
                     "blocks": list(timings),
                 }
                 if stream is not None:
-                    stream.states.turn(index + 1)
+                    stream.turn(index + 1)
                 self._saving = saver.submit(self._save, layout, stream, index + 1, **stage)
             self._await_save()
         self.reporter.finish()
@@ -253,6 +278,7 @@ class Job:
             calibration=None if calibration is None else calibration.record,
             linears=records,
             smoothing=smoothing,
+            tuning=tuning,
             source_sha256=combined_digest(digests),
             companions=list(companion_files(self.checkpoint.path)),
             run={
@@ -319,7 +345,12 @@ class Job:
         with model.block(index) as block:
             modules = {n: m for n, m in model.linears(index).items() if n in names}
             require_finite_weights(modules)
-            with stream.walk(block, index, modules, self._activation_formats(names), self.recipe.gptq) as walk:
+            originals: dict[str, torch.Tensor] = {}
+            if stream.originals is not None:
+                self._await_save()
+                stream.aim(block, index)
+            formats = self._activation_formats(names)
+            with stream.walk(block, index, modules, formats, self.recipe.gptq) as walk:
                 for moment in walk.moments():
                     release_freed_memory()
                     if not bool(torch.isfinite(moment.hessian.diagonal()).all()):
@@ -327,11 +358,17 @@ class Job:
                     if self.recipe.gptq.smoothing:
                         self._smooth(walk.outliers(), moment, modules, block, index, solved)
                     with mapped():
+                        if stream.originals is not None:
+                            originals |= {n: modules[n].weight.detach().float().cpu() for n in moment.names}
                         results |= self._solve_shared(moment, modules, index)
                     release_freed_memory()
-                if not last:
+                if not last and stream.originals is None:
                     self._await_save()
                     stream.advance(block, index, walk)
+            if stream.originals is not None:
+                self._tune(block, index, modules, originals, formats, stream, solved)
+                if not last:
+                    stream.advance(block, index, stream.at_once(block, index, modules, formats))
         solved.linears = {n: results[n] for n in names}
         return solved
 
@@ -373,6 +410,37 @@ class Job:
         solved.rewritten[tensor] = weight.to(stored)
         solved.smoothing.append(
             SmoothingRecord(norm=tensor, offset=offset, linears=list(moment.names), strength=STRENGTHS[best])
+        )
+
+    def _tune(
+        self,
+        block: nn.Module,
+        index: int,
+        modules: Mapping[str, nn.Linear],
+        originals: dict[str, torch.Tensor],
+        formats: Mapping[str, ActivationFormat],
+        stream: Stream,
+        solved: Solved,
+    ) -> None:
+        """Tune the whole block on its output error against the original model's; the better of the two is kept."""
+        if not modules:
+            return
+        tuned = {}
+        for name, module in modules.items():
+            fmt = formats.get(name)
+            tuned[name] = TunedLinear(
+                module=module,
+                weight=originals.pop(name),
+                quantized=solved.linears[name][1],
+                fmt=self.work.schemes[name].weights,
+                scale_dtype=DTYPES[self.checkpoint.tensors[f"{name}.weight"].dtype],
+                quantize_input=None if fmt is None else partial(fake_quantize_activations, fmt=fmt),
+            )
+        result = tune_block(block, tuned, stream.samples_of(index), TuningOptions())
+        for name, weight in result.weights.items():
+            solved.linears[name] = (solved.linears[name][0], weight)
+        solved.tuning.append(
+            TuningRecord(block=index, loss_before=result.loss_before, loss_after=result.loss_after, kept=result.kept)
         )
 
     def _activation_formats(self, names: Sequence[str]) -> dict[str, ActivationFormat]:
@@ -455,10 +523,10 @@ class Job:
         """Make a stage durable: tensors, then hidden states, then the journal that vouches for them."""
         layout.sync(self.run.checkpoint)
         if stream is not None and stage < len(stream.arguments[0]):
-            stream.states.save(stage)
+            stream.save(stage)
         self.run.record(stage, **facts)
         if stream is not None:
-            stream.states.forget(stage - 1)
+            stream.forget(stage - 1)
 
     def _await_save(self) -> None:
         if self._saving is not None:
@@ -484,7 +552,11 @@ class Job:
 
 @dataclass(slots=True)
 class Stream:
-    """The calibration set on its way through the blocks."""
+    """The calibration set on its way through the blocks.
+
+    ``states`` is what the quantised model makes of it. Where blocks are tuned, ``originals`` is what the original model
+    makes of it, one block ahead while a block is worked on: the block's target.
+    """
 
     model: StreamedModel
     batches: list[Batch]
@@ -492,11 +564,18 @@ class Stream:
     samples: list[list[int]]
     arguments: list[list[Arguments]]
     states: HiddenStates
+    originals: HiddenStates | None = None
     routes: dict[tuple[type, tuple[str, ...]], Route | None] = field(default_factory=dict)
 
     @staticmethod
     def begin(
-        model: StreamedModel, calibration: Calibration, run: RunFolder, reporter: Reporter, *, offload: bool
+        model: StreamedModel,
+        calibration: Calibration,
+        run: RunFolder,
+        reporter: Reporter,
+        *,
+        offload: bool,
+        twofold: bool,
     ) -> Stream:
         """Embed every batch and record how blocks are called; on resume the hidden states come from disk."""
         batches = calibration.batches(TOKENS_PER_BATCH)
@@ -504,6 +583,7 @@ class Stream:
         width = int(model.weights.checkpoint.text_config["hidden_size"])
         dtype = torch.float32 if model.device.type == "cpu" else checkpoint_dtype(model.weights.checkpoint)
         states = HiddenStates(run.state, shapes, width, dtype, offload)
+        originals = HiddenStates(run.state, shapes, width, dtype, offload, "original") if twofold else None
         vocabulary = torch.unique(torch.cat([b.token_ids.flatten() for b in batches]))
         interner = Interner()
         arguments = []
@@ -513,13 +593,72 @@ class Stream:
                 hidden, calls = model.embed(batch.token_ids, interner)
                 arguments.append(calls)
                 if run.fresh:
-                    states.write(i, hidden, stage=0)
+                    for kept in (states, originals):
+                        if kept is not None:
+                            kept.write(i, hidden, stage=0)
                 reporter.advance()
         if not run.fresh and int(run.journal["stage"]) < model.num_blocks:
-            states.resume(int(run.journal["stage"]))
+            for kept in (states, originals):
+                if kept is not None:
+                    kept.resume(int(run.journal["stage"]))
         return Stream(
-            model, batches, [real_rows(b) for b in batches], sample_numbers(calibration, batches), arguments, states
+            model,
+            batches,
+            [real_rows(b) for b in batches],
+            sample_numbers(calibration, batches),
+            arguments,
+            states,
+            originals,
         )
+
+    def save(self, stage: int) -> None:
+        for kept in (self.states, self.originals):
+            if kept is not None:
+                kept.save(stage)
+
+    def forget(self, stage: int) -> None:
+        for kept in (self.states, self.originals):
+            if kept is not None:
+                kept.forget(stage)
+
+    def turn(self, stage: int) -> None:
+        for kept in (self.states, self.originals):
+            if kept is not None:
+                kept.turn(stage)
+
+    def aim(self, block: nn.Module, index: int) -> None:
+        """Move the original model's hidden states past a block that still has its own weights."""
+        assert self.originals is not None
+        for i in range(len(self.batches)):
+            hidden = self.originals.read(i).to(self.model.device, self.model.dtype)
+            self.originals.write(i, run_block(block, hidden, self.arguments[i][index]), stage=index + 1)
+        self.originals.turn(index + 1)
+
+    def samples_of(self, index: int) -> list[Sample]:
+        """What a block is tuned on: its inputs in the quantised model, its outputs in the original one."""
+        assert self.originals is not None
+        device, dtype, originals = self.model.device, self.model.dtype, self.originals
+
+        def sample(i: int) -> Sample:
+            return Sample(
+                hidden=lambda: self.states.read(i).to(device, dtype),
+                target=lambda: originals.read(i).to(device, dtype),
+                arguments=self.arguments[i][index],
+                rows=self.rows[i],
+            )
+
+        return [sample(i) for i in range(len(self.batches))]
+
+    def at_once(
+        self, block: nn.Module, index: int, linears: Mapping[str, nn.Linear], formats: Mapping[str, ActivationFormat]
+    ) -> AtOnce:
+        """A walk through a block in one pass."""
+
+        def run(batch: int) -> torch.Tensor:
+            hidden = self.states.read(batch).to(self.model.device, self.model.dtype)
+            return run_block(block, hidden, self.arguments[batch][index])
+
+        return AtOnce(run, self.rows, linears, self.model.device, formats)
 
     @contextlib.contextmanager
     def walk(
@@ -531,14 +670,11 @@ class Stream:
         steps: GptqSteps,
     ) -> Iterator[Walk]:
         """The way through a block: stage by stage where it can be, all Linears at once where it cannot."""
-
-        def run(batch: int) -> torch.Tensor:
-            hidden = self.states.read(batch).to(self.model.device, self.model.dtype)
-            return run_block(block, hidden, self.arguments[batch][index])
-
+        plain = self.at_once(block, index, linears, formats)
+        run = plain.run
         route = self._route(block, index, linears, run) if steps.true_sequential and linears else None
         if route is None:
-            yield AtOnce(run, self.rows, linears, self.model.device, formats)
+            yield plain
             return
         tokens = sum(b.token_ids.numel() for b in self.batches)
         kept = route.kept_bytes(linears, tokens, self.states.dtype.itemsize)

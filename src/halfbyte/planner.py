@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +20,7 @@ from halfbyte.checkpoint.source import open_headers
 from halfbyte.errors import ArchitectureError, CheckpointError, HalfbyteError, RecipeError, UsageError
 from halfbyte.estimates import CalibrationWork, estimate, settle_offload
 from halfbyte.packing import stored_tensors
-from halfbyte.recipe import Recipe, load_recipe
+from halfbyte.recipe import EFFORTS, Effort, Recipe, load_recipe
 from halfbyte.records import Plan, TensorPlan
 from halfbyte.schemes import Scheme, group_size_problem, preset
 
@@ -49,6 +49,7 @@ def plan(
     method: Literal["gptq", "rtn"] | None = None,
     ignore: Sequence[str] = (),
     recipe: Path | None = None,
+    effort: Effort | None = None,
     calibration: str | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
@@ -60,6 +61,7 @@ def plan(
         source: a checkpoint folder or a hub id.
         scheme, group_size, method, ignore: what to do, unless a recipe says so.
         recipe: a recipe file; ``scheme``, ``group_size`` and ``method`` must then be left alone.
+        effort: as for :func:`halfbyte.quantize`.
         calibration, samples, seq_len, offload: as for :func:`halfbyte.quantize`; the estimates depend on them.
 
     Returns:
@@ -69,7 +71,9 @@ def plan(
         CheckpointError: the source is no checkpoint at all.
         UsageError, RecipeError: options or recipe make no sense.
     """
-    chosen = choose_recipe(scheme=scheme, group_size=group_size, method=method, ignore=ignore, recipe=recipe)
+    chosen = choose_recipe(
+        scheme=scheme, group_size=group_size, method=method, ignore=ignore, recipe=recipe, effort=effort
+    )
     require_calibration(chosen, calibration)
     found: list[HalfbyteError] = []
     checkpoint = open_headers(source, found)
@@ -84,8 +88,30 @@ def choose_recipe(
     method: Literal["gptq", "rtn"] | None,
     ignore: Sequence[str],
     recipe: Path | None,
+    effort: Effort | None,
 ) -> Recipe:
-    """The recipe of a file, or one made of options."""
+    """The recipe of a file, or one made of options; ``effort`` goes before the recipe's."""
+    chosen = _recipe_of(scheme, group_size, method, ignore, recipe)
+    if effort is None:
+        return chosen
+    if effort not in EFFORTS:
+        raise UsageError(f"unknown effort {effort!r}", where="--effort", remedy=f"Use {' or '.join(EFFORTS)}.")
+    if effort == "high" and chosen.method != "gptq":
+        raise UsageError(
+            "effort high tunes what GPTQ has found, and this is round-to-nearest",
+            where="--effort high",
+            remedy="Use --method gptq with an integer scheme, or leave --effort out.",
+        )
+    return replace(chosen, effort=effort)
+
+
+def _recipe_of(
+    scheme: str,
+    group_size: GroupSize,
+    method: Literal["gptq", "rtn"] | None,
+    ignore: Sequence[str],
+    recipe: Path | None,
+) -> Recipe:
     if recipe is None:
         return Recipe.of_options(preset(scheme).with_group_size(group_size), method=method, ignore=list(ignore))
     if group_size is not None or method is not None or ignore:
@@ -122,7 +148,8 @@ def calibration_work(
     spec, reason = calibration or recipe.calibration, ""
     if spec is None:
         spec, reason = default_spec(checkpoint.size_bytes, checkpoint.text_config, count, length, device)
-    return CalibrationWork(spec=spec, samples=count, seq_len=length, offload=offload, reason=reason)
+    tuned = recipe.effort == "high"
+    return CalibrationWork(spec=spec, samples=count, seq_len=length, offload=offload, tuned=tuned, reason=reason)
 
 
 def make_plan(

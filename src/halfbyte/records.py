@@ -100,7 +100,8 @@ class LinearRecord:
         scheme, group_size, method: what was applied.
         bits_per_weight: stored bits, scales included.
         relative_error: ``tr(E H E^T) / tr(W H W^T)`` with ``E = W_q - W`` and ``H`` the calibration inputs' second
-            moment, i.e. the share of the output's energy that is error; with no calibration, ``H = I``.
+            moment, i.e. the share of the output's energy that is error; with no calibration, ``H = I``. Where the block
+            was tuned afterwards, that of GPTQ's solution.
         damp_fraction: share of H's mean diagonal added before factoring (0 where none was factored).
         damp_raises: how often damping had to be raised before H could be factored.
         tokens: calibration tokens that entered its statistic.
@@ -138,6 +139,23 @@ class SmoothingRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TuningRecord:
+    """How the tuning of one block went (effort high).
+
+    Attributes:
+        block: its index.
+        loss_before, loss_after: the block's relative output error on calibration samples that it was not tuned on, see
+            :mod:`halfbyte.methods.tuning`.
+        kept: whether the tuned codes and scales are the ones written.
+    """
+
+    block: int
+    loss_before: float
+    loss_after: float
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationRecord:
     """Which tokens the statistics come from. ``sha256`` is over the token ids and lengths, in order."""
 
@@ -172,6 +190,7 @@ class Manifest:
     files: dict[str, str]
     versions: dict[str, str]
     smoothing: list[SmoothingRecord] = field(default_factory=list)
+    tuning: list[TuningRecord] = field(default_factory=list)
     run: dict[str, Any] = field(default_factory=dict)
 
 

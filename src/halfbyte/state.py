@@ -5,6 +5,7 @@
       state/journal.json      options, finished blocks and their records; replaced atomically after each block
       state/calibration.safetensors
       state/hidden-0007.bin   what enters block 7; written before the journal says that blocks 0 to 6 are finished
+      state/original-0007.bin likewise in the original model, where blocks are tuned
       state/lock              held by the running process
 
 At any moment the journal names a stage whose inputs are complete on disk. Everything after it is computed again and,
@@ -174,6 +175,7 @@ class HiddenStates:
         folder: where stages are kept.
         shapes: ``(batch, tokens)`` of each batch; width: hidden size; dtype: of the states.
         offload: keep none of it in memory.
+        kind: how its files begin.
     """
 
     folder: Path
@@ -181,11 +183,12 @@ class HiddenStates:
     width: int
     dtype: torch.dtype
     offload: bool
+    kind: str = "hidden"
     _stage: int = 0
     _held: list[torch.Tensor] = field(default_factory=list)
 
     def _file(self, stage: int) -> Path:
-        return self.folder / f"hidden-{stage:04d}.bin"
+        return self.folder / f"{self.kind}-{stage:04d}.bin"
 
     def _offset(self, batch: int) -> int:
         return sum(b * t for b, t in self.shapes[:batch]) * self.width * self.dtype.itemsize

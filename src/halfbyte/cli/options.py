@@ -28,7 +28,7 @@ class GroupSizeType(click.ParamType[Any]):
 
 
 def scheme_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--scheme``, ``--group-size``, ``--method``, ``--ignore`` and ``--recipe``."""
+    """Add ``--scheme``, ``--group-size``, ``--method``, ``--ignore``, ``--recipe`` and ``--effort``."""
     options = [
         click.option("--scheme", default="W4A16", show_default=True, help=f"Number format: {', '.join(PRESETS)}."),
         click.option(
@@ -49,6 +49,11 @@ def scheme_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--recipe",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
             help="TOML or YAML recipe, or llm-compressor's recipe.yaml.",
+        ),
+        click.option(
+            "--effort",
+            type=click.Choice(["standard", "high"]),
+            help="high tunes each block on its output after GPTQ: slower, more accurate.  [default: standard]",
         ),
     ]
     return _with(function, options)

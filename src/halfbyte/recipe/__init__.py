@@ -12,6 +12,25 @@ Reading collects every problem, with file and line, and raises them together. Ne
 from __future__ import annotations
 
 from halfbyte.recipe.load import load_recipe
-from halfbyte.recipe.model import DEFAULT_DAMP_FRACTION, GptqSteps, Method, Recipe, SchemeGroup, matches
+from halfbyte.recipe.model import (
+    DEFAULT_DAMP_FRACTION,
+    EFFORTS,
+    Effort,
+    GptqSteps,
+    Method,
+    Recipe,
+    SchemeGroup,
+    matches,
+)
 
-__all__ = ["DEFAULT_DAMP_FRACTION", "GptqSteps", "Method", "Recipe", "SchemeGroup", "load_recipe", "matches"]
+__all__ = [
+    "DEFAULT_DAMP_FRACTION",
+    "EFFORTS",
+    "Effort",
+    "GptqSteps",
+    "Method",
+    "Recipe",
+    "SchemeGroup",
+    "load_recipe",
+    "matches",
+]

@@ -41,6 +41,10 @@ class SchemeGroup:
         return any(matches(target, name) for target in self.targets)
 
 
+Effort = Literal["standard", "high"]
+EFFORTS: tuple[Effort, ...] = ("standard", "high")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GptqSteps:
     """What GPTQ does besides visiting the columns; each can be left out, to see what it is worth.
@@ -74,6 +78,7 @@ class Recipe:
         method: how codes are chosen. ``gptq`` needs integer schemes.
         damp_fraction: share of the Hessian's mean diagonal that GPTQ adds to it before factoring.
         gptq: which of its steps GPTQ takes.
+        effort: ``high`` tunes each block on its output after GPTQ.
         calibration: a calibration spec such as ``text:notes.txt``; ``None`` leaves the choice to the command.
         samples, seq_len, seed: size of the calibration set and its seed; ``None`` leaves them to the command.
         description: free text, kept in the manifest.
@@ -85,6 +90,7 @@ class Recipe:
     method: Method = "gptq"
     damp_fraction: float = DEFAULT_DAMP_FRACTION
     gptq: GptqSteps = GptqSteps()
+    effort: Effort = "standard"
     calibration: str | None = None
     samples: int | None = None
     seq_len: int | None = None
@@ -177,6 +183,7 @@ class Recipe:
             "method": self.method,
             "damp_fraction": self.damp_fraction,
             "gptq": asdict(self.gptq),
+            "effort": self.effort,
         }
 
 

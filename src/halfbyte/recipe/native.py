@@ -2,7 +2,7 @@
 
 scheme, group_size, targets            the default scheme, and what it applies to (Linear unless given)
 [[groups]] scheme, group_size, targets exceptions to it, first match first
-ignore, method, damp_fraction, description
+ignore, method, damp_fraction, effort, description
 [gptq] static_order, scale_search, scale_refit, code_descent, sweeps, true_sequential, smoothing
 [calibration] source, samples, seq_len, seed
 """
@@ -15,8 +15,10 @@ from halfbyte.errors import UsageError, raise_all
 from halfbyte.recipe.document import Node
 from halfbyte.recipe.model import (
     DEFAULT_DAMP_FRACTION,
+    EFFORTS,
     LINEAR,
     METHODS,
+    Effort,
     GptqSteps,
     Method,
     Recipe,
@@ -55,6 +57,7 @@ def read_native(root: Node, file: str) -> Recipe:
     ignore = check_ignore(top.strings("ignore"), problems)
     method = top.string("method", METHODS)
     damp = top.fraction("damp_fraction")
+    effort: Effort = "high" if top.string("effort", EFFORTS) == "high" else "standard"
     description = top.string("description")
     steps = _steps(Section(top.get("gptq") or Node(None, top.line), "gptq", problems))
     calibration = Section(top.get("calibration") or Node(None, top.line), "calibration", problems)
@@ -66,6 +69,8 @@ def read_native(root: Node, file: str) -> Recipe:
     top.finish()
     schemes = [group.scheme for group, _ in placed]
     chosen = check_method(method, schemes, problems, line=top.line_of("method" if method else "scheme"))
+    if effort == "high" and chosen != "gptq":
+        problems.add(top.line_of("effort"), "effort high tunes what GPTQ has found, and this is round-to-nearest")
     raise_all(problems.in_order())
     return Recipe(
         groups=tuple(group for group, _ in placed),
@@ -73,6 +78,7 @@ def read_native(root: Node, file: str) -> Recipe:
         method=chosen,
         damp_fraction=DEFAULT_DAMP_FRACTION if damp is None else damp,
         gptq=steps,
+        effort=effort,
         calibration=source,
         samples=samples,
         seq_len=seq_len,

@@ -1,0 +1,129 @@
+"""``--effort high`` from end to end: tuned blocks are better blocks, and the file is as plain as ever."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import halfbyte
+import tiny
+from conftest import Models
+from halfbyte import pipeline
+from halfbyte.activations import fake_quantize_activations
+from halfbyte.errors import UsageError
+from halfbyte.methods.tuning import TuningOptions
+from halfbyte.records import Manifest
+from halfbyte.schemes import PRESETS
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "TOKENS_PER_BATCH", 80)
+    monkeypatch.setattr(pipeline, "TuningOptions", lambda: TuningOptions(steps=20, code_rate=0.0, scale_rate=0.005))
+
+
+def run(source: Path, out: Path, text: Path, **options: Any) -> Manifest:
+    settings: dict[str, Any] = {"calibration": f"text:{text}", "samples": 8, "seq_len": 40, "device": "cpu"}
+    return halfbyte.quantize(
+        source, out, **(settings | {"scheme": "W4A16", "group_size": 32, "effort": "high"} | options)
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_blocks_are_tuned_and_verify(family: str, tiny_model: Models, text_file: Path, tmp_path: Path) -> None:
+    source = tiny_model(family)
+    manifest = run(source, tmp_path / "high", text_file)
+    assert [r.block for r in manifest.tuning] == [0, 1]
+    assert family != "llama" or any(r.kept for r in manifest.tuning)  # random blocks do not always gain
+    assert all(r.kept == (r.loss_after < r.loss_before) for r in manifest.tuning)
+    assert manifest.recipe["effort"] == "high"
+    checked = halfbyte.verify(tmp_path / "high", source=source)
+    assert checked.passed, [c for c in checked.checks if c.status == "failed"]
+    standard = run(source, tmp_path / "standard", text_file, effort=None)
+    assert standard.tuning == []
+    before, after = tiny.stored(tmp_path / "standard"), tiny.stored(tmp_path / "high")
+    assert [(n, t.shape, t.dtype) for n, t in before.items()] == [(n, t.shape, t.dtype) for n, t in after.items()]
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A8"])
+def test_the_recorded_loss_is_that_of_the_written_block(
+    scheme: str, tiny_model: Models, text_file: Path, tmp_path: Path
+) -> None:
+    """Block 0's loss on the held-out batch, by transformers' own model with the written weights."""
+    source = tiny_model("llama")
+    group = 32 if scheme == "W4A16" else None
+    manifest = run(source, tmp_path / "out", text_file, scheme=scheme, group_size=group)
+    dense = tiny.decoded(tmp_path / "out")
+    ids = windows(source, 8)
+    outputs = []
+    for weights in (None, {n: w for n, w in dense.items() if n.startswith("model.layers.0.")}):
+        model = tiny.load(source)
+        if weights is not None:
+            model.load_state_dict(weights, strict=False)
+            activations = PRESETS[scheme].activations
+            if activations is not None:
+                for module in model.model.layers[0].modules():
+                    if isinstance(module, torch.nn.Linear):
+                        module.register_forward_pre_hook(
+                            lambda _, a, fmt=activations: (fake_quantize_activations(a[0], fmt),)
+                        )
+        with torch.no_grad():
+            outputs.append(model(torch.stack(ids), output_hidden_states=True).hidden_states[1])
+    shares = (outputs[1] - outputs[0]).square().sum(-1) / outputs[0].square().sum(-1)
+    batches = shares.reshape(4, -1).mean(1)  # two sequences in each of four batches
+    wanted = manifest.tuning[0].loss_after if manifest.tuning[0].kept else manifest.tuning[0].loss_before
+    assert min(abs(float(b) / wanted - 1) for b in batches) < 2e-2
+
+
+def windows(source: Path, count: int) -> list[torch.Tensor]:
+    import transformers
+
+    ids = transformers.AutoTokenizer.from_pretrained(source)(tiny.TEXT, add_special_tokens=False).input_ids
+    return [torch.tensor([1, *ids[i * 39 : (i + 1) * 39]]) for i in range(count)]
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_an_interrupted_run_ends_in_the_same_bytes(
+    offload: bool, tiny_model: Models, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_model("llama")
+    whole = run(source, tmp_path / "whole", text_file)
+    tune = pipeline.tune_block
+    calls = 0
+
+    def dies_in_the_second(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return tune(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "tune_block", dies_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "cut", text_file, offload=offload)
+    monkeypatch.setattr(pipeline, "tune_block", tune)
+    assert list((tmp_path / "cut.partial" / "state").glob("original-*.bin"))
+    resumed = run(source, tmp_path / "cut", text_file, offload=offload, resume=True)
+    assert resumed.files == whole.files
+    assert resumed.tuning == whole.tuning
+
+
+def test_rounding_cannot_be_tuned(tiny_model: Models, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="effort high tunes what GPTQ has found"):
+        halfbyte.quantize(tiny_model("llama"), tmp_path / "out", scheme="FP8_DYNAMIC", effort="high")
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('scheme = "W4A16"\nmethod = "rtn"\neffort = "high"\n')
+    with pytest.raises(halfbyte.errors.RecipeError, match=r"r\.toml, line 3: effort high"):
+        halfbyte.quantize(tiny_model("llama"), tmp_path / "out", recipe=recipe)
+
+
+def test_a_recipe_can_ask_for_it(tiny_model: Models, text_file: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('scheme = "W4A16"\ngroup_size = 32\neffort = "high"\n')
+    options: dict[str, Any] = {"scheme": "W4A16", "group_size": None, "effort": None, "recipe": recipe}
+    manifest = run(tiny_model("llama"), tmp_path / "out", text_file, **options)
+    assert len(manifest.tuning) == 2
+    assert run(tiny_model("llama"), tmp_path / "plain", text_file, **(options | {"effort": "standard"})).tuning == []
