@@ -2,20 +2,20 @@
 
     python run_llmcompressor.py MODEL OUT --windows windows.npy --report report.json --scheme W4A16 [--group-size 64]
 
-The work is the peer's documented one: ``oneshot`` with ``GPTQModifier`` for ``lm_head`` excepted, everything else at its
-default. W8A8 has ``SmoothQuantModifier(smoothing_strength=0.8)`` before it, as in the peer's INT8 guide. These choices
-are ours, each in the peer's favour or neutral:
+The work is the peer's documented one: ``oneshot`` with ``GPTQModifier``, all Linears but ``lm_head``, everything else
+at its default. W8A8 has ``SmoothQuantModifier(smoothing_strength=0.8)`` before it, as in the peer's guide to INT8.
+These choices are ours, each in the peer's favour or neutral:
 
 - The model is loaded in float32. Linears in bfloat16 are many times slower on CPUs without bfloat16 instructions.
 - The windows are given as input ids, unshuffled, so that both tools see the same tokens in the same order.
-- After the solver, and before saving, a W4A16 model is cast to the dtype that its config names (bfloat16), so the result
-  is an ordinary checkpoint: bfloat16 scales, embeddings and norms. A solved weight is an integer code in [-8, 7] times
-  its scale; rounding both to bfloat16 moves their quotient by less than 8 * 2**-7 < 1/2, so packing finds the same
-  codes. ``--float32-out`` skips the cast, to show that its effect is small. Codes of 8 bits would not survive it, so of
-  a W8A8 model only the embeddings are cast; scales and (smoothed) norms stay in float32.
-- SmoothQuant on Gemma 2 and 3 gets the norm in front of gate_proj and up_proj (``pre_feedforward_layernorm``). The
+- After the solver, and before saving, a W4A16 model is cast to the dtype that its config names (bfloat16), so the
+  result is an ordinary checkpoint: bfloat16 scales, embeddings and norms. A solved weight is an integer code in [-8, 7]
+  times its scale; rounding both to bfloat16 moves their quotient by less than 8 * 2**-7 < 1/2, so packing finds the
+  same codes. ``--float32-out`` skips the cast, to show that its effect is small. Codes of 8 bits would not survive it,
+  so of a W8A8 model only the embeddings are cast; scales and (smoothed) norms stay in float32.
+- SmoothQuant on Gemma 2 and 3 is told the norm in front of gate_proj and up_proj, ``pre_feedforward_layernorm``. The
   peer's own table names ``post_attention_layernorm``, whose output in these models goes to the residual sum and not to
-  those Linears, so that smoothing by it changes what the model computes. ``--own-mappings`` uses that table all the same.
+  those Linears, so that smoothing by it changes what the model computes. ``--own-mappings`` uses that table anyway.
 
 Wall time, CPU time and memory are measured from outside by the harness. The report holds what only the inside knows:
 seconds spent loading, calibrating, in the solver and in Hessians, and saving.
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--windows", type=Path, required=True, help=".npy of int64 [samples, seq_len]")
     parser.add_argument("--report", type=Path, required=True)
-    parser.add_argument("--scheme", choices=["W4A16", "W8A8"], required=True)
+    parser.add_argument("--scheme", choices=["W4A16", "W8A8"], default="W4A16")
     parser.add_argument("--group-size", type=int, help="of W4A16 (default: its preset's, 128)")
     parser.add_argument("--own-mappings", action="store_true", help="SmoothQuant with the peer's own table of norms")
     parser.add_argument("--float32-out", action="store_true", help="keep scales and copied tensors in float32")
