@@ -59,7 +59,7 @@ def result() -> dict[str, Any]:
             "autoround": {"auto-round": "2"},
             "halfbyte": {"halfbyte": "3"},
         },
-        "competitors": {t: {"tool": t, "how": f"how of {t}", "words": []} for t in tools},
+        "competitors": {t: {"tool": t, "how": "so", "words": []} for t in tools},
         "runs": runs,
         "summary": peers.summary(runs, tools),
         "scores": {
@@ -133,9 +133,9 @@ def test_the_tables(result: dict[str, Any]) -> None:
     rows = [" | ".join(cell.strip() for cell in line.split("|")[1:-1]) for line in tools.splitlines()]
     memory, accuracy = "1.00 | 0.50", "± 0.0200 | 0.7500 ± 0.0050"
     assert rows[2:] == [
-        f"llmcompressor 1, how of llmcompressor | 2 | 150 | 300 | {memory} | 0.2000 ± 0.0100 | 1.2000 {accuracy} | 0.4000",
-        f"autoround 2, how of autoround | 1 | 1000 | 2000 | {memory} | 0.1000 ± 0.0100 | 1.1000 {accuracy} | 0.2000",
-        f"halfbyte 3, how of halfbyte | 2 | 100 | 200 | {memory} | 0.1500 ± 0.0100 | 1.1500 {accuracy} | 0.3000",
+        f"llmcompressor 1, so | 2 | 150 | 300 | {memory} | 0.2000 ± 0.0100 | 1.2000 {accuracy} | 0.4000",
+        f"autoround 2, so | 1 | 1000 | 2000 | {memory} | 0.1000 ± 0.0100 | 1.1000 {accuracy} | 0.2000",
+        f"halfbyte 3, so | 2 | 100 | 200 | {memory} | 0.1500 ± 0.0100 | 1.1500 {accuracy} | 0.3000",
     ]
     assert [[cell.strip() for cell in line.split("|")[1:3]] for line in ratios.splitlines()[2:]] == [
         ["halfbyte / llmcompressor", "0.70 (0.60 to 0.80)"],
