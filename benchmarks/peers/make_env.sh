@@ -12,7 +12,7 @@ usage="usage: make_env.sh llmcompressor|autoround [FOLDER]"
 tool="${1:?$usage}"
 case "$tool" in
   llmcompressor) requirement="llmcompressor==0.14.0.1" shown="llmcompressor compressed-tensors" ;;
-  # datasets and compressed-tensors are what its calibration and its llm_compressor export import
+  # compressed-tensors is what its export "llm_compressor" imports, without requiring it
   autoround) requirement="auto-round==0.16.1 compressed-tensors==0.19.0" shown="auto-round compressed-tensors" ;;
   *) echo "$usage" >&2; exit 2 ;;
 esac
