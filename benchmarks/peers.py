@@ -507,6 +507,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
+
+    def plain_numbers(axis: Any) -> None:
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(ticker.NullFormatter())
 
     with_layers = [n for n in names if "layer_errors" in scores[n]]
     panels = 2 if with_layers else 1
@@ -528,6 +534,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             label=title(result, name),
         )
     left.set_xscale("log")
+    plain_numbers(left.xaxis)
     left.set_ylim(bottom=0)
     left.set_xlabel("wall time (s), median and range")
     left.set_ylabel("KL from the original (nats), ± standard error")
@@ -538,6 +545,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
             layers = scores[name]["layer_errors"]["layers"]
             right.plot(layers, color=looks[name][0], marker=looks[name][1], markersize=4, label=title(result, name))
         right.set_yscale("log")
+        plain_numbers(right.yaxis)
+        right.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         right.set_xlabel("decoder layer")
         right.set_ylabel("relative error of what the layer adds")
         right.set_title("error of each layer on its own", fontsize=10)
