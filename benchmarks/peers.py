@@ -235,10 +235,9 @@ def measure(options: argparse.Namespace, model: Path, scheme: str, work: Path) -
     if not taking_part:
         return
     text = options.calibration_text or help_texts(work / "python-help.txt")
-    job = Job(options=options, model=model, scheme=scheme, group_size=group_size, text=text, work=work)
+    path = options.result or harness.RESULTS / f"{harness.today()}-peers-{model.name}-{scheme}.json"
+    job = Job(options=options, model=model, scheme=scheme, group_size=group_size, text=text, work=work, result=path)
     result = run(job, taking_part)
-    path = options.result or harness.RESULTS / f"{result['date']}-peers-{model.name}-{scheme}.json"
-    harness.write_result(path, result)  # before scoring, so that hours of runs outlive a failing score
     if not options.no_score:
         for competitor in taking_part:
             result["scores"][competitor.name] = score(job, competitor)
@@ -257,6 +256,7 @@ class Job:
     group_size: int | None
     text: Path
     work: Path
+    result: Path
 
     @property
     def windows(self) -> Path:
@@ -264,19 +264,13 @@ class Job:
 
 
 def run(job: Job, taking_part: Sequence[Competitor]) -> dict[str, Any]:
-    """Make the windows, run the tools alternately, and gather everything but the scores."""
+    """Make the windows and run the tools alternately; the result without its scores, written after each run."""
     options, tools = job.options, list(dict.fromkeys(c.tool for c in taking_part))
     size = ["--samples", str(options.samples), "--seq-len", str(options.seq_len)]
     cut = [sys.executable, HELPERS / "make_windows.py", job.model, job.text, job.windows, *size]
     tokens = harness.json_from(cut)
-    runs: list[dict[str, Any]] = []
-    for i in range(options.runs):
-        for competitor in taking_part:
-            if i < competitor.runs:
-                print(f"round {i + 1} of {options.runs}: {competitor.name}", file=sys.stderr, flush=True)
-                runs.append({"run": i, "tool": competitor.name, **one_run(job, competitor, tokens["sha256"])})
     packages = {tool: PEERS[tool].packages if tool in PEERS else OUR_PACKAGES for tool in tools}
-    return {
+    result: dict[str, Any] = {
         "benchmark": "peers",
         "date": harness.today(),
         "work": {
@@ -294,11 +288,21 @@ def run(job: Job, taking_part: Sequence[Competitor]) -> dict[str, Any]:
         "machine": harness.machine(),
         "commit": harness.git_commit(),
         "versions": {tool: harness.versions(options.python[tool], packages[tool]) for tool in tools},
-        "competitors": {c.name: {"tool": c.tool, "how": c.how, "words": list(c.words)} for c in taking_part},
-        "runs": runs,
-        "summary": summary(runs, {c.name: c.tool for c in taking_part}),
+        "competitors": {},
+        "runs": [],
+        "summary": {},
         "scores": {},
     }
+    for i in range(options.runs):
+        for c in taking_part:
+            if i < c.runs:
+                print(f"round {i + 1} of {options.runs}: {c.name}", file=sys.stderr, flush=True)
+                result["runs"].append({"run": i, "tool": c.name, **one_run(job, c, tokens["sha256"])})
+                result["competitors"][c.name] = {"tool": c.tool, "how": c.how, "words": list(c.words)}
+                ran = {name: entry["tool"] for name, entry in result["competitors"].items()}
+                result["summary"] = summary(result["runs"], ran)
+                harness.write_result(job.result, result)  # hours of runs outlive one that fails
+    return result
 
 
 def one_run(job: Job, competitor: Competitor, digest: str) -> dict[str, Any]:
