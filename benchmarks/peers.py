@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -423,7 +424,9 @@ def title(result: dict[str, Any], name: str) -> str:
 
 
 def plus_minus(metrics: Mapping[str, float], key: str, error: str) -> str:
-    return f"{metrics[key]:.4f} ± {metrics[error]:.4f}"
+    """A metric and its standard error with four decimals, or with more, so that the error keeps two digits."""
+    decimals = max(4, 1 - math.floor(math.log10(metrics[error]))) if metrics[error] else 4
+    return f"{metrics[key]:.{decimals}f} ± {metrics[error]:.{decimals}f}"
 
 
 def mean_layer_error(scores: Mapping[str, Any]) -> float | None:
@@ -449,7 +452,7 @@ def render(result: dict[str, Any]) -> str:
         else:
             cells += ["", "", ""]
         error = mean_layer_error(scored)
-        rows.append([title(result, name), *cells, "" if error is None else f"{error:.4f}"])
+        rows.append([title(result, name), *cells, "" if error is None else f"{error:.3g}"])
     parts = [harness.table(without_empty_columns(rows))]
     pairs = [(p, o) for p, by_ours in result["summary"]["paired_ratios"].items() for o in by_ours]
     if pairs:

@@ -133,9 +133,9 @@ def test_the_tables(result: dict[str, Any]) -> None:
     rows = [" | ".join(cell.strip() for cell in line.split("|")[1:-1]) for line in tools.splitlines()]
     memory, accuracy = "1.00 | 0.50", "± 0.0200 | 0.7500 ± 0.0050"
     assert rows[2:] == [
-        f"llmcompressor 1, so | 2 | 150 | 300 | {memory} | 0.2000 ± 0.0100 | 1.2000 {accuracy} | 0.4000",
-        f"autoround 2, so | 1 | 1000 | 2000 | {memory} | 0.1000 ± 0.0100 | 1.1000 {accuracy} | 0.2000",
-        f"halfbyte 3, so | 2 | 100 | 200 | {memory} | 0.1500 ± 0.0100 | 1.1500 {accuracy} | 0.3000",
+        f"llmcompressor 1, so | 2 | 150 | 300 | {memory} | 0.2000 ± 0.0100 | 1.2000 {accuracy} | 0.4",
+        f"autoround 2, so | 1 | 1000 | 2000 | {memory} | 0.1000 ± 0.0100 | 1.1000 {accuracy} | 0.2",
+        f"halfbyte 3, so | 2 | 100 | 200 | {memory} | 0.1500 ± 0.0100 | 1.1500 {accuracy} | 0.3",
     ]
     assert [[cell.strip() for cell in line.split("|")[1:3]] for line in ratios.splitlines()[2:]] == [
         ["halfbyte / llmcompressor", "0.70 (0.60 to 0.80)"],
@@ -145,6 +145,19 @@ def test_the_tables(result: dict[str, Any]) -> None:
         "m, W4A16 g64, 4 x 8 tokens, scored on 64; a CPU, 2 cores, 8.00 GiB; 2026-01-02, commit 0123456789ab; "
         "other work used 1% to 1% of the processors meanwhile"
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "shown"),
+    [
+        (0.17825, 0.00634, "0.1783 ± 0.0063"),
+        (0.000213, 0.0000118, "0.000213 ± 0.000012"),
+        (1.5, 0.25, "1.5000 ± 0.2500"),
+        (0.97, 0.0, "0.9700 ± 0.0000"),
+    ],
+)
+def test_a_standard_error_keeps_two_digits(value: float, error: float, shown: str) -> None:
+    assert peers.plus_minus({"x": value, "se": error}, "x", "se") == shown
 
 
 def test_columns_without_scores_are_left_out(result: dict[str, Any]) -> None:
