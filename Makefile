@@ -1,5 +1,8 @@
 # make demo   create .venv and make a small model smaller, start to end (minutes, CPU, no account)
 # make test   create .venv and run linters, type checks, import contracts and all tests
+# make bench-peers  measure other quantisers and halfbyte on the same tokens, each in an environment of its own (hours);
+#              without the variables: a model from PyPI and texts that are here already
+#                MODEL="DIR ..."  CALIBRATION=FILE  VALIDATION=FILE  RUNS=3  PEERS_ARGS="--variant='--method rtn'"
 #
 # torch: where there is no NVIDIA GPU, the version in constraints.txt is installed first, so that a CPU build wins where
 # the package index offers one. On Linux, name an index that holds CPU builds to save several GB:
@@ -12,7 +15,13 @@ TORCH      := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 TORCH_ARGS ?=
 PIP        := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint clean
+MODEL       ?=
+CALIBRATION ?=
+VALIDATION  ?=
+RUNS        ?= 3
+PEERS_ARGS  ?=
+
+.PHONY: demo test lint bench-peers clean
 
 demo: $(VENV)/.demo
 	$(BIN)/halfbyte demo
@@ -25,6 +34,16 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench-peers: $(VENV)/.dev .envs/llmcompressor/.made .envs/autoround/.made
+	$(BIN)/python benchmarks/peers.py $(if $(MODEL),--model $(MODEL)) \
+	  $(if $(CALIBRATION),--calibration-text "$(CALIBRATION)") $(if $(VALIDATION),--validation-text "$(VALIDATION)") \
+	  --runs $(RUNS) --runs-of autoround=1 --cross-check $(PEERS_ARGS)
+	$(BIN)/python benchmarks/report.py
+
+.envs/%/.made: benchmarks/peers/make_env.sh
+	PYTHON=$(PYTHON) $< $*
+	touch $@
 
 $(VENV)/.python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "halfbyte needs Python 3.11 or newer; set PYTHON=python3.x")'

@@ -14,7 +14,7 @@ from typing import Any
 
 import floor
 import memory
-import peer_gptq
+import peers
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -48,9 +48,11 @@ def ablation(result: dict[str, Any]) -> str:
 
 def page() -> str:
     parts = [HEAD]
-    for path in newest("peer-gptq"):
+    for path in newest("peers") + newest("peer-gptq"):
         result = json.loads(path.read_text(encoding="utf-8"))
-        parts += [f"## Against llm-compressor: `{path.name}`\n", block(peer_gptq.render(result))]
+        parts += [f"## Against other quantisers: `{path.name}`\n", block(peers.render(result))]
+        if path.with_suffix(".png").exists():
+            parts.append(f"![accuracy against time, and errors of layers](../benchmarks/results/{path.stem}.png)\n")
     for path in newest("floor"):
         result = json.loads(path.read_text(encoding="utf-8"))
         parts += [f"## Against the arithmetic's floor: `{path.name}`\n", block(floor.render(result))]

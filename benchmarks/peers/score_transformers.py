@@ -2,12 +2,13 @@
 
     python score_transformers.py BASE CHECKPOINT TEXT [--tokens N] [--window 512]
 
-Shares no code with halfbyte. Both models are held whole, dequantised, in float32 (4-bit symmetric pack-quantized
-checkpoints, or dense ones), and run one window at a time. The
-text is tokenised once without special tokens. Where the tokenizer puts a beginning-of-sequence token in front of a
-text, a window is that token and the next window - 1 text tokens, and each text token is a target once; otherwise
-window k reads tokens kL .. kL+L-1 and its targets are kL+1 .. kL+L, so each token after the first is a target once.
-The last window may be short. Prints JSON: with P the base and Q the checkpoint, in nats, over all targets,
+Shares no code with halfbyte. Both models are held whole, dequantised, in float32, and run one window at a time.
+Checkpoints may be dense, of 4-bit symmetric packed weights, or of 8-bit weights with one scale a row; of the last the
+input of every Linear is rounded to 8 bits as well, one scale a token, where the config says so. The text is tokenised
+once without special tokens. Where the tokenizer puts a beginning-of-sequence token in front of a text, a window is that
+token and the next window - 1 text tokens, and each text token is a target once; otherwise window k reads tokens
+kL .. kL+L-1 and its targets are kL+1 .. kL+L, so each token after the first is a target once. The last window may be
+short. Prints JSON: with P the base and Q the checkpoint, in nats, over all targets,
 
     perplexity_ratio = exp(mean(nll_Q - nll_P)),   kl = mean over targets of sum_v P(v) (ln P(v) - ln Q(v)),
     top1 = share of targets for which both models' most likely token is the same.
@@ -33,33 +34,61 @@ ROWS = 64  # rows of logits that are held in float64 at once
 
 
 def load(base: Path, checkpoint: Path) -> Any:
-    """The base's model class in float32, holding the weights of a dense or pack-quantized 4-bit checkpoint.
+    """The base's model class in float32, holding the weights of a checkpoint.
 
-    A packed weight becomes exactly q * s in float32. (transformers' own dequantisation rounds it to bfloat16, which
+    A stored weight becomes exactly q * s in float32. (transformers' own dequantisation rounds it to bfloat16, which
     moves KL by a thousandth and a few top-1 choices in a thousand.)
     """
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     own = model.state_dict()
     seen = set()
+    rounds_inputs = inputs_are_rounded(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
     with torch.no_grad():
         for path in sorted(checkpoint.glob("*.safetensors")):
             with safe_open(path, "pt") as file:
                 names = set(file.keys())
                 for name in sorted(names):
                     module, _, leaf = name.rpartition(".")
-                    if leaf == "weight_packed":
-                        scale = file.get_tensor(f"{module}.weight_scale").float()
-                        value, target = unpack(file.get_tensor(name), scale), f"{module}.weight"
-                    elif f"{module}.weight_packed" in names and leaf in ("weight_scale", "weight_shape"):
+                    if leaf in ("weight_scale", "weight_shape"):
                         continue
-                    else:
-                        value, target = file.get_tensor(name).float(), name
-                    own[target].copy_(value)
+                    value, target = file.get_tensor(name), f"{module}.weight" if leaf == "weight_packed" else name
+                    if f"{module}.weight_scale" in names and leaf in ("weight", "weight_packed"):
+                        scale = file.get_tensor(f"{module}.weight_scale").float()
+                        value = unpack(value, scale) if leaf == "weight_packed" else value.float() * scale
+                        if rounds_inputs:
+                            model.get_submodule(module).register_forward_pre_hook(round_inputs)
+                    own[target].copy_(value.float())
                     seen.add(target)
     tied = {"lm_head.weight"} if model.config.get_text_config().tie_word_embeddings else set()
     if missing := sorted(own.keys() - seen - tied):
         raise SystemExit(f"{checkpoint} lacks {', '.join(missing[:5])}")
     return model
+
+
+def inputs_are_rounded(config: dict[str, Any]) -> bool:
+    """Whether a checkpoint's Linears take 8-bit inputs with a scale found for each token, the one kind known here."""
+    groups = config.get("quantization_config", {}).get("config_groups", {}).values()
+    found = [g.get("input_activations") for g in groups]
+    if not any(found):
+        return False
+    if len(found) > 1 or any(
+        found[0][key] != value
+        for key, value in {
+            "num_bits": 8,
+            "type": "int",
+            "strategy": "token",
+            "dynamic": True,
+            "symmetric": True,
+        }.items()
+    ):
+        raise SystemExit(f"inputs in a format that is not known here: {found}")
+    return True
+
+
+def round_inputs(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The input of a Linear as codes of 8 bits times one scale a token, max|x| / 127."""
+    scale = inputs[0].abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / 127
+    return ((inputs[0] / scale).round() * scale, *inputs[1:])
 
 
 def unpack(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
