@@ -13,8 +13,8 @@ import report
 import score_transformers
 import torch
 
+from halfbyte.activations import fake_quantize_activations
 from halfbyte.schemes import ActivationFormat
-from halfbyte.weights import fake_quantize_activations
 
 RUNS = {"llmcompressor": 3, "autoround": 1, "halfbyte": 3}
 EVERYONE = list(RUNS)
