@@ -113,7 +113,7 @@ def tune_block(
         the better of start and outcome on the held-out samples; the same for the same arguments.
     """
     taught, judges = divide(samples, options.held_out)
-    states = {name: LinearState.of(spec) for name, spec in linears.items()}
+    states = {name: LinearState.of(spec, tune_codes=options.code_rate > 0) for name, spec in linears.items()}
     moving = {name: VectorState.of(spec) for name, spec in (vectors or {}).items()}
     parts: list[LinearState | VectorState] = [*states.values(), *moving.values()]
     with _input_quantization(linears.values()):
@@ -189,8 +189,7 @@ def _descend(
         ],
         betas=BETAS,
     )
-    parameters = [part.parameter() for part in parts]
-    with _differentiated(parameters):
+    with _differentiated(parts):
         for step in range(options.steps):
             left = 1.0 - step / options.steps
             for _ in range(options.samples_per_step):
@@ -198,30 +197,31 @@ def _descend(
                     waiting = torch.randperm(len(samples), generator=generator).tolist()
                 with torch.enable_grad():
                     loss_of(block, samples[waiting.pop()]).backward()  # type: ignore[no-untyped-call]
-            for part in parts:
-                part.ratio.grad = part.slope()
             for group in adam.param_groups:
                 group["lr"] = group["rate"] * left
+            adam.step()
+            adam.zero_grad()
             for linear in linears:
                 linear.descend(options.code_rate * left)
-            adam.step()
             for part in parts:
                 part.place()
-            for parameter in parameters:
-                parameter.grad = None
 
 
 @contextlib.contextmanager
-def _differentiated(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Gradients for these parameters and for no others of the block."""
+def _differentiated(parts: Sequence[LinearState | VectorState]) -> Iterator[None]:
+    """Gradients for these parameters and no others; each is taken as soon as it is made, and its memory freed."""
+    parameters = [part.parameter() for part in parts]
     before = [p.requires_grad for p in parameters]
+    handles = []
     try:
-        for p in parameters:
+        for part, p in zip(parts, parameters, strict=True):
             p.requires_grad_(True)
+            handles.append(p.register_post_accumulate_grad_hook(lambda _, part=part: part.absorb()))  # type: ignore[misc]
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         for p, old in zip(parameters, before, strict=True):
-            p.grad = None
             p.requires_grad_(old)
 
 
