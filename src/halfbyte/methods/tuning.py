@@ -216,7 +216,7 @@ def _differentiated(parts: Sequence[LinearState | VectorState]) -> Iterator[None
     try:
         for part, p in zip(parts, parameters, strict=True):
             p.requires_grad_(True)
-            handles.append(p.register_post_accumulate_grad_hook(lambda _, part=part: part.absorb()))  # type: ignore[misc]
+            handles.append(p.register_post_accumulate_grad_hook(lambda _, part=part: part.absorb()))  # type: ignore[no-untyped-call]
         yield
     finally:
         for handle in handles:
