@@ -70,7 +70,7 @@ class TuningOptions:
     steps: int = 50
     samples_per_step: int = 1
     code_rate: float = 0.0
-    scale_rate: float = 0.01
+    scale_rate: float = 6e-3
     vector_rate: float = 1e-3
     held_out: int = 8
     seed: int = 0
