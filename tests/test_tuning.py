@@ -78,8 +78,9 @@ def plain(weight: torch.Tensor, codes: torch.Tensor, fmt: WeightFormat) -> Tuned
     return TunedLinear(module=module, weight=weight, quantized=quantized, fmt=fmt, scale_dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("tune_codes", [True, False])
 @pytest.mark.parametrize("name", FORMATS)
-def test_starts_exactly_at_the_given_codes(name: str) -> None:
+def test_starts_exactly_at_the_given_codes(name: str, tune_codes: bool) -> None:
     """Whatever the codes are, also far from the nearest and at the ends of the range."""
     fmt = FORMATS[name]
     generator = torch.Generator().manual_seed(1)
@@ -89,7 +90,7 @@ def test_starts_exactly_at_the_given_codes(name: str) -> None:
     if not fmt.symmetric:
         zeros = torch.randint(fmt.q_min, fmt.q_max + 1, (6, 2), generator=generator).to(torch.int8)
         given = replace(given, quantized=replace(given.quantized, zero_points=zeros))
-    state = LinearState.of(given)
+    state = LinearState.of(given, tune_codes=tune_codes)
     state.place()
     assert torch.equal(state.codes(), codes)
     assert torch.equal(given.module.weight, given.quantized.dense())
@@ -103,20 +104,35 @@ def test_starts_exactly_at_the_given_codes(name: str) -> None:
 def test_latents_lie_in_their_cells_on_the_side_of_the_weight() -> None:
     fmt = WeightFormat(num_bits=4)
     weight = torch.tensor([[7.5, 2.3, 2.3, -1.0]])  # the scale is 1
-    state = LinearState.of(plain(weight, torch.tensor([[7, 2, 4, -3]], dtype=torch.int8), fmt))
+    state = LinearState.of(plain(weight, torch.tensor([[7, 2, 4, -3]], dtype=torch.int8), fmt), tune_codes=True)
+    assert state.latent is not None
     assert torch.allclose(state.latent, torch.tensor([[7.49, 2.3, 3.51, -2.51]]))
+
+
+def gradient_of(state: LinearState | VectorState) -> torch.Tensor:
+    state.absorb()
+    assert state.ratio.grad is not None
+    return state.ratio.grad
+
+
+def test_codes_are_tuned_from_the_original_weight() -> None:
+    case = Case(FORMATS["symmetric"])
+    case.linears = {n: replace(spec, weight=None) for n, spec in case.linears.items()}
+    case.tune(TuningOptions(steps=2, code_rate=0.0))
+    with pytest.raises(ValueError, match=r"give TunedLinear\.weight"):
+        case.tune(CODES_ONLY)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_gradients_of_scales_match_finite_differences(name: str) -> None:
     case = Case(FORMATS[name], dtype=torch.float32)
-    states = [LinearState.of(spec) for spec in case.linears.values()]
+    states = [LinearState.of(spec, tune_codes=False) for spec in case.linears.values()]
     for state in states:
         state.ratio += 0.03 * torch.randn(state.ratio.shape, generator=torch.Generator().manual_seed(2))
         state.place()
         state.parameter().requires_grad_(True)
     loss_of(case.block, case.samples[0]).backward()  # type: ignore[no-untyped-call]
-    slopes = [state.slope() for state in states]
+    slopes = [gradient_of(state) for state in states]
     step = 2e-3
     for state, slope in zip(states, slopes, strict=True):
         for i in range(0, state.ratio.numel(), 7):
@@ -136,7 +152,7 @@ def test_gradients_of_vectors_match_finite_differences() -> None:
     state = VectorState.of(case.vectors["model.norm.weight"])
     state.parameter().requires_grad_(True)
     loss_of(case.block, case.samples[0]).backward()  # type: ignore[no-untyped-call]
-    slope, step = state.slope(), 2e-3
+    slope, step = gradient_of(state), 2e-3
     for i in range(HIDDEN):
         values = []
         for sign in (1.0, -1.0):
@@ -150,12 +166,19 @@ def test_gradients_of_vectors_match_finite_differences() -> None:
 
 def test_latents_move_against_the_sign_of_the_weights_gradient_and_no_further_than_the_range() -> None:
     fmt = WeightFormat(num_bits=4)
-    state = LinearState.of(plain(torch.tensor([[7.5, 2.3, -1.0]]), torch.tensor([[7, 2, -1]], dtype=torch.int8), fmt))
+    state = LinearState.of(
+        plain(torch.tensor([[7.5, 2.3, -1.0]]), torch.tensor([[7, 2, -1]], dtype=torch.int8), fmt), tune_codes=True
+    )
+    assert state.latent is not None
     before = state.latent.clone()
-    state.parameter().grad = torch.tensor([[-3.0, 0.001, 0.0]])
+    for part in ([[-4.0, 2.001, 1.0]], [[1.0, -2.0, -1.0]]):  # two samples of one step
+        state.parameter().grad = torch.tensor(part)
+        state.absorb()
+        assert state.parameter().grad is None
     state.descend(0.25)
     assert torch.allclose(state.latent - before, torch.tensor([[0.01, -0.25, 0.0]]), atol=1e-6)
     state.parameter().grad = torch.tensor([[-1.0, 1.0, 1.0]])
+    state.absorb()
     state.descend(100.0)
     assert state.codes().tolist() == [[7, -8, -8]]
 
@@ -240,8 +263,11 @@ def test_never_worse_on_what_is_held_out(rate: float) -> None:
 
 
 def test_same_arguments_same_bytes() -> None:
+    """Also where the caller has gradients switched off."""
     options = TuningOptions(steps=12, code_rate=0.05, scale_rate=2e-3)
-    first, second, other = (Case(FORMATS["symmetric"]).tune(replace(options, seed=s)) for s in (3, 3, 4))
+    first, other = (Case(FORMATS["symmetric"]).tune(replace(options, seed=s)) for s in (3, 4))
+    with torch.no_grad():
+        second = Case(FORMATS["symmetric"]).tune(replace(options, seed=3))
     assert first.loss_after == second.loss_after != other.loss_after
     for name in first.weights:
         assert torch.equal(first.weights[name].codes, second.weights[name].codes)

@@ -1,10 +1,10 @@
-"""What block tuning moves: codes and scales of Linears, and norm weights, each as it will be stored.
+"""What block tuning moves: scales and codes of Linears, and norm weights, each as it will be stored.
 
-A Linear's weight is ``w = (q - z) s`` with, for each weight, ``q = clip(rint(u), q_min, q_max)`` of a latent u, and for
-each group ``s = stored(s_0 (1 + a))`` in the dtype of the file. Gradients go straight through the roundings
-(arXiv 1308.3432), so that of ``G = dL/dw``::
+A Linear's weight is ``w = (q - z) s`` with, for each group, ``s = stored(s_0 (1 + a))`` in the dtype of the file, and,
+where codes are tuned, for each weight ``q = clip(rint(u), q_min, q_max)`` of a latent u. Gradients go straight through
+the roundings (arXiv 1308.3432), so that of ``G = dL/dw``::
 
-    dL/du = s G        dL/da = s_0 sum_group (q - z) G = (s_0 / s) sum_group w G
+    dL/da = s_0 sum_group (q - z) G = (s_0 / s) sum_group w G        dL/du = s G
 
 As s > 0, the sign of ``dL/du`` is the sign of G. Latents start inside the cell of the codes they were given, as near to
 the original weight as that allows, so the first forward pass has exactly those codes, and codes whose weight lies next
@@ -33,20 +33,20 @@ class TunedLinear:
 
     Attributes:
         module: whose ``weight [out, in]`` is tuned in place.
-        weight: the original weight ``[out, in]`` float32.
         quantized: where tuning starts.
         fmt: an integer format.
         scale_dtype: what scales are stored in.
         quantize_input: where the engine quantises activations, what it makes of this Linear's input (same shape and
             dtype); its gradient is taken for 1.
+        weight: the original weight ``[out, in]`` float32; needed where codes are tuned.
     """
 
     module: nn.Linear
-    weight: torch.Tensor
     quantized: QuantizedWeight
     fmt: WeightFormat
     scale_dtype: torch.dtype
     quantize_input: Callable[[torch.Tensor], torch.Tensor] | None = None
+    weight: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,33 +65,32 @@ class TunedVector:
 
 @dataclass(slots=True)
 class LinearState:
-    """A Linear on its way: ``latent [out, in]``, ``start`` and ``ratio`` (``s_0`` and a) ``[out, groups]``, float32."""
+    """A Linear on its way.
+
+    Attributes:
+        start, ratio: ``s_0`` and a, ``[out, groups]`` float32; the gradient of L is summed up in ``ratio.grad``.
+        latent: u ``[out, in]`` float32; ``None`` where codes stay as they are.
+        gradient: G ``[out, in]``, summed up where codes are tuned.
+    """
 
     spec: TunedLinear
-    latent: torch.Tensor
     start: torch.Tensor
     ratio: torch.Tensor
-    zeros: torch.Tensor | None
+    latent: torch.Tensor | None
+    gradient: torch.Tensor | None = None
 
     @staticmethod
-    def of(spec: TunedLinear) -> LinearState:
-        device = spec.module.weight.device
-        given = spec.quantized
-        codes = given.codes.to(device, torch.float32)
-        start = given.scales.to(device, torch.float32)
-        zeros = None if given.zero_points is None else given.zero_points.to(device, torch.float32)
-        latent = spec.weight.to(device, torch.float32, copy=True)
-        grouped = latent.view(*start.shape, -1).div_(start.unsqueeze(-1))
-        if zeros is not None:
-            grouped.add_(zeros.unsqueeze(-1))
-        latent.sub_(codes).clamp_(-BORDER, BORDER).add_(codes)
-        return LinearState(spec, latent, start, torch.zeros_like(start), zeros)
+    def of(spec: TunedLinear, *, tune_codes: bool) -> LinearState:
+        start = spec.quantized.scales.to(spec.module.weight.device, torch.float32)
+        return LinearState(spec, start, torch.zeros_like(start), _latent(spec, start) if tune_codes else None)
 
     def codes(self) -> torch.Tensor:
-        """``q [out, in]`` int8."""
-        fmt = self.spec.fmt
-        strips = torch.split(self.latent, self._rows())
-        return torch.cat([torch.round(u).clamp_(fmt.q_min, fmt.q_max).to(torch.int8) for u in strips])
+        """``q [out, in]`` int8, where they were given."""
+        given, fmt = self.spec.quantized.codes, self.spec.fmt
+        if self.latent is None:
+            return given
+        strips = torch.split(self.latent, _rows(given))
+        return torch.cat([torch.round(u).clamp_(fmt.q_min, fmt.q_max).to(given) for u in strips])
 
     def scales(self) -> torch.Tensor:
         """``s [out, groups]`` float32, representable in the stored dtype."""
@@ -104,39 +103,58 @@ class LinearState:
     @torch.no_grad()
     def place(self) -> None:
         """Give the module the weight that codes and scales stand for, a few rows at a time."""
-        fmt, scales, weight = self.spec.fmt, self.scales(), self.parameter()
-        for first in range(0, self.latent.shape[0], self._rows()):
-            rows = slice(first, first + self._rows())
-            codes = torch.round(self.latent[rows]).clamp_(fmt.q_min, fmt.q_max)
-            zeros = None if self.zeros is None else self.zeros[rows]
-            weight.data[rows] = dequantize(codes, scales[rows], zeros).to(weight.dtype)
+        codes, zeros, scales, weight = self.codes(), self.spec.quantized.zero_points, self.scales(), self.parameter()
+        for first in range(0, codes.shape[0], _rows(codes)):
+            rows = slice(first, first + _rows(codes))
+            z = None if zeros is None else zeros[rows].to(weight.device)
+            weight.data[rows] = dequantize(codes[rows].to(weight.device), scales[rows], z).to(weight.dtype)
 
     @torch.no_grad()
-    def slope(self) -> torch.Tensor:
-        """``dL/da [out, groups]`` from the gradient in the module's weight."""
+    def absorb(self) -> None:
+        """Take the gradient out of the module's weight and add it to what has been summed up."""
         weight = self.parameter()
         assert weight.grad is not None
-        sums = (weight.detach().float() * weight.grad.float()).view(*self.start.shape, -1).sum(dim=-1)
-        return sums * self.start / self.scales()
+        products = (weight.detach().float() * weight.grad.float()).view(*self.start.shape, -1)
+        _add_gradient(self.ratio, products.sum(dim=-1) * self.start / self.scales())
+        if self.latent is not None:
+            self.gradient = weight.grad if self.gradient is None else self.gradient.add_(weight.grad)
+        weight.grad = None
 
-    @torch.no_grad()
     def descend(self, rate: float) -> None:
-        """Move every latent by ``rate`` against the sign of its gradient, which is used up."""
-        weight, fmt = self.parameter(), self.spec.fmt
-        assert weight.grad is not None
-        self.latent.sub_(weight.grad.sign_(), alpha=rate).clamp_(fmt.q_min - 0.5, fmt.q_max + 0.5)
+        """Move every latent by ``rate`` against the sign of the gradient summed up, which is thereby used up."""
+        if self.latent is not None and self.gradient is not None:
+            fmt = self.spec.fmt
+            self.latent.sub_(self.gradient.sign_(), alpha=rate).clamp_(fmt.q_min - 0.5, fmt.q_max + 0.5)
+            self.gradient = None
 
     def result(self) -> QuantizedWeight:
         """As it will be stored; the relative error is that of the start, which tuning does not reckon anew."""
         return QuantizedWeight(
-            codes=self.codes().cpu(),
-            scales=self.scales().to(self.spec.scale_dtype).cpu(),
+            codes=self.codes(),
+            scales=self.scales().to(self.spec.quantized.scales),
             zero_points=self.spec.quantized.zero_points,
             relative_error=self.spec.quantized.relative_error,
         )
 
-    def _rows(self) -> int:
-        return max(1, STRIP_ELEMENTS // self.latent.shape[1])
+
+def _latent(spec: TunedLinear, scales: torch.Tensor) -> torch.Tensor:
+    """``u = q + clip(w / s + z - q, -BORDER, BORDER)``."""
+    if spec.weight is None:
+        raise ValueError("codes are tuned from the original weight; give TunedLinear.weight")
+    codes = spec.quantized.codes.to(scales)
+    latent = spec.weight.to(scales.device, torch.float32, copy=True)
+    grouped = latent.view(*scales.shape, -1).div_(scales.unsqueeze(-1))
+    if spec.quantized.zero_points is not None:
+        grouped.add_(spec.quantized.zero_points.to(scales).unsqueeze(-1))
+    return latent.sub_(codes).clamp_(-BORDER, BORDER).add_(codes)
+
+
+def _rows(matrix: torch.Tensor) -> int:
+    return max(1, STRIP_ELEMENTS // matrix.shape[1])
+
+
+def _add_gradient(to: torch.Tensor, gradient: torch.Tensor) -> None:
+    to.grad = gradient if to.grad is None else to.grad.add_(gradient)
 
 
 @dataclass(slots=True)
@@ -165,7 +183,9 @@ class VectorState:
         self.parameter().data.copy_(self.value())
 
     @torch.no_grad()
-    def slope(self) -> torch.Tensor:
-        gradient = self.parameter().grad
-        assert gradient is not None
-        return gradient.float() * self.unit
+    def absorb(self) -> None:
+        """As :meth:`LinearState.absorb`: ``dL/da = unit dL/dvalue``."""
+        parameter = self.parameter()
+        assert parameter.grad is not None
+        _add_gradient(self.ratio, parameter.grad.float() * self.unit)
+        parameter.grad = None

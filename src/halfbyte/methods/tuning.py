@@ -1,4 +1,4 @@
-"""Block tuning: codes and scales of a block moved by gradient against the block's own output.
+"""Block tuning: the scales of a block moved by gradient against the block's own output.
 
 GPTQ looks at one Linear at a time. What the model hears of a block is the hidden state it leaves behind, so with ``x``
 what the original model feeds the block, ``x_q`` what the quantised model feeds it, f the block and t a token, this
@@ -6,13 +6,16 @@ moves the quantised weights Q to make
 
     L(Q) = mean_t |f_Q(x_q)_t - f_W(x)_t|^2 / |f_W(x)_t|^2
 
-small: the block is asked to undo errors of those before it. Errors count relative to each token's size, because the
-norms that follow divide by it (and because a few tokens are a thousand times larger than the rest).
+small: Linears make good each other's errors, and those of the blocks before. Errors count relative to each token's
+size, because the norms that follow divide by it (and because a few tokens are a thousand times larger than the rest).
 
-Codes move by signed gradients, as in SignRound (Cheng et al., arXiv 2309.05516), straight through the rounding. Where
-we differ from the paper: the start is the solution that is given (GPTQ's), not rounding to nearest; scales move by
-Adam as a ratio of where they stood, instead of a clipping range; and the outcome is kept only where it is better
-than the start on samples that were not tuned on. What is tuned has the values that the file will hold, in every step.
+Scales move by Adam, as ratios of where they stood; they are few, so they learn from little text. Codes can be moved
+too, by signed gradients straight through the rounding, as in SignRound (Cheng et al., arXiv 2309.05516). Where we
+differ from the paper: the start is the solution that is given (GPTQ's), not rounding to nearest; scales are tuned
+themselves, instead of a clipping range; and the outcome is kept only where it is better than the start on samples that
+were not tuned on. What is tuned has the values that the file will hold, in every step.
+
+Codes stay by default: started at GPTQ's solution, signed steps undid more than they found (docs/log.md).
 
 Does not cover: where samples come from, or packing.
 """
@@ -56,18 +59,18 @@ class TuningOptions:
 
     Attributes:
         steps: updates; 0 tunes nothing.
-        samples_per_step: samples whose gradients are summed for an update.
-        code_rate: what a latent moves in the first step, in units of a code.
+        samples_per_step: samples whose gradients are summed for an update. A thousand tokens are enough.
+        code_rate: what a latent moves in the first step, in units of a code; 0 keeps the codes.
         scale_rate: Adam's rate for scales, relative to the scale.
         vector_rate: Adam's rate for vectors, relative to their size.
         held_out: one sample of so many is kept for the verdict.
         seed: orders the samples.
     """
 
-    steps: int = 100
-    samples_per_step: int = 2
-    code_rate: float = 0.01
-    scale_rate: float = 1e-3
+    steps: int = 50
+    samples_per_step: int = 1
+    code_rate: float = 0.0
+    scale_rate: float = 6e-3
     vector_rate: float = 1e-3
     held_out: int = 8
     seed: int = 0
@@ -100,7 +103,8 @@ def tune_block(
 ) -> TuningResult:
     """Tune a block's quantised Linears together, see the module's docstring.
 
-    Memory beside the block's weights: a latent and a gradient of the weights' size, and one sample's graph.
+    Memory beside the block's weights: one sample's graph, and the gradient of one Linear at a time; where codes are
+    tuned, a latent and a gradient of the size of all weights.
 
     Args:
         block: computes ``block(hidden, *args, **kwargs)``. On return its Linears hold what the result stands for.
@@ -113,7 +117,7 @@ def tune_block(
         the better of start and outcome on the held-out samples; the same for the same arguments.
     """
     taught, judges = divide(samples, options.held_out)
-    states = {name: LinearState.of(spec) for name, spec in linears.items()}
+    states = {name: LinearState.of(spec, tune_codes=options.code_rate > 0) for name, spec in linears.items()}
     moving = {name: VectorState.of(spec) for name, spec in (vectors or {}).items()}
     parts: list[LinearState | VectorState] = [*states.values(), *moving.values()]
     with _input_quantization(linears.values()):
@@ -189,8 +193,7 @@ def _descend(
         ],
         betas=BETAS,
     )
-    parameters = [part.parameter() for part in parts]
-    with _differentiated(parameters):
+    with _differentiated(parts):
         for step in range(options.steps):
             left = 1.0 - step / options.steps
             for _ in range(options.samples_per_step):
@@ -198,30 +201,31 @@ def _descend(
                     waiting = torch.randperm(len(samples), generator=generator).tolist()
                 with torch.enable_grad():
                     loss_of(block, samples[waiting.pop()]).backward()  # type: ignore[no-untyped-call]
-            for part in parts:
-                part.ratio.grad = part.slope()
             for group in adam.param_groups:
                 group["lr"] = group["rate"] * left
+            adam.step()
+            adam.zero_grad()
             for linear in linears:
                 linear.descend(options.code_rate * left)
-            adam.step()
             for part in parts:
                 part.place()
-            for parameter in parameters:
-                parameter.grad = None
 
 
 @contextlib.contextmanager
-def _differentiated(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Gradients for these parameters and for no others of the block."""
+def _differentiated(parts: Sequence[LinearState | VectorState]) -> Iterator[None]:
+    """Gradients for these parameters and no others; each is taken as soon as it is made, and its memory freed."""
+    parameters = [part.parameter() for part in parts]
     before = [p.requires_grad for p in parameters]
+    handles = []
     try:
-        for p in parameters:
+        for part, p in zip(parts, parameters, strict=True):
             p.requires_grad_(True)
+            handles.append(p.register_post_accumulate_grad_hook(lambda _, part=part: part.absorb()))  # type: ignore[no-untyped-call]
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         for p, old in zip(parameters, before, strict=True):
-            p.grad = None
             p.requires_grad_(old)
 
 
