@@ -657,14 +657,14 @@ def require_work_for_all(size: CalibrationWork, ranks: Ranks) -> None:
             where="--method rtn",
             remedy="Run it without torchrun.",
         )
-    require_batches(-(-size.samples // max(1, TOKENS_PER_BATCH // size.seq_len)), ranks)
+    require_batches(-(-size.samples // max(1, TOKENS_PER_BATCH // size.seq_len)), ranks, at_most="at most ")
 
 
-def require_batches(batches: int, ranks: Ranks) -> None:
+def require_batches(batches: int, ranks: Ranks, *, at_most: str = "") -> None:
     if batches < ranks.world:
         raise UsageError(
-            f"the calibration set makes {batches} batches of {TOKENS_PER_BATCH} tokens, too few for {ranks.world} "
-            "processes",
+            f"the calibration set makes {at_most}{batches} batches of {TOKENS_PER_BATCH} tokens, "
+            f"too few for {ranks.world} processes",
             where="--nproc-per-node",
             remedy=f"Start at most {batches}, or take more --samples.",
         )
