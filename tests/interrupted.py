@@ -1,6 +1,6 @@
 """Runs of ``quantize`` in processes of their own, which can be killed, and which can kill themselves at a chosen write.
 
-A fork server imports torch once; its children start in milliseconds, so that dozens of runs can be killed.
+A fork server imports torch and a model class once; its children start in milliseconds, so that dozens of runs can be killed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["halfbyte.pipeline", "interrupted"])
+CONTEXT.set_forkserver_preload(["halfbyte.pipeline", "transformers.models.llama.modeling_llama", "interrupted"])
 # Everything that changes the disk while a run is going on.
 WRITES = ("pwrite", "replace", "rename", "unlink", "posix_fallocate", "rmdir")
 THREADS = 1

@@ -120,33 +120,40 @@ def codes_of(out: Path) -> dict[str, torch.Tensor]:
 # The same result
 
 
-@pytest.mark.parametrize(("world", "scheme"), [(2, W4A16), (3, W8A8)], ids=["2-W4A16", "3-W8A8"])
 def test_torchrun_makes_what_one_process_makes(
-    world: int,
-    scheme: dict[str, Any],
-    source: Path,
-    calibration: str,
-    alone: Callable[..., Path],
-    tmp_path: Path,
+    source: Path, options: dict[str, Any], calibration: str, alone: Callable[..., Path], whole: Path, tmp_path: Path
 ) -> None:
-    out, options = tmp_path / "out", SETTINGS | scheme | {"calibration": calibration}
-    run = subprocess.run(torchrun(world, source, out, options), env=ENVIRONMENT, capture_output=True, text=True)
+    out = tmp_path / "out"
+    run = subprocess.run(torchrun(2, source, out, options), env=ENVIRONMENT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert json.loads(run.stdout)["recipe"]["ranks"] == world
+    assert json.loads(run.stdout)["recipe"]["ranks"] == 2
     assert sum(line.startswith(f"block {LAYERS}/{LAYERS}: ") for line in run.stderr.splitlines()) == 1
-    one = alone(**scheme)
+    assert contents(out) == contents(whole)
+    one = alone(**W4A16)
     require_alike(one, out, source, calibration)
-    a, b = (read_record(Manifest, o / "halfbyte.json") for o in (one, out))
-    assert b.recipe == a.recipe | {"ranks": world}
-    assert b.calibration == a.calibration
-    assert [(r.name, r.tokens, r.dead_columns) for r in b.linears] == [
-        (r.name, r.tokens, r.dead_columns) for r in a.linears
-    ]
-    assert [r.relative_error for r in b.linears] == pytest.approx([r.relative_error for r in a.linears], rel=0.02)
-    assert b.smoothing == a.smoothing
-    assert bool(b.smoothing) is (scheme is W8A8)
+    require_same_records(one, out, ranks=2)
     assert halfbyte.verify(out, source=source).passed
+
+
+def test_three_smooth_as_one_does(source: Path, calibration: str, alone: Callable[..., Path], tmp_path: Path) -> None:
+    one, out = alone(**W8A8), tmp_path / "out"
+    assert finish_ranks(start_ranks(3, source, out, calibration=calibration, **SETTINGS, **W8A8)) == [0, 0, 0]
+    require_alike(one, out, source, calibration)
+    require_same_records(one, out, ranks=3)
+    assert read_record(Manifest, out / "halfbyte.json").smoothing
+    assert halfbyte.verify(out, source=source).passed
+
+
+def require_same_records(one: Path, several: Path, *, ranks: int) -> None:
+    a, b = (read_record(Manifest, o / "halfbyte.json") for o in (one, several))
+    assert "ranks" not in a.recipe
+    assert b.recipe == a.recipe | {"ranks": ranks}
+    assert (b.calibration, b.smoothing) == (a.calibration, a.smoothing)
+    assert a.run.keys() == b.run.keys()
+    facts = [[(r.name, r.tokens, r.dead_columns, r.damp_fraction, r.damp_raises) for r in m.linears] for m in (a, b)]
+    assert facts[0] == facts[1]
+    assert [r.relative_error for r in b.linears] == pytest.approx([r.relative_error for r in a.linears], rel=0.02)
 
 
 def test_files_hold_what_memory_holds(source: Path, options: dict[str, Any], whole: Path, tmp_path: Path) -> None:
