@@ -1,6 +1,7 @@
 """Runs of ``quantize`` in processes of their own, which can be killed, and which can kill themselves at a chosen write.
 
-A fork server imports torch and a model class once; its children start in milliseconds, so that dozens of runs can be killed.
+A fork server imports torch and a model class once; its children start in milliseconds, so that dozens of runs can be
+killed.
 """
 
 from __future__ import annotations
