@@ -1,6 +1,7 @@
 """Runs of ``quantize`` in processes of their own, which can be killed, and which can kill themselves at a chosen write.
 
-A fork server imports torch once; its children start in milliseconds, so that dozens of runs can be killed.
+A fork server imports torch and a model class once; its children start in milliseconds, so that dozens of runs can be
+killed.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ import errno
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["halfbyte.pipeline", "interrupted"])
+CONTEXT.set_forkserver_preload(["halfbyte.pipeline", "transformers.models.llama.modeling_llama", "interrupted"])
 # Everything that changes the disk while a run is going on.
 WRITES = ("pwrite", "replace", "rename", "unlink", "posix_fallocate", "rmdir")
 THREADS = 1
@@ -43,6 +45,61 @@ def _work(source: Path, out: Path, options: dict[str, Any]) -> None:
         if said is not None:
             said.write_text(str(e))
         raise
+
+
+def start_ranks(
+    world: int,
+    source: Path,
+    out: Path,
+    traps: Mapping[int, Any] | None = None,
+    said: Path | None = None,
+    **options: Any,
+) -> list[multiprocessing.process.BaseProcess]:
+    """Start a run in ``world`` processes that work together; ``traps`` by rank, ``said`` takes the errors' lines."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        arguments = (environment, source, out, (traps or {}).get(rank), said, options)
+        processes.append(CONTEXT.Process(target=_work_together, args=arguments))
+        processes[-1].start()
+    return processes
+
+
+def _work_together(
+    environment: dict[str, str], source: Path, out: Path, trap: Any, said: Path | None, options: dict[str, Any]
+) -> None:
+    import torch
+
+    from halfbyte.errors import HalfbyteError
+    from halfbyte.pipeline import quantize
+    from halfbyte.ranks import joined
+
+    os.environ |= environment
+    torch.set_num_threads(THREADS)
+    try:
+        with joined("cpu") as ranks:
+            if trap is not None:
+                set_trap(*trap)
+            quantize(source, out, device="cpu", ranks=ranks, **options)
+    except HalfbyteError as e:
+        if said is not None:
+            with open(said, "a") as f:
+                f.write(f"{e}\n")
+        raise SystemExit(e.exit_status) from None
+
+
+def finish_ranks(processes: list[multiprocessing.process.BaseProcess]) -> list[int]:
+    """Wait for all ranks of a run; their exit codes."""
+    return [finish(p) for p in processes]
 
 
 def finish(process: multiprocessing.process.BaseProcess) -> int:

@@ -9,6 +9,7 @@
     |-- CalibrationError              calibration data are absent, empty or too short
     |-- OutputError                   the output folder exists, cannot be written or does not fit on the disk
     |-- NumericsError                 NaN or infinity in weights or activations, or a matrix that cannot be factored
+    |-- RankError                     another process of a run on several ended, or failed without a message
     |-- MissingDependencyError        an optional package is needed; the message says which to install
     `-- GateFailed                    exit status 1: the work was done, and a check on its result failed
 
@@ -75,6 +76,10 @@ class OutputError(HalfbyteError):
 
 class NumericsError(HalfbyteError):
     """NaN or infinity where a finite number is needed, or a Hessian that cannot be factored."""
+
+
+class RankError(HalfbyteError):
+    """Another process of a run on several has ended, or failed in a way that has no message of its own."""
 
 
 class MissingDependencyError(HalfbyteError):

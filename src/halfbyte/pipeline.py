@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -41,11 +41,12 @@ from halfbyte.errors import (
     HalfbyteError,
     NumericsError,
     OutputError,
+    RankError,
     ResumeError,
     UsageError,
     raise_all,
 )
-from halfbyte.estimates import KEPT_IN_MEMORY
+from halfbyte.estimates import KEPT_IN_MEMORY, CalibrationWork
 from halfbyte.heap import mapped, release_freed_memory, reuse_freed_memory
 from halfbyte.methods.gptq import factor_hessian, quantize_gptq
 from halfbyte.methods.result import QuantizedWeight
@@ -64,6 +65,7 @@ from halfbyte.planner import (
     require_calibration,
 )
 from halfbyte.progress import Reporter, Silent
+from halfbyte.ranks import Ranks
 from halfbyte.recipe import Effort, GptqSteps, Recipe
 from halfbyte.records import (
     CalibrationRecord,
@@ -100,6 +102,7 @@ def quantize(
     resume: bool = False,
     seed: int | None = None,
     reporter: Reporter | None = None,
+    ranks: Ranks | None = None,
 ) -> Manifest:
     """Write a few-bit copy of a checkpoint.
 
@@ -119,6 +122,7 @@ def quantize(
         resume: continue the unfinished run in ``out``.partial.
         seed: for calibration text that is drawn at random.
         reporter: hears progress.
+        ranks: the processes that work on it together, all of which call this, see ``ranks.joined``; ``None``: this one.
 
     Returns:
         the manifest, which is also written to ``out/halfbyte.json``.
@@ -127,21 +131,25 @@ def quantize(
         HalfbyteError: with what, where, why and a remedy, see ``errors``.
     """
     reuse_freed_memory()
-    reporter = reporter or Silent()
+    reporter, ranks = reporter or Silent(), ranks or Ranks()
     out = Path(out)
     chosen = choose_recipe(
         scheme=scheme, group_size=group_size, method=method, ignore=ignore, recipe=recipe, effort=effort
     )
     require_calibration(chosen, calibration)
     target = choose_device(device)
-    if resume and already_published(out):
+    if resume and ranks.decide(lambda: already_published(out)):
         return read_record(Manifest, out / "halfbyte.json")
     checkpoint = open_checkpoint(resolve(source), str(source))
     # The default depends on free memory, which a resumed run must not.
     spec = calibration or chosen.calibration or (RunFolder.options_of(out).get("calibration") if resume else None)
-    size = calibration_work(chosen, checkpoint, spec, samples, seq_len, offload=offload, device=target.type)
+    size = ranks.decide(
+        lambda: calibration_work(chosen, checkpoint, spec, samples, seq_len, offload=offload, device=target.type)
+    )
     work = make_plan(checkpoint, chosen, size)
     raise_all(work.problems)
+    work = replace(work, calibration=ranks.decide(lambda: work.calibration))
+    require_work_for_all(size, ranks)
     if work.calibration.offload and offload is None:
         reporter.say("note: hidden states stay on disk, because they would not fit in memory beside the rest")
     for note in (*work.plan.notes, *chosen.notes):
@@ -156,11 +164,12 @@ def quantize(
         "device": target.type,
         "threads": torch.get_num_threads(),
         "versions": versions(),
-    }
-    run = RunFolder.open(out, options, resume=resume)
+    } | ({"ranks": ranks.world} if ranks.world > 1 else {})
+    run = open_run(out, options, ranks, resume=resume)
     try:
-        job = Job(checkpoint, work, chosen, target, options, run, reporter)
-        manifest = job.carry_out()
+        with ranks.sharing():
+            job = Job(checkpoint, work, chosen, target, options, run, reporter, ranks)
+            manifest = job.carry_out()
     except OutputError as e:
         if run.fresh:
             run.discard()
@@ -168,7 +177,7 @@ def quantize(
         run.leave()
         kept = f"With --resume it continues after the {run.journal['stage']} blocks that are finished."
         raise OutputError(e.what, where=e.where, why=e.why, remedy=f"{e.remedy} {kept}") from None
-    except ResumeError:
+    except (ResumeError, RankError):
         run.leave()
         raise
     except HalfbyteError:
@@ -202,6 +211,7 @@ class Job:
     options: dict[str, Any]
     run: RunFolder
     reporter: Reporter
+    ranks: Ranks = field(default_factory=Ranks)
     started: float = field(default_factory=time.monotonic)
     _saving: Future[None] | None = None
 
@@ -213,14 +223,14 @@ class Job:
         # Building the module tree also proves that every planned module is a Linear of this architecture.
         model = StreamedModel.of(Weights.of(self.checkpoint), self.device)
         self._require_linears(model)
-        if self.run.fresh:
+        if self.run.fresh and self.ranks.first:
             self._require_space()
             layout.create(self.run.checkpoint)
         calibration = self._calibration()
         if self.run.fresh:
             self.reporter.start("copying what is not quantised", len(blocks.outside))
             digests = {}
-            for name in blocks.outside:
+            for name in blocks.outside if self.ranks.first else ():
                 digests[name] = layout.copy(self.run.checkpoint, self.checkpoint, name)
                 self.reporter.advance()
         else:
@@ -237,6 +247,7 @@ class Job:
                 calibration,
                 self.run,
                 self.reporter,
+                self.ranks,
                 offload=bool(self.work.calibration.offload),
                 twofold=self.recipe.effort == "high",
             )
@@ -248,7 +259,8 @@ class Job:
             for index in range(int(facts["stage"]), blocks.num_blocks):
                 clock = time.monotonic()
                 solved = self._solve_block(model, stream, index)
-                self._write_block(layout, index, solved, digests)
+                if self.ranks.first:
+                    self._write_block(layout, index, solved, digests)
                 records += [r for r, _ in solved.linears.values()]
                 smoothing += solved.smoothing
                 tuning += solved.tuning
@@ -257,6 +269,7 @@ class Job:
                 timings.append({"block": index, "seconds": round(seconds, 3), "peak_bytes": peak_bytes()})
                 self._report(index, [r for r, _ in solved.linears.values()], timings)
                 self._await_save()
+                self.ranks.agree()  # whoever fails from here on, all are saving
                 stage = {
                     "digests": dict(digests),
                     "linears": [asdict(r) for r in records],
@@ -269,6 +282,18 @@ class Job:
                 self._saving = saver.submit(self._save, layout, stream, index + 1, **stage)
             self._await_save()
         self.reporter.finish()
+        return self.ranks.decide(lambda: self._finish(calibration, records, smoothing, tuning, digests, timings))
+
+    def _finish(
+        self,
+        calibration: Calibration | None,
+        records: list[LinearRecord],
+        smoothing: list[SmoothingRecord],
+        tuning: list[TuningRecord],
+        digests: dict[str, str],
+        timings: list[dict[str, Any]],
+    ) -> Manifest:
+        """The files besides the weights."""
         return finish_checkpoint(
             folder=self.run.checkpoint,
             checkpoint=self.checkpoint,
@@ -307,8 +332,12 @@ class Job:
         if self.recipe.method == "rtn":
             return None
         kept = self.run.state / "calibration.safetensors"
-        if kept.exists():
-            return load_calibration(kept)
+        if self.ranks.first and not kept.exists():
+            self._make_calibration(kept)
+        self.ranks.agree()
+        return load_calibration(kept)
+
+    def _make_calibration(self, kept: Path) -> None:
         calibration = calibrate(
             self.options["calibration"],
             model_path=self.checkpoint.path,
@@ -320,7 +349,6 @@ class Job:
         )
         save_calibration(kept, calibration)
         self.reporter.say(describe(calibration.record))
-        return calibration
 
     def _require_linears(self, model: StreamedModel) -> None:
         for index, names in enumerate(self.work.blocks.linears):
@@ -398,15 +426,16 @@ class Job:
         formats = [self.work.schemes[n].weights for n in moment.names]
         scale_dtype = DTYPES[self.checkpoint.tensors[f"{moment.names[0]}.weight"].dtype]
         sample = torch.cat(outliers.sample)
-        best = choose_strength(weights, formats, activations, scale_dtype, sample, [f for _, f in candidates])
+        factors = [f for _, f in candidates]
+        best = self.ranks.decide(lambda: choose_strength(weights, formats, activations, scale_dtype, sample, factors))
         if STRENGTHS[best] == 0:
             return
-        weight, factors = candidates[best]
+        weight, chosen = candidates[best]
         norm.weight.data.copy_(weight)  # type: ignore[operator]
-        factors = factors.to(moment.hessian.device)
+        chosen = chosen.to(moment.hessian.device)
         for name in moment.names:
-            modules[name].weight.data.mul_(factors.to(modules[name].weight.dtype))
-        moment.hessian.div_(factors).div_(factors[:, None])
+            modules[name].weight.data.mul_(chosen.to(modules[name].weight.dtype))
+        moment.hessian.div_(chosen).div_(chosen[:, None])
         solved.rewritten[tensor] = weight.to(stored)
         solved.smoothing.append(
             SmoothingRecord(norm=tensor, offset=offset, linears=list(moment.names), strength=STRENGTHS[best])
@@ -450,19 +479,31 @@ class Job:
     def _solve_shared(
         self, moment: SecondMoment, modules: dict[str, nn.Linear], index: int
     ) -> dict[str, tuple[LinearRecord, QuantizedWeight]]:
-        """Solve the Linears that share one input: one factorisation, then each in turn. Their weights are replaced."""
+        """Solve the Linears that share one input, each by one rank. Their weights are replaced."""
+        owners = self.ranks.owners([modules[n].weight.shape[0] for n in moment.names])
+        mine = [n for n, owner in zip(moment.names, owners, strict=True) if owner == self.ranks.rank]
+        solved = self._solve_some(mine, moment, modules, index) if mine else {}
+        results = {}
+        for name, owner in zip(moment.names, owners, strict=True):
+            results[name] = spread(self.ranks, owner, solved.get(name))
+            modules[name].weight.data.copy_(results[name][1].dense())
+        return results
+
+    def _solve_some(
+        self, names: Sequence[str], moment: SecondMoment, modules: dict[str, nn.Linear], index: int
+    ) -> dict[str, tuple[LinearRecord, QuantizedWeight]]:
+        """One factorisation, then each Linear in turn."""
         hessian = moment.take().cpu()
         steps = self.recipe.gptq
         factor = factor_hessian(
             hessian, self.recipe.damp_fraction, where=moment.names[0], static_order=steps.static_order
         )
         results = {}
-        for name in moment.names:
+        for name in names:
             scheme = self.work.schemes[name]
             weight = modules[name].weight
             dtype = DTYPES[self.checkpoint.tensors[f"{name}.weight"].dtype]
             result = quantize_gptq(weight.detach().float().cpu(), hessian, factor, scheme.weights, dtype, steps)
-            weight.data.copy_(result.dense())
             record = LinearRecord(
                 name=name,
                 block=index,
@@ -521,12 +562,17 @@ class Job:
 
     def _save(self, layout: Layout, stream: Stream | None, stage: int, **facts: Any) -> None:
         """Make a stage durable: tensors, then hidden states, then the journal that vouches for them."""
-        layout.sync(self.run.checkpoint)
-        if stream is not None and stage < len(stream.arguments[0]):
-            stream.save(stage)
-        self.run.record(stage, **facts)
-        if stream is not None:
-            stream.forget(stage - 1)
+        ranks = self.ranks.aside
+        with ranks.sharing():
+            if ranks.first:
+                layout.sync(self.run.checkpoint)
+            if stream is not None and stage < len(stream.arguments[0]):
+                stream.save(stage)
+            ranks.agree()
+            self.run.record(stage, **facts)
+            ranks.agree()
+            if stream is not None:
+                stream.forget(stage - 1)
 
     def _await_save(self) -> None:
         if self._saving is not None:
@@ -552,7 +598,7 @@ class Job:
 
 @dataclass(slots=True)
 class Stream:
-    """The calibration set on its way through the blocks.
+    """This rank's share of the calibration set on its way through the blocks.
 
     ``states`` is what the quantised model makes of it. Where blocks are tuned, ``originals`` is what the original model
     makes of it, one block ahead while a block is worked on: the block's target.
@@ -564,6 +610,7 @@ class Stream:
     samples: list[list[int]]
     arguments: list[list[Arguments]]
     states: HiddenStates
+    ranks: Ranks
     originals: HiddenStates | None = None
     routes: dict[tuple[type, tuple[str, ...]], Route | None] = field(default_factory=dict)
 
@@ -573,17 +620,22 @@ class Stream:
         calibration: Calibration,
         run: RunFolder,
         reporter: Reporter,
+        ranks: Ranks,
         *,
         offload: bool,
         twofold: bool,
     ) -> Stream:
         """Embed every batch and record how blocks are called; on resume the hidden states come from disk."""
-        batches = calibration.batches(TOKENS_PER_BATCH)
+        everything = calibration.batches(TOKENS_PER_BATCH)
+        require_batches(len(everything), ranks)
+        batches = ranks.share(everything)
         shapes = [(b.token_ids.shape[0], b.token_ids.shape[1]) for b in batches]
         width = int(model.weights.checkpoint.text_config["hidden_size"])
         dtype = torch.float32 if model.device.type == "cpu" else checkpoint_dtype(model.weights.checkpoint)
-        states = HiddenStates(run.state, shapes, width, dtype, offload)
-        originals = HiddenStates(run.state, shapes, width, dtype, offload, "original") if twofold else None
+        states = HiddenStates(run.state_of(ranks.rank), shapes, width, dtype, offload)
+        originals = (
+            HiddenStates(run.state_of(ranks.rank), shapes, width, dtype, offload, "original") if twofold else None
+        )
         vocabulary = torch.unique(torch.cat([b.token_ids.flatten() for b in batches]))
         interner = Interner()
         arguments = []
@@ -605,9 +657,10 @@ class Stream:
             model,
             batches,
             [real_rows(b) for b in batches],
-            sample_numbers(calibration, batches),
+            ranks.share(sample_numbers(calibration, everything)),
             arguments,
             states,
+            ranks,
             originals,
         )
 
@@ -658,7 +711,7 @@ class Stream:
             hidden = self.states.read(batch).to(self.model.device, self.model.dtype)
             return run_block(block, hidden, self.arguments[batch][index])
 
-        return AtOnce(run, self.rows, linears, self.model.device, formats)
+        return AtOnce(run, self.rows, linears, self.model.device, formats, self.ranks)
 
     @contextlib.contextmanager
     def walk(
@@ -680,7 +733,7 @@ class Stream:
         kept = route.kept_bytes(linears, tokens, self.states.dtype.itemsize)
         shelf = Shelf(self.states.folder if self.states.offload or kept > KEPT_IN_MEMORY else None)
         try:
-            yield Sequential(block, linears, route, run, self.rows, self.model.device, shelf, formats)
+            yield Sequential(block, linears, route, run, self.rows, self.model.device, shelf, formats, self.ranks)
         finally:
             shelf.clear()
 
@@ -692,7 +745,7 @@ class Stream:
         short = {n.removeprefix(prefix): m for n, m in linears.items()}
         kind = (type(block), tuple(short))
         if kind not in self.routes:
-            self.routes[kind] = learn_route(block, short, lambda: run(0))
+            self.routes[kind] = self.ranks.decide(lambda: learn_route(block, short, lambda: run(0)))
         known = self.routes[kind]
         return None if known is None else known.renamed(prefix)
 
@@ -704,6 +757,7 @@ class Stream:
                 self._require_finite(block, index, i, run_block(block, hidden, self.arguments[i][index]))
         except NumericsError as e:
             return e
+        self.ranks.agree()  # the culprit may be in another rank's batches
         return NumericsError(
             "the second moment of the calibration inputs is not finite",
             where=where,
@@ -721,6 +775,57 @@ class Stream:
         hidden = self.states.read(batch).to(self.model.device, self.model.dtype)
         name = f"{self.model.disk_prefix}.{index}"
         require_finite(block, name, hidden, output, self.arguments[batch][index], self.samples[batch])
+
+
+def open_run(out: Path, options: dict[str, Any], ranks: Ranks, *, resume: bool) -> RunFolder:
+    """The run folder: opened and locked by the first rank."""
+    run = RunFolder.open(out, options, resume=resume) if ranks.first else None
+    journal = ranks.decide(lambda: {} if run is None else run.journal)
+    return run or RunFolder.beside(out, journal)
+
+
+def require_work_for_all(size: CalibrationWork, ranks: Ranks) -> None:
+    """Stop before long work where there cannot be a batch for every rank."""
+    if ranks.world == 1:
+        return
+    if size.spec is None:
+        raise UsageError(
+            f"rounding to nearest needs no calibration, so there is nothing that {ranks.world} processes could share",
+            where="--method rtn",
+            remedy="Run it without torchrun.",
+        )
+    if size.tuned:
+        raise UsageError(
+            f"effort high tunes each block in one process, and these are {ranks.world}",
+            where="--effort high",
+            remedy="Run it without torchrun, or with --effort standard.",
+        )
+    require_batches(-(-size.samples // max(1, TOKENS_PER_BATCH // size.seq_len)), ranks, at_most="at most ")
+
+
+def require_batches(batches: int, ranks: Ranks, *, at_most: str = "") -> None:
+    if batches < ranks.world:
+        raise UsageError(
+            f"the calibration set makes {at_most}{batches} batches of {TOKENS_PER_BATCH} tokens, "
+            f"too few for {ranks.world} processes",
+            where="--nproc-per-node",
+            remedy=f"Start at most {batches}, or take more --samples.",
+        )
+
+
+def spread(
+    ranks: Ranks, owner: int, solved: tuple[LinearRecord, QuantizedWeight] | None
+) -> tuple[LinearRecord, QuantizedWeight]:
+    """What one rank has solved, for all."""
+    record, result = solved or (None, None)
+    known = ranks.decide(lambda: record, owner)
+    codes = ranks.spread(None if result is None else result.codes, owner)
+    scales = ranks.spread(None if result is None else result.scales, owner)
+    zeros = ranks.spread(None if result is None else result.zero_points, owner)
+    assert known is not None
+    assert codes is not None
+    assert scales is not None
+    return known, QuantizedWeight(codes=codes, scales=scales, zero_points=zeros, relative_error=known.relative_error)
 
 
 def real_rows(batch: Batch) -> torch.Tensor | None:

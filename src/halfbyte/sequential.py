@@ -33,6 +33,7 @@ from halfbyte.activations import fake_quantize_activations
 from halfbyte.checkpoint.layout import write_error
 from halfbyte.checkpoint.reader import bytes_of
 from halfbyte.errors import ArchitectureError, ResumeError
+from halfbyte.ranks import Ranks
 from halfbyte.schemes import ActivationFormat
 from halfbyte.statistics import Collector, SecondMoment
 
@@ -305,12 +306,18 @@ class Outliers:
         wanted = max(1, SAMPLED_TOKENS // batches)
         self.sample.append(x[:: max(1, x.shape[0] // wanted)][:wanted].float().cpu())
 
+    def unite(self, ranks: Ranks) -> None:
+        """Make it that of all ranks' batches, in the order that one process would have."""
+        ranks.largest_(self.largest)
+        self.sample = ranks.whole(self.sample)
+
 
 class Walk(Protocol):
     """A way through one block: observe its Linears, have them quantised by the caller, then run what came of it."""
 
     def moments(self) -> Iterator[SecondMoment]:
-        """Second moments in the order in which they are wanted; the caller quantises before taking the next."""
+        """Second moments, over the batches of all ranks, in the order in which they are wanted; the caller quantises
+        before taking the next."""
         ...
 
     def outliers(self) -> Outliers | None:
@@ -318,7 +325,7 @@ class Walk(Protocol):
         ...
 
     def outputs(self) -> Iterator[torch.Tensor]:
-        """The quantised block's output for each batch."""
+        """The quantised block's output for each batch of this rank."""
         ...
 
 
@@ -330,6 +337,7 @@ class AtOnce:
         run: runs batch ``i`` through the block; rows: which positions are tokens, ``None`` for all.
         linears: what is observed; device: where statistics are kept.
         formats: Linears whose input an engine will quantise: once solved, they see it so here.
+        ranks: who has the other batches.
     """
 
     run: Callable[[int], torch.Tensor]
@@ -337,20 +345,22 @@ class AtOnce:
     linears: Mapping[str, nn.Linear]
     device: torch.device
     formats: Mapping[str, ActivationFormat]
+    ranks: Ranks = field(default_factory=Ranks)
 
     def moments(self) -> Iterator[SecondMoment]:
         with Collector(self.linears, self.device) as collector:
             for i, rows in enumerate(self.rows):
                 collector.run(lambda i=i: self.run(i), rows)  # type: ignore[misc]
-        idle = collector.never_called()
+        found = united(collector.moments, self.linears, self.device, self.ranks)
+        idle = [n for n in self.linears if not any(n in m.names for m in found)]
         if idle:
             raise ArchitectureError(
                 f"{len(idle)} of the block's Linears saw no calibration token",
                 where=idle[0],
                 remedy="Leave them out with --ignore, or use more calibration text.",
             )
-        found = collector.moments[::-1]
         collector.moments.clear()
+        found.reverse()
         while found:
             yield found.pop()
 
@@ -377,6 +387,7 @@ class Sequential:
         device: where statistics are kept.
         shelf: where inputs and outputs wait.
         formats: Linears whose input an engine will quantise: once solved, they see it so here.
+        ranks: who has the other batches.
     """
 
     block: nn.Module
@@ -387,12 +398,15 @@ class Sequential:
     device: torch.device
     shelf: Shelf
     formats: Mapping[str, ActivationFormat]
+    ranks: Ranks = field(default_factory=Ranks)
+    _batches: int = 0
     _stage: int = 0
     _batch: int = 0
     _moment: SecondMoment | None = None
     _outliers: Outliers | None = None
 
     def moments(self) -> Iterator[SecondMoment]:
+        self._batches = sum(self.ranks.gather(len(self.rows)))
         for stage, names in enumerate(self.route.stages):
             self._stage = stage
             self._moment = SecondMoment.empty(self.linears[names[0]].in_features, self.device)
@@ -407,6 +421,9 @@ class Sequential:
                     self._run_to_stage(batch, names[0])
             self._forget()
             moment, self._moment = self._moment, None
+            moment.unite(self.ranks)
+            if self._outliers is not None:
+                self._outliers.unite(self.ranks)
             yield moment
 
     def outliers(self) -> Outliers | None:
@@ -469,7 +486,7 @@ class Sequential:
         real = flat if rows is None else flat[rows]
         self._moment.add(real)
         if self._outliers is not None:
-            self._outliers.add(real, len(self.rows))
+            self._outliers.add(real, self._batches)
         if stage in self.route.kept:
             self.shelf.put(f"in-{stage}", self._batch, x)
 
@@ -501,6 +518,28 @@ class Sequential:
             ]
             if stage < self._stage and all(done):
                 self.shelf.drop(f"in-{stage}")
+
+
+def united(
+    moments: Sequence[SecondMoment], linears: Mapping[str, nn.Linear], device: torch.device, ranks: Ranks
+) -> list[SecondMoment]:
+    """Second moments over all ranks' batches; a Linear that no batch of this rank has reached may be in some."""
+    groups: list[list[str]] = []
+    for found in ranks.gather([m.names for m in moments]):
+        for names in found:
+            known = next((g for g in groups if not set(g).isdisjoint(names)), None)
+            if known is None:
+                groups.append(list(names))
+            else:
+                known += [n for n in names if n not in known]
+    result = []
+    for names in groups:
+        own = next((m for m in moments if not set(names).isdisjoint(m.names)), None)
+        moment = own or SecondMoment.empty(linears[names[0]].in_features, device)
+        moment.names[:] = names
+        moment.unite(ranks)
+        result.append(moment)
+    return result
 
 
 def another_order(name: str, batch: int) -> ArchitectureError:

@@ -6,7 +6,8 @@
       state/calibration.safetensors
       state/hidden-0007.bin   what enters block 7; written before the journal says that blocks 0 to 6 are finished
       state/original-0007.bin likewise in the original model, where blocks are tuned
-      state/lock              held by the running process
+      state/lock              held by the running process; of several (see ``ranks``), by the first
+      state/rank-1/           what belongs to the second of them: its own hidden states
 
 At any moment the journal names a stage whose inputs are complete on disk. Everything after it is computed again and,
 being deterministic, ends in the same bytes.
@@ -30,6 +31,9 @@ from halfbyte.checkpoint.reader import bytes_of
 from halfbyte.errors import HalfbyteError, OutputError, ResumeError
 from halfbyte.records import fsync_folder, read_json, write_json
 
+# What options mean that a journal does not mention.
+UNSAID = {"ranks": 1}
+
 
 @dataclass(slots=True)
 class RunFolder:
@@ -39,12 +43,14 @@ class RunFolder:
         out: the final folder; partial: where the run works until then.
         journal: ``options`` (what must not change), ``stage`` (finished blocks; -1 before the first copy) and whatever
             the pipeline keeps about finished blocks.
+
+    Only the process that holds the lock changes anything here, except in the folder of :meth:`state_of`.
     """
 
     out: Path
     partial: Path
     journal: dict[str, Any]
-    _lock: IO[bytes]
+    _lock: IO[bytes] | None
 
     @property
     def checkpoint(self) -> Path:
@@ -53,6 +59,14 @@ class RunFolder:
     @property
     def state(self) -> Path:
         return self.partial / "state"
+
+    def state_of(self, rank: int) -> Path:
+        """Where a rank keeps its hidden states."""
+        if rank == 0:
+            return self.state
+        folder = self.state / f"rank-{rank}"
+        folder.mkdir(exist_ok=True)
+        return folder
 
     @property
     def fresh(self) -> bool:
@@ -107,6 +121,18 @@ class RunFolder:
         return run
 
     @staticmethod
+    def beside(out: Path, journal: dict[str, Any]) -> RunFolder:
+        """The run that another process has opened, for one that works on it too."""
+        partial = out.with_name(out.name + ".partial")
+        if not (partial / "state" / "journal.json").exists():
+            raise OutputError(
+                "cannot be seen from every machine of the run",
+                where=str(partial),
+                remedy="Write to a folder that all of them share.",
+            )
+        return RunFolder(out, partial, journal, None)
+
+    @staticmethod
     def options_of(out: Path) -> dict[str, Any]:
         """What the unfinished run for ``out`` was started with; empty where there is none."""
         journal = out.with_name(out.name + ".partial") / "state" / "journal.json"
@@ -115,6 +141,8 @@ class RunFolder:
     def record(self, stage: int, **facts: Any) -> None:
         """Declare blocks ``0 .. stage - 1`` finished, atomically, with facts about them."""
         self.journal |= {"stage": stage, **facts}
+        if self._lock is None:
+            return
         try:
             write_json(self.state / "journal.json", self.journal)
         except OSError as e:
@@ -122,6 +150,8 @@ class RunFolder:
 
     def publish(self) -> None:
         """Give the finished checkpoint its final name and remove the state."""
+        if self._lock is None:
+            return
         fsync_folder(self.checkpoint)
         os.rename(self.checkpoint, self.out)
         fsync_folder(self.out.parent)
@@ -130,10 +160,13 @@ class RunFolder:
 
     def leave(self) -> None:
         """Let go of the run as it is, so that another may continue it, in this process too."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def discard(self) -> None:
         """Remove the run and everything in it."""
+        if self._lock is None:
+            return
         self._lock.close()
         shutil.rmtree(self.partial, ignore_errors=True)
 
@@ -148,7 +181,7 @@ def already_published(out: Path) -> bool:
 
 
 def _refuse_changes(partial: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    plain = json.loads(json.dumps(now))
+    before, plain = UNSAID | before, UNSAID | json.loads(json.dumps(now))
     changed = [k for k in sorted(before.keys() | plain.keys()) if before.get(k) != plain.get(k)]
     if changed:
         listed = "; ".join(f"{k} was {_short(before.get(k))}, is {_short(plain.get(k))}" for k in changed)
@@ -226,6 +259,7 @@ class HiddenStates:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        fsync_folder(self.folder)
 
     def turn(self, stage: int) -> None:
         """From now on the current block is ``stage``."""

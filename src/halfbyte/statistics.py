@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from halfbyte.heap import mapped
+from halfbyte.ranks import Ranks
 
 STRIP = 256
 
@@ -53,6 +54,11 @@ class SecondMoment:
             else:
                 block.addmm_(transposed[i : i + STRIP].float(), x[:, i:].float())
         self.tokens += x.shape[0]
+
+    def unite(self, ranks: Ranks) -> None:
+        """Make it the moment of all ranks' tokens."""
+        ranks.add_(self.hessian)
+        self.tokens = sum(ranks.gather(self.tokens))
 
     def take(self) -> torch.Tensor:
         """The symmetric ``H``, given away: the moment keeps no reference to it, so that it is freed once used."""

@@ -44,28 +44,35 @@ def command(
 
     Weights are read, quantised and written one decoder block at a time. A killed run leaves OUT.partial, from which
     --resume continues to the same bytes.
+
+    Started by torchrun (torchrun --nproc-per-node N -m halfbyte quantize ...), N processes share the work.
     """
     from halfbyte.pipeline import quantize
+    from halfbyte.progress import Silent
+    from halfbyte.ranks import joined
 
-    manifest = quantize(
-        source,
-        out,
-        scheme=scheme,
-        group_size=group_size,
-        method=method,
-        calibration=calibration,
-        samples=samples,
-        seq_len=seq_len,
-        ignore=ignore,
-        recipe=recipe,
-        effort=effort,
-        device=device,
-        offload=offload,
-        resume=resume,
-        seed=seed,
-        reporter=reporter(),
-    )
-    emit(manifest, as_json=as_json, render=lambda console: _render(console, manifest, out))
+    with joined(device) as ranks:
+        manifest = quantize(
+            source,
+            out,
+            scheme=scheme,
+            group_size=group_size,
+            method=method,
+            calibration=calibration,
+            samples=samples,
+            seq_len=seq_len,
+            ignore=ignore,
+            recipe=recipe,
+            effort=effort,
+            device=device,
+            offload=offload,
+            resume=resume,
+            seed=seed,
+            reporter=reporter() if ranks.first else Silent(),
+            ranks=ranks,
+        )
+    if ranks.first:
+        emit(manifest, as_json=as_json, render=lambda console: _render(console, manifest, out))
 
 
 def _render(console: Console, manifest: Manifest, out: Path) -> None:
