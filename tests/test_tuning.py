@@ -15,7 +15,16 @@ from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.rtn import nearest, quantize_rtn
 from halfbyte.methods.scales import minmax
 from halfbyte.methods.tuned_parts import LinearState, TunedLinear, TunedVector, VectorState
-from halfbyte.methods.tuning import Sample, TuningOptions, TuningResult, divide, loss_of, mean_loss, tune_block
+from halfbyte.methods.tuning import (
+    Sample,
+    TuningOptions,
+    TuningResult,
+    divide,
+    loss_of,
+    mean_loss,
+    norm_gain,
+    tune_block,
+)
 from halfbyte.schemes import ActivationFormat, WeightFormat
 
 HIDDEN, INNER, TOKENS = 16, 32, 12
@@ -300,6 +309,37 @@ def test_loss_is_the_mean_of_relative_errors_token_by_token() -> None:
     out, target = case.block(s.hidden(), 1.5, shift=0.1)[0][0, :5].double(), s.target()[0, :5].double()
     expected = sum(float((o - t).norm() ** 2 / t.norm() ** 2) for o, t in zip(out, target, strict=True)) / 5
     assert float(loss_of(case.block, s)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_channels_count_by_the_gain_of_the_norm_behind() -> None:
+    case = Case(FORMATS["symmetric"])
+    s, gain = case.samples[0], torch.linspace(0.0, 3.0, HIDDEN)
+    out, target = case.block(s.hidden(), 1.5, shift=0.1)[0].double(), s.target().double()
+    expected = ((gain * (out - target)).square().sum(-1) / target.square().sum(-1)).mean()
+    assert float(loss_of(case.block, s, gain)) == pytest.approx(float(expected), rel=1e-5)
+    result = tune_block(case.block, case.linears, case.samples, TuningOptions(steps=40), gain=gain)
+    assert result.kept
+    _, judges = divide(case.samples, 8)
+    assert result.loss_after == mean_loss(case.block, judges, gain)
+
+
+class OnePlus(nn.Module):
+    """Gemma's way: the gain is stored less 1."""
+
+    def __init__(self, gain: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(gain - 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(x, x.shape[-1:], 1 + self.weight, 1e-6)
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm(HIDDEN, eps=1e-6), nn.LayerNorm(HIDDEN), OnePlus(torch.ones(HIDDEN))])
+def test_gain_of_a_norm(norm: nn.Module) -> None:
+    gain = torch.linspace(-1.0, 4.0, HIDDEN)
+    for name, parameter in norm.named_parameters():
+        parameter.data = torch.full((HIDDEN,), 0.7) if name == "bias" else gain - float(isinstance(norm, OnePlus))
+    assert torch.allclose(norm_gain(norm, HIDDEN), gain, atol=1e-4)
 
 
 def test_activations_are_quantised_in_the_forward_pass_alone() -> None:

@@ -13,7 +13,8 @@ to a cell's border are the first to flip.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -189,3 +190,44 @@ class VectorState:
         assert parameter.grad is not None
         _add_gradient(self.ratio, parameter.grad.float() * self.unit)
         parameter.grad = None
+
+
+@contextlib.contextmanager
+def differentiated(parts: Sequence[LinearState | VectorState]) -> Iterator[None]:
+    """Gradients for these parameters and no others; each is taken as soon as it is made, and its memory freed."""
+    parameters = [part.parameter() for part in parts]
+    before = [p.requires_grad for p in parameters]
+    handles = []
+    try:
+        for part, p in zip(parts, parameters, strict=True):
+            p.requires_grad_(True)
+            handles.append(p.register_post_accumulate_grad_hook(lambda _, part=part: part.absorb()))  # type: ignore[no-untyped-call]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, old in zip(parameters, before, strict=True):
+            p.requires_grad_(old)
+
+
+@contextlib.contextmanager
+def input_quantization(linears: Iterable[TunedLinear]) -> Iterator[None]:
+    """Linears see their inputs as an engine would quantise them; gradients go straight through."""
+    handles = []
+    for linear in linears:
+        if linear.quantize_input is not None:
+
+            def hook(
+                _: nn.Module,
+                inputs: tuple[torch.Tensor, ...],
+                quantize: Callable[[torch.Tensor], torch.Tensor] = linear.quantize_input,
+            ) -> tuple[torch.Tensor, ...]:
+                x = inputs[0]
+                return (x + (quantize(x.detach()) - x.detach()), *inputs[1:])
+
+            handles.append(linear.module.register_forward_pre_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

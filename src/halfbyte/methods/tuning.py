@@ -4,10 +4,11 @@ GPTQ looks at one Linear at a time. What the model hears of a block is the hidde
 what the original model feeds the block, ``x_q`` what the quantised model feeds it, f the block and t a token, this
 moves the quantised weights Q to make
 
-    L(Q) = mean_t |f_Q(x_q)_t - f_W(x)_t|^2 / |f_W(x)_t|^2
+    L(Q) = mean_t |g * (f_Q(x_q)_t - f_W(x)_t)|^2 / |f_W(x)_t|^2
 
 small: Linears make good each other's errors, and those of the blocks before. Errors count relative to each token's
-size, because the norms that follow divide by it (and because a few tokens are a thousand times larger than the rest).
+size, because the norm that reads them divides by it (and because a few tokens are a thousand times larger than the
+rest), and channel by channel times g, which that norm multiplies by: see :func:`norm_gain`.
 
 Scales move by Adam, as ratios of where they stood; they are few, so they learn from little text. Codes can be moved
 too, by signed gradients straight through the rounding, as in SignRound (Cheng et al., arXiv 2309.05516). Where we
@@ -22,8 +23,7 @@ Does not cover: where samples come from, or packing.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,14 @@ import torch
 from torch import nn
 
 from halfbyte.methods.result import QuantizedWeight
-from halfbyte.methods.tuned_parts import LinearState, TunedLinear, TunedVector, VectorState
+from halfbyte.methods.tuned_parts import (
+    LinearState,
+    TunedLinear,
+    TunedVector,
+    VectorState,
+    differentiated,
+    input_quantization,
+)
 
 BETAS = (0.9, 0.99)
 
@@ -100,6 +107,7 @@ def tune_block(
     samples: Sequence[Sample],
     options: TuningOptions,
     vectors: Mapping[str, TunedVector] | None = None,
+    gain: torch.Tensor | None = None,
 ) -> TuningResult:
     """Tune a block's quantised Linears together, see the module's docstring.
 
@@ -112,6 +120,7 @@ def tune_block(
         samples: at least 2, or nothing is tuned: one in ``held_out`` judges, the others teach.
         options: how long and how fast.
         vectors: small dense parameters to tune along, by the caller's names.
+        gain: ``g [hidden]`` float32, of the norm that reads the block's output; ``None`` is 1.
 
     Returns:
         the better of start and outcome on the held-out samples; the same for the same arguments.
@@ -120,13 +129,13 @@ def tune_block(
     states = {name: LinearState.of(spec, tune_codes=options.code_rate > 0) for name, spec in linears.items()}
     moving = {name: VectorState.of(spec) for name, spec in (vectors or {}).items()}
     parts: list[LinearState | VectorState] = [*states.values(), *moving.values()]
-    with _input_quantization(linears.values()):
+    with input_quantization(linears.values()):
         for part in parts:
             part.place()
-        before = mean_loss(block, judges)
+        before = mean_loss(block, judges, gain)
         if taught and judges and options.steps:
-            _descend(block, states, moving, taught, options)
-            after = mean_loss(block, judges)
+            _descend(block, states, moving, taught, options, gain)
+            after = mean_loss(block, judges, gain)
         else:
             after = before
     if after < before:
@@ -150,6 +159,20 @@ def tune_block(
     )
 
 
+@torch.no_grad()
+def norm_gain(norm: nn.Module, width: int) -> torch.Tensor:
+    """What a norm multiplies each channel by, ``[width]`` float32, whatever the sign and offset it stores it with.
+
+    For the next block's input norm, or the model's last one. With ``p = (1, -1, 1, ...)``, which has mean 0 and size 1
+    already, it is ``p (norm(p) - norm(-p)) / 2``, for RMS norms and layer norms alike. An even ``width``.
+    """
+    parameter = next(norm.parameters())
+    probe = torch.ones(width, dtype=parameter.dtype, device=parameter.device)
+    probe[1::2] = -1.0
+    difference: torch.Tensor = norm(probe) - norm(-probe)
+    return (probe * difference / 2).float()
+
+
 def divide(samples: Sequence[Sample], held_out: int) -> tuple[list[Sample], list[Sample]]:
     """Samples to learn from and samples to judge by: every ``held_out``-th, spread evenly, at least one of two."""
     first = min(held_out // 2, len(samples) - 1)
@@ -157,22 +180,25 @@ def divide(samples: Sequence[Sample], held_out: int) -> tuple[list[Sample], list
     return [s for i, s in enumerate(samples) if i not in judges], [samples[i] for i in sorted(judges)]
 
 
-def loss_of(block: nn.Module, sample: Sample) -> torch.Tensor:
+def loss_of(block: nn.Module, sample: Sample, gain: torch.Tensor | None = None) -> torch.Tensor:
     """L over one sample's tokens, float32 ``[]``."""
     args, kwargs = sample.arguments
     output = block(sample.hidden(), *args, **kwargs)
     output = output[0] if isinstance(output, tuple) else output
     target = sample.target().float()
-    errors = (output.float() - target).square().sum(dim=-1).flatten()
+    difference = output.float() - target
+    if gain is not None:
+        difference = difference * gain
+    errors = difference.square().sum(dim=-1).flatten()
     sizes = target.square().sum(dim=-1).flatten().clamp(min=torch.finfo(torch.float32).tiny)
     shares: torch.Tensor = errors / sizes
     return shares.mean() if sample.rows is None else shares[sample.rows].mean()
 
 
 @torch.no_grad()
-def mean_loss(block: nn.Module, samples: Sequence[Sample]) -> float:
+def mean_loss(block: nn.Module, samples: Sequence[Sample], gain: torch.Tensor | None = None) -> float:
     """Mean of L over samples; 0 of none."""
-    return sum(float(loss_of(block, s)) for s in samples) / max(1, len(samples))
+    return sum(float(loss_of(block, s, gain)) for s in samples) / max(1, len(samples))
 
 
 def _descend(
@@ -181,6 +207,7 @@ def _descend(
     moving: Mapping[str, VectorState],
     samples: Sequence[Sample],
     options: TuningOptions,
+    gain: torch.Tensor | None,
 ) -> None:
     generator = torch.Generator().manual_seed(options.seed)
     waiting: list[int] = []
@@ -193,14 +220,14 @@ def _descend(
         ],
         betas=BETAS,
     )
-    with _differentiated(parts):
+    with differentiated(parts):
         for step in range(options.steps):
             left = 1.0 - step / options.steps
             for _ in range(options.samples_per_step):
                 if not waiting:
                     waiting = torch.randperm(len(samples), generator=generator).tolist()
                 with torch.enable_grad():
-                    loss_of(block, samples[waiting.pop()]).backward()  # type: ignore[no-untyped-call]
+                    loss_of(block, samples[waiting.pop()], gain).backward()  # type: ignore[no-untyped-call]
             for group in adam.param_groups:
                 group["lr"] = group["rate"] * left
             adam.step()
@@ -209,44 +236,3 @@ def _descend(
                 linear.descend(options.code_rate * left)
             for part in parts:
                 part.place()
-
-
-@contextlib.contextmanager
-def _differentiated(parts: Sequence[LinearState | VectorState]) -> Iterator[None]:
-    """Gradients for these parameters and no others; each is taken as soon as it is made, and its memory freed."""
-    parameters = [part.parameter() for part in parts]
-    before = [p.requires_grad for p in parameters]
-    handles = []
-    try:
-        for part, p in zip(parts, parameters, strict=True):
-            p.requires_grad_(True)
-            handles.append(p.register_post_accumulate_grad_hook(lambda _, part=part: part.absorb()))  # type: ignore[no-untyped-call]
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for p, old in zip(parameters, before, strict=True):
-            p.requires_grad_(old)
-
-
-@contextlib.contextmanager
-def _input_quantization(linears: Iterable[TunedLinear]) -> Iterator[None]:
-    """Linears see their inputs as an engine would quantise them; gradients go straight through."""
-    handles = []
-    for linear in linears:
-        if linear.quantize_input is not None:
-
-            def hook(
-                _: nn.Module,
-                inputs: tuple[torch.Tensor, ...],
-                quantize: Callable[[torch.Tensor], torch.Tensor] = linear.quantize_input,
-            ) -> tuple[torch.Tensor, ...]:
-                x = inputs[0]
-                return (x + (quantize(x.detach()) - x.detach()), *inputs[1:])
-
-            handles.append(linear.module.register_forward_pre_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
