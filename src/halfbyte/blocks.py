@@ -170,6 +170,28 @@ class StreamedModel:
                 for leaf, _ in list(module.named_parameters(recurse=False)):
                     _to_meta(module, leaf)
 
+    @contextlib.contextmanager
+    def norm_after(self, index: int, path: str) -> Iterator[nn.Module | None]:
+        """The norm that reads what block ``index`` leaves behind, loaded: the next block's at ``path``, or the last one
+        of the decoder; ``None`` where there is no such."""
+        if index + 1 < self.num_blocks:
+            norm, name = self.layers[index + 1].get_submodule(path), self.disk_name(index + 1, path)
+        else:
+            parent = self.disk_prefix.rpartition(".")[0]
+            found = [(n, m) for n, m in self.decoder.named_children() if _is_norm(m)]
+            if len(found) != 1:
+                yield None
+                return
+            name, norm = f"{parent}.{found[0][0]}" if parent else found[0][0], found[0][1]
+        leaves = [leaf for leaf, _ in norm.named_parameters(recurse=False)]
+        try:
+            for leaf in leaves:
+                self._place(norm, leaf, self.weights.dense(self._existing(f"{name}.{leaf}")))
+            yield norm
+        finally:
+            for leaf in leaves:
+                _to_meta(norm, leaf)
+
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """The ``nn.Linear`` modules of a block by the names that the checkpoint gives them."""
         return {
@@ -300,6 +322,11 @@ class StreamedModel:
 
     def _head_weight(self) -> torch.Tensor:
         return self.weights.dense(self.head_name())
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() == 1
 
 
 def is_plain_causal(mask: torch.Tensor) -> bool:

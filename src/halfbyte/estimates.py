@@ -176,8 +176,7 @@ def _block_moments(
     if size.tuned:
         outputs = sum(shape[0] for s in block for shape in s.shapes)
         tuning = {
-            "its original weights, latents and gradients, float32": 12.0 * weights,
-            "codes before and after": 2.0 * weights,
+            "codes and one Linear's gradient": weights + 4.0 * max(s.largest for s in block),
             "one batch's graph": 4.0 * batch * (3 * outputs + 12 * hidden),
         }
         moments.append(("a block is tuned", always | tuning))

@@ -53,7 +53,7 @@ from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.rtn import quantize_rtn
 from halfbyte.methods.smoothing import STRENGTHS, choose_strength, expressible, factors_of, gain_offset
 from halfbyte.methods.tuned_parts import TunedLinear
-from halfbyte.methods.tuning import Sample, TuningOptions, tune_block
+from halfbyte.methods.tuning import Sample, TuningOptions, norm_gain, tune_block
 from halfbyte.output import finish_checkpoint
 from halfbyte.packing import pack
 from halfbyte.planner import (
@@ -373,7 +373,6 @@ class Job:
         with model.block(index) as block:
             modules = {n: m for n, m in model.linears(index).items() if n in names}
             require_finite_weights(modules)
-            originals: dict[str, torch.Tensor] = {}
             if stream.originals is not None:
                 self._await_save()
                 stream.aim(block, index)
@@ -386,15 +385,13 @@ class Job:
                     if self.recipe.gptq.smoothing:
                         self._smooth(walk.outliers(), moment, modules, block, index, solved)
                     with mapped():
-                        if stream.originals is not None:
-                            originals |= {n: modules[n].weight.detach().float().cpu() for n in moment.names}
                         results |= self._solve_shared(moment, modules, index)
                     release_freed_memory()
                 if not last and stream.originals is None:
                     self._await_save()
                     stream.advance(block, index, walk)
             if stream.originals is not None:
-                self._tune(block, index, modules, originals, formats, stream, solved)
+                self._tune(block, index, modules, formats, stream, solved)
                 if not last:
                     stream.advance(block, index, stream.at_once(block, index, modules, formats))
         solved.linears = {n: results[n] for n in names}
@@ -446,7 +443,6 @@ class Job:
         block: nn.Module,
         index: int,
         modules: Mapping[str, nn.Linear],
-        originals: dict[str, torch.Tensor],
         formats: Mapping[str, ActivationFormat],
         stream: Stream,
         solved: Solved,
@@ -459,13 +455,18 @@ class Job:
             fmt = formats.get(name)
             tuned[name] = TunedLinear(
                 module=module,
-                weight=originals.pop(name),
                 quantized=solved.linears[name][1],
                 fmt=self.work.schemes[name].weights,
                 scale_dtype=DTYPES[self.checkpoint.tensors[f"{name}.weight"].dtype],
                 quantize_input=None if fmt is None else partial(fake_quantize_activations, fmt=fmt),
             )
-        result = tune_block(block, tuned, stream.samples_of(index), TuningOptions())
+        width = int(self.checkpoint.text_config["hidden_size"])
+        route = stream.routes.get(kind_of(block, stream.model, index, modules))
+        gain = None
+        if route is not None and 0 in route.norms:
+            with stream.model.norm_after(index, route.norms[0]) as norm, torch.no_grad():
+                gain = None if norm is None else norm_gain(norm, width)
+        result = tune_block(block, tuned, stream.samples_of(index), TuningOptions(), gain=gain)
         for name, weight in result.weights.items():
             solved.linears[name] = (solved.linears[name][0], weight)
         solved.tuning.append(
@@ -741,9 +742,8 @@ class Stream:
         self, block: nn.Module, index: int, linears: Mapping[str, nn.Linear], run: Callable[[int], torch.Tensor]
     ) -> Route | None:
         """Learnt once for all blocks of a kind, and spelt with this block's names."""
-        prefix = f"{self.model.disk_prefix}.{index}."
+        kind, prefix = kind_of(block, self.model, index, linears), f"{self.model.disk_prefix}.{index}."
         short = {n.removeprefix(prefix): m for n, m in linears.items()}
-        kind = (type(block), tuple(short))
         if kind not in self.routes:
             self.routes[kind] = self.ranks.decide(lambda: learn_route(block, short, lambda: run(0)))
         known = self.routes[kind]
@@ -826,6 +826,14 @@ def spread(
     assert codes is not None
     assert scales is not None
     return known, QuantizedWeight(codes=codes, scales=scales, zero_points=zeros, relative_error=known.relative_error)
+
+
+def kind_of(
+    block: nn.Module, model: StreamedModel, index: int, linears: Mapping[str, nn.Linear]
+) -> tuple[type, tuple[str, ...]]:
+    """Blocks of one kind are wired alike."""
+    prefix = f"{model.disk_prefix}.{index}."
+    return type(block), tuple(n.removeprefix(prefix) for n in linears)
 
 
 def real_rows(batch: Batch) -> torch.Tensor | None:
