@@ -364,7 +364,7 @@ def test_half_a_fused_layer_is_a_problem(tmp_path: Path) -> None:
 
 def test_a_recipe_and_options_contradict(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a recipe already says scheme, group size, method and what to ignore"):
-        choose_recipe(scheme="W4A16", group_size=64, method=None, ignore=[], recipe=tmp_path / "r.toml")
+        choose_recipe(scheme="W4A16", group_size=64, method=None, ignore=[], recipe=tmp_path / "r.toml", effort=None)
 
 
 def patterns(folder: Path, ignore: list[str] | None = None) -> list[str]:
