@@ -243,7 +243,8 @@ def _disk(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationW
     if size.tokens:
         hidden = int(checkpoint.text_config.get("hidden_size", 0))
         parts["hidden states, kept for --resume until the end"] = 8.0 * size.tokens * hidden * (2 if size.tuned else 1)
-        parts["inputs and outputs kept between stages"] = _kept_on_disk(blocks, size, hidden)
+        kept = _kept_on_disk(blocks, size, hidden)
+        parts |= {"inputs and outputs kept between stages": kept} if kept else {}
     how = "written beside each other in the output folder"
     return Estimate(value=sum(parts.values()), unit="bytes", how=how, parts=parts)
 
