@@ -531,9 +531,7 @@ class Job:
         if not bool(torch.isfinite(weight).all()):
             raise not_finite(f"{name}.weight")
         result = quantize_rtn(weight, scheme.weights, stored.dtype)
-        bits = scheme.weights.bits_per_weight(
-            weight.shape[1], weight.shape[0], scale_bits=8 * stored.dtype.itemsize
-        )
+        bits = scheme.weights.bits_per_weight(weight.shape[1], weight.shape[0], scale_bits=8 * stored.dtype.itemsize)
         return (
             LinearRecord(
                 name=name,

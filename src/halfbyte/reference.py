@@ -287,10 +287,9 @@ def _decode_rows(parts: Mapping[str, StoredTensor], fmt: WeightFormat, start: in
     if not fmt.symmetric:
         stored = parts["weight_zero_point"]
         if packed:
-            first, skipped = divmod(start * fmt.num_bits, 32)
-            words = stored.rows(first, -(-stop * fmt.num_bits // 32))
-            ahead = skipped // fmt.num_bits
-            zeros = unpack(np.ascontiguousarray(words.T), fmt.num_bits, ahead + stop - start).T[ahead:]
+            before = start - start % 32  # 32 codes fill whole words, whatever their bits
+            words = stored.rows(before * fmt.num_bits // 32, -(-stop * fmt.num_bits // 32))
+            zeros = unpack(np.ascontiguousarray(words.T), fmt.num_bits, stop - before).T[start - before :]
         else:
             zeros = stored.rows(start, stop).astype(np.int32).reshape(stop - start, -1)
     shifted = codes if zeros is None else codes - _spread(zeros, in_features)
@@ -299,7 +298,7 @@ def _decode_rows(parts: Mapping[str, StoredTensor], fmt: WeightFormat, start: in
 
 
 def _spread(per_group: npt.NDArray[Any], in_features: int, width: int | None = None) -> npt.NDArray[Any]:
-    """``[rows, groups]`` -> ``[rows, in]``, each value repeated over the ``width`` consecutive features of its group."""
+    """``[rows, groups]`` -> ``[rows, in]``, each value repeated over the ``width`` features of its group."""
     return np.repeat(per_group, width or in_features // per_group.shape[1], axis=1)[:, :in_features]
 
 

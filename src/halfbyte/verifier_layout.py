@@ -270,7 +270,9 @@ def module_problems(
     if not fmt.fits(in_features):
         unit = f"groups of {fmt.group_size}" if fmt.block is None else f"blocks of {fmt.block[0]} x {fmt.block[1]}"
         return [*problems, f"{name}: {in_features} input features do not divide into {unit}"]
-    shapes = ((1,), (), (1, 1)) if module.group.strategy == "tensor" else (_scale_shape(fmt, out_features, in_features),)
+    shapes = (
+        ((1,), (), (1, 1)) if module.group.strategy == "tensor" else (_scale_shape(fmt, out_features, in_features),)
+    )
     check("weight_scale", (model_dtype,) if model_dtype else FLOATS, *shapes)
     if not fmt.symmetric and packed:
         check("weight_zero_point", ("I32",), (-(-out_features * fmt.num_bits // 32), fmt.groups(in_features)))

@@ -13,8 +13,8 @@ decoded by compressed-tensors at the first forward; compressed-tensors 0.20 cann
 Activations are quantised by the engine at run time and nothing about it is stored, so ``logits`` compares both models
 without it. Where a scheme quantises activations, ``activations`` then loads the checkpoint compressed, lets
 transformers quantise them (by token, or by group of its features, s = 2 max|x| / (q_max - q_min), i.e. max|x| / 127.5
-for 8-bit integers) and compares with the reference model under the same formula, written here once more. vLLM divides by 127 instead; that is
-not compared.
+for 8-bit integers) and compares with the reference model under the same formula, written here once more. vLLM divides
+by 127 instead; that is not compared.
 
 The first model is reduced to hashes and logits before the second is built, so the peak is about twice the dense size.
 """
@@ -323,7 +323,7 @@ def _activation_hook(floating: bool, group_size: int | None) -> Any:
 
 
 def _fake_quantize(x: torch.Tensor, floating: bool) -> torch.Tensor:
-    """``q s`` with ``s = max|x| / (448 or 127.5)`` over the last dimension and ``q = round(x / s)`` to e4m3 or int8, in x's dtype."""
+    """``q s`` with ``s = max|x| / (448 or 127.5)`` over the last dimension, ``q = round(x / s)`` to e4m3 or int8."""
     scale = x.abs().amax(-1, keepdim=True) / (448.0 if floating else 127.5)
     scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
     if floating:

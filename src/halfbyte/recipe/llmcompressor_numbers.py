@@ -54,9 +54,10 @@ def read_weights(s: Section, activations: ActivationFormat | None, notes: list[s
         )
         return None
     wanted = size if strategy == "group" else None
+    numbers = (bits, kind, symmetric, block, activations)
     for scheme in PRESETS.values():
         w = scheme.weights
-        if (w.num_bits, w.kind, w.symmetric, w.block, scheme.activations) != (bits, kind, symmetric, block, activations):
+        if (w.num_bits, w.kind, w.symmetric, w.block, scheme.activations) != numbers:
             continue
         if w.group_size == wanted:
             return scheme
