@@ -317,8 +317,9 @@ def test_no_tokenizer(refuse: Callable[..., str], source: Path) -> None:
     ("options", "said"),
     [
         (
-            ["--scheme", "W3A16"],
-            "--scheme: unknown scheme 'W3A16'. Use one of W4A16, W4A16_ASYM, W8A16, W8A8, FP8_DYNAMIC.",
+            ["--scheme", "W5A16"],
+            "--scheme: unknown scheme 'W5A16'. Use one of "
+            "W4A16, W4A16_ASYM, W3A16, W2A16, W8A16, W8A8, W4A8, FP8_DYNAMIC, FP8_BLOCK.",
         ),
         (
             ["--scheme", "W8A8"],

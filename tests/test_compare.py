@@ -30,7 +30,8 @@ def quantized(
     tiny_model: Models, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Path, Path]]:
     def make(family: str, scheme: str, **options: Any) -> tuple[Path, Path]:
-        source, out = tiny_model(family), tmp_path_factory.mktemp("compared") / "out"
+        wide = tiny.WIDE if scheme == "FP8_BLOCK" else {}
+        source, out = tiny_model(family, **wide), tmp_path_factory.mktemp("compared") / "out"
         settings = {"calibration": f"text:{text_file}", "samples": 4, "seq_len": 40, "device": "cpu"}
         halfbyte.quantize(source, out, scheme=scheme, **(settings | options))
         return source, out
@@ -38,12 +39,13 @@ def quantized(
     return make
 
 
-def quantize_inputs(model: Any, kind: str) -> None:
-    """Make every Linear of the blocks see its input as an engine would make it: one scale a token."""
+def quantize_inputs(model: Any, kind: str, width: int | None = None) -> None:
+    """Make every Linear of the blocks see its input as an engine makes it: one scale a token or ``width`` of it."""
 
     def hook(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         x = inputs[0]
-        extreme = x.abs().amax(-1, keepdim=True)
+        parts = x.split(width or x.shape[-1], dim=-1)
+        extreme = torch.cat([p.abs().amax(-1, keepdim=True).expand_as(p) for p in parts], dim=-1)
         if kind == "int":
             return (torch.clamp(torch.round(x / (extreme / 127)), -128, 127) * (extreme / 127),)
         return ((x / (extreme / 448)).float().to(torch.float8_e4m3fn).to(x.dtype) * (extreme / 448),)
@@ -111,23 +113,32 @@ def check(record: CompareRecord, expected: dict[str, float], tokens: int, tolera
 
 @pytest.mark.parametrize(
     ("family", "scheme"),
-    [("llama", "W8A8"), ("gemma3", "W8A8"), ("llama", "FP8_DYNAMIC"), ("qwen2", "W4A16"), ("gemma3", "W4A16")],
+    [
+        ("llama", "W8A8"),
+        ("gemma3", "W8A8"),
+        ("llama", "FP8_DYNAMIC"),
+        ("qwen2", "W4A16"),
+        ("gemma3", "W4A16"),
+        ("llama", "W4A8"),
+        ("qwen3", "FP8_BLOCK"),
+        ("qwen2", "W2A16"),
+    ],
 )
 def test_metrics_are_those_of_a_direct_computation(
     family: str, scheme: str, quantized: Callable[..., tuple[Path, Path]], text_file: Path
 ) -> None:
-    source, out = quantized(family, scheme, group_size=32 if scheme == "W4A16" else None)
+    source, out = quantized(family, scheme, group_size=32 if scheme.startswith(("W4", "W2")) else None)
     record = halfbyte.compare(source, out, text=text_file, window=WINDOW, device="cpu")
     other = tiny.load(source)
     other.load_state_dict(tiny.decoded(out), strict=False)
     base = tiny.load(source)
-    if scheme == "W4A16":
+    if scheme.endswith("A16"):
         base, other = base.double(), other.double()
     else:  # in float32 as compare does it: in float64, activations next to a tie would go the other way
-        quantize_inputs(other, "int" if scheme == "W8A8" else "float")
+        quantize_inputs(other, "int" if scheme.endswith("A8") else "float", 128 if scheme == "FP8_BLOCK" else None)
     expected, tokens = expected_metrics(base, other, source)
     assert expected["kl_mean"] > 1e-5
-    check(record, expected, tokens, 1e-3 if scheme == "W4A16" else 5e-3)
+    check(record, expected, tokens, 1e-3 if scheme.endswith("A16") else 5e-3)
     assert read_record(CompareRecord, out / "compare.json") == record
 
 

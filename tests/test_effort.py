@@ -48,13 +48,13 @@ def test_blocks_are_tuned_and_verify(family: str, tiny_model: Models, text_file:
     assert [(n, t.shape, t.dtype) for n, t in before.items()] == [(n, t.shape, t.dtype) for n, t in after.items()]
 
 
-@pytest.mark.parametrize("scheme", ["W4A16", "W8A8"])
+@pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "W4A8", "W2A16"])
 def test_the_recorded_loss_is_that_of_the_written_block(
     scheme: str, tiny_model: Models, text_file: Path, tmp_path: Path
 ) -> None:
     """Block 0's loss on the held-out batch, by transformers' own model with the written weights."""
     source = tiny_model("llama")
-    group = 32 if scheme == "W4A16" else None
+    group = None if scheme == "W8A8" else 32
     manifest = run(source, tmp_path / "out", text_file, scheme=scheme, group_size=group)
     dense = tiny.decoded(tmp_path / "out")
     ids = windows(source, 8)

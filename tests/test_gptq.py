@@ -143,7 +143,7 @@ def test_a_hessian_that_is_not_finite_is_an_error(value: float, place: tuple[int
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [None, 32])
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
 def test_reported_error_is_the_outputs_energy(

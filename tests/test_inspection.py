@@ -207,6 +207,9 @@ def test_packed_weights_believe_shapes_over_the_config(tmp_path: Path) -> None:
         ("W4A16", "channel", "W4A16 channel sym"),
         ("W4A16_ASYM", 64, "W4A16 g64 asym"),
         ("W8A16", 32, "W8A16 g32 sym"),
+        ("W3A16", 32, "W3A16 g32 sym"),
+        ("W2A16", "channel", "W2A16 channel sym"),
+        ("W4A8", 32, "W4A8 g32 sym, dynamic token inputs"),
     ],
 )
 def test_packed_compressed_tensors(tmp_path: Path, name: str, size: Any, expected: str) -> None:

@@ -70,7 +70,7 @@ def off_nearest(exact: Array, codes: npt.NDArray[np.int8], q_min: int, q_max: in
 SHAPES = [(rows, n) for rows in (1, 7, 32, 33, 100) for n in (8, 100, 128, 129, 300)]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("rows", "n"), SHAPES)
 def test_columns_match_the_slow_twin(rows: int, n: int, symmetric: bool, bits: int) -> None:
@@ -139,7 +139,7 @@ def test_columns_do_not_depend_on_the_number_of_threads() -> None:
 @pytest.mark.parametrize("rows", [1, 7, 33])
 @pytest.mark.parametrize(("groups", "width"), [(1, 8), (3, 32), (2, 100)])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_scale_search_matches_the_slow_twin(rows: int, groups: int, width: int, symmetric: bool, bits: int) -> None:
     rng = np.random.default_rng([rows, groups, width, symmetric, bits])
     q_min, q_max = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1

@@ -17,6 +17,8 @@ SCHEMES: list[Scheme] = [
     PRESETS["W4A16"].with_group_size("channel"),
     PRESETS["W4A16_ASYM"].with_group_size(64),
     PRESETS["W8A16"].with_group_size("channel"),
+    PRESETS["W3A16"].with_group_size("channel"),
+    PRESETS["W2A16"].with_group_size(32),
 ]
 IDS = [f"{s.name}-{s.weights.group_size}" for s in SCHEMES]
 
@@ -29,6 +31,8 @@ def made(
     w = scheme.weights
     groups = w.groups(columns)
     scales = (torch.rand(rows, groups, generator=generator) + 0.5).to(dtype)
+    if w.block is not None:
+        scales = scales[torch.arange(rows) // w.block[0]]
     if w.kind == "float":
         return torch.randn(rows, columns, generator=generator).to(torch.float8_e4m3fn), scales, None
     codes = torch.randint(w.q_min, w.q_max + 1, (rows, columns), generator=generator, dtype=torch.int8)
@@ -44,7 +48,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("rows", "columns"), [(8, 128), (24, 384), (16, 256)])
+@pytest.mark.parametrize(("rows", "columns"), [(8, 128), (24, 384), (16, 256), (264, 256)])
 def test_announced_tensors_are_those_that_are_made(scheme: Scheme, dtype: torch.dtype, rows: int, columns: int) -> None:
     tensors = pack(scheme, *made(scheme, rows, columns, dtype))
     found = {name: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
@@ -57,13 +61,13 @@ def test_announced_tensors_are_those_that_are_made(scheme: Scheme, dtype: torch.
 @settings(max_examples=60, deadline=None)
 @given(
     scheme=st.sampled_from(SCHEMES),
-    rows=st.integers(1, 5),
+    rows=st.integers(1, 40),
     groups=st.integers(1, 3),
     seed=st.integers(0, 2**31),
 )
 def test_packing_loses_nothing(scheme: Scheme, rows: int, groups: int, seed: int) -> None:
     rows *= 8  # zero points are packed by eights along the rows
-    columns = groups * (scheme.weights.group_size or 8)
+    columns = groups * (scheme.weights.block or (0, scheme.weights.group_size or 8))[1]
     codes, scales, zeros = made(scheme, rows, columns, torch.bfloat16, seed)
     again = unpack(scheme.weights, pack(scheme, codes, scales, zeros))
     assert same(again[0], codes)
@@ -77,13 +81,13 @@ def test_packing_loses_nothing(scheme: Scheme, rows: int, groups: int, seed: int
 
 @settings(max_examples=60, deadline=None)
 @given(
-    bits=st.sampled_from([4, 8]),
+    bits=st.sampled_from([2, 3, 4, 8]),
     rows=st.integers(1, 7),
     columns=st.integers(1, 41),
     seed=st.integers(0, 2**31),
 )
 def test_rows_of_any_length_with_one_scale_each(bits: int, rows: int, columns: int, seed: int) -> None:
-    scheme = PRESETS["W4A16" if bits == 4 else "W8A16"].with_group_size("channel")
+    scheme = PRESETS[f"W{bits}A16"].with_group_size("channel")
     codes, scales, zeros = made(scheme, rows, columns, torch.float32, seed)
     tensors = pack(scheme, codes, scales, zeros)
     assert {n: (DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in tensors.items()} == stored_tensors(
@@ -100,6 +104,29 @@ def test_int4_bytes() -> None:
     assert bytes(bytes_of(tensors["weight_packed"])).hex(" ") == "10 32 54 76 98 ba dc fe"
     assert bytes(bytes_of(tensors["weight_scale"])).hex(" ") == "00 3f"
     assert bytes(bytes_of(tensors["weight_shape"])).hex(" ") == "01 00 00 00 00 00 00 00 10 00 00 00 00 00 00 00"
+
+
+def test_int3_bytes() -> None:
+    """Three bits a code, lowest first, without gaps: -4 .. 3 are 0 .. 7, in octal 76543210."""
+    codes = torch.arange(-4, 4, dtype=torch.int8).repeat(4).reshape(1, 32)
+    packed = pack(PRESETS["W3A16"].with_group_size(32), codes, torch.ones(1, 1), None)["weight_packed"]
+    assert packed.shape == (1, 3)
+    assert bytes(bytes_of(packed)) == 4 * 0o76543210.to_bytes(3, "little")
+
+
+def test_int2_bytes() -> None:
+    codes = torch.tensor([-2, -1, 0, 1], dtype=torch.int8).repeat(8).reshape(1, 32)
+    packed = pack(PRESETS["W2A16"].with_group_size(32), codes, torch.ones(1, 1), None)["weight_packed"]
+    assert packed.shape == (1, 2)
+    assert bytes(bytes_of(packed)) == 8 * bytes([0b11100100])
+
+
+def test_blocks_store_one_scale_each() -> None:
+    scales = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    codes = torch.zeros(130, 256).to(torch.float8_e4m3fn)
+    tensors = pack(PRESETS["FP8_BLOCK"], codes, scales[torch.arange(130) // 128], None)
+    assert torch.equal(tensors["weight_scale"], scales)
+    assert tensors["weight"].dtype == torch.float8_e4m3fn
 
 
 def test_int8_bytes() -> None:

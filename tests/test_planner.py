@@ -17,7 +17,7 @@ from halfbyte.estimates import CalibrationWork
 from halfbyte.planner import WorkPlan, choose_recipe, make_plan, plan
 from halfbyte.recipe import Recipe
 from halfbyte.records import Plan, read_record, write_json
-from halfbyte.schemes import preset
+from halfbyte.schemes import PRESETS, preset
 
 Shapes = dict[str, tuple[int, ...]]
 BYTES = {"BF16": 2, "F32": 4, "I8": 1}
@@ -174,6 +174,11 @@ def test_a_70b_checkpoint_is_planned_from_its_headers(tmp_path: Path) -> None:
         ("W8A16", None, 8.125),
         ("W8A8", None, None),
         ("FP8_DYNAMIC", None, None),
+        ("W4A8", 64, 4.25),
+        ("W3A16", None, 3.125),
+        ("W2A16", 64, 2.25),
+        ("W2A16", "channel", None),
+        ("FP8_BLOCK", None, 8 + 16 / 128**2),
     ],
 )
 def test_bytes_of_every_scheme(scheme: str, group_size: Any, bits: float | None, tmp_path: Path) -> None:
@@ -186,17 +191,43 @@ def test_bytes_of_every_scheme(scheme: str, group_size: Any, bits: float | None,
             assert t.bytes_after == t.bytes_before
             continue
         rows, columns = t.shape
-        weight_bits = 4 if scheme.startswith("W4") else 8
-        width = columns if bits is None else {4.25: 64, 4.15625: 128, 8.125: 128}[bits]
+        weight_bits = int(scheme[1]) if scheme.startswith("W") else 8
+        widths = {4.25: 64, 4.15625: 128, 8.125: 128, 3.125: 128, 2.25: 64, 8 + 16 / 128**2: 128 * 128}
+        width = columns if bits is None else widths[bits]
         expected = rows * columns * weight_bits // 8 + 2 * rows * columns // width
         expected += rows // 2 * (columns // width) if scheme == "W4A16_ASYM" else 0
-        expected += 0 if scheme in ("W8A8", "FP8_DYNAMIC") else 16
+        expected += 0 if scheme in ("W8A8", "FP8_DYNAMIC", "FP8_BLOCK") else 16
         assert t.bytes_after == expected, t.name
         assert t.bits_per_weight == 8 * expected / (rows * columns)
         total += expected
     assert made.bits_per_weight == 8 * total / made.quantized_parameters
     if bits is not None:
-        assert made.bits_per_weight - 8 * 16 * 2 * LINEARS / made.quantized_parameters == pytest.approx(bits)
+        shapes = 0 if scheme == "FP8_BLOCK" else 16
+        assert made.bits_per_weight - 8 * shapes * 2 * LINEARS / made.quantized_parameters == pytest.approx(bits)
+
+
+def test_schemes_that_not_every_engine_loads_say_so(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "tiny", TINY, config(2, 256))
+    for scheme in PRESETS.values():
+        notes = plan(source, scheme=scheme.name).notes
+        assert ([n for n in notes if "vLLM" in n] == [scheme.note]) is (scheme.name in ("W3A16", "W2A16", "W4A8"))
+        assert any(scheme.name in n for n in notes) is bool(scheme.note)
+
+
+def test_blocks_that_engines_cannot_cut_are_refused_at_once(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", llama(2, 192, 512, 128, 320), config(2, 192))
+    made = plan(source, scheme="FP8_BLOCK")
+    assert len(made.problems) == 2 * 6  # down_proj alone fits: 512 columns
+    assert made.problems[0] == (
+        "model.layers.0.self_attn.q_proj: in_features 192 is not divisible by 128, the width of a block and of a group "
+        "of inputs. Use FP8_DYNAMIC, or skip it with --ignore."
+    )
+    narrow = write_checkpoint(tmp_path / "narrow", llama(2, 256, 512, 64, 320), config(2, 256))
+    made = plan(narrow, scheme="FP8_BLOCK")
+    assert [p.split(":")[0].rpartition(".")[2] for p in made.problems] == ["k_proj", "v_proj"] * 2
+    assert "out_features 64 is not divisible by 128" in made.problems[0]
+    kept = plan(narrow, scheme="FP8_BLOCK", ignore=["re:.*self_attn.[qkv]_proj"])
+    assert (kept.problems, kept.scheme) == ([], "FP8_BLOCK")
 
 
 def test_announced_outputs_add_up_to_the_plan(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from conftest import Models
 from halfbyte import pipeline, reference
 from halfbyte.checkpoint.layout import Layout, TensorSpec
 from halfbyte.kernels import gptq_reference
-from halfbyte.methods.scales import SHRINK
+from halfbyte.methods.scales import shares
 from halfbyte.records import CalibrationRecord, LinearRecord, Manifest, read_record
 from halfbyte.schemes import WeightFormat
 
@@ -40,6 +40,11 @@ SCHEMES = {
     "W8A16-g64": ("W8A16", 64),
     "W8A8": ("W8A8", None),
     "FP8_DYNAMIC": ("FP8_DYNAMIC", None),
+    "W4A8-g32": ("W4A8", 32),
+    "W3A16-g32": ("W3A16", 32),
+    "W3A16-channel": ("W3A16", "channel"),
+    "W2A16-g64": ("W2A16", 64),
+    "FP8_BLOCK": ("FP8_BLOCK", None),
 }
 LINEARS = 2 * 7
 
@@ -57,7 +62,9 @@ def quantized(
     def make(
         family: str, scheme: str, method: str | None = None, tied: bool | None = None, left_out: tuple[str, ...] = ()
     ) -> tuple[Path, Path]:
-        source = tiny_model(family) if tied is None else tiny_model(family, tied=tied)
+        options: dict[str, Any] = {} if tied is None else {"tied": tied}
+        options |= tiny.WIDE if scheme == "FP8_BLOCK" else {}
+        source = tiny_model(family, **options)
         folder = tmp_path_factory.mktemp("quantized")
         if left_out:
             run_without(left_out, source, folder / "out", text_file, scheme=scheme)
@@ -108,7 +115,7 @@ def test_every_family_and_scheme_verifies_and_reloads(
     # The same model, built here from the original's architecture and the reference decoder's weights, which
     # transformers rounds to the checkpoint's dtype.
     weights = {n: w.to(torch.bfloat16) for n, w in tiny.decoded(out).items()}
-    expected = tiny.load(source)
+    expected = tiny.load(source, dtype="auto").float()  # Gemma's embedding scale, too, is rounded to that dtype
     missing, unexpected = expected.load_state_dict(weights, strict=False)
     assert unexpected == []
     assert set(missing) <= {"lm_head.weight"}
@@ -124,7 +131,9 @@ def test_every_family_and_scheme_verifies_and_reloads(
     assert not torch.allclose(a, original, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("scheme", ["W4A16-g32", "W4A16-channel", "W4A16_ASYM-g32", "W8A16-g64", "W8A8"])
+@pytest.mark.parametrize(
+    "scheme", ["W4A16-g32", "W4A16-channel", "W4A16_ASYM-g32", "W8A16-g64", "W8A8", "W4A8-g32", "W2A16-g64"]
+)
 def test_round_to_nearest_verifies(scheme: str, quantized: Callable[..., tuple[Path, Path]]) -> None:
     source, out = quantized("qwen2", scheme, "rtn")
     assert halfbyte.verify(out, source=source, reload=True).passed
@@ -242,6 +251,20 @@ def test_the_config_of_quantised_activations(quantized: Callable[..., tuple[Path
             "observer": None,
             "observer_kwargs": {},
         }
+
+
+def test_blocks_on_disk(quantized: Callable[..., tuple[Path, Path]]) -> None:
+    source, out = quantized("llama", "FP8_BLOCK")
+    before, after = tiny.stored(source), tiny.stored(out)
+    for name in (n for n in before if n.endswith("_proj.weight")):
+        assert after[name].dtype == torch.float8_e4m3fn
+        assert after[name].shape == before[name].shape
+        scale = after[f"{name}_scale"]
+        assert scale.dtype == before[name].dtype
+        assert scale.shape == tuple(n // 128 for n in before[name].shape)
+    manifest = read_record(Manifest, out / "halfbyte.json")
+    assert {(r.scheme, r.group_size, r.method) for r in manifest.linears} == {("FP8_BLOCK", None, "rtn")}
+    assert {r.bits_per_weight for r in manifest.linears} == {8 + 16 / 128**2}
 
 
 def test_the_manifest_says_how_each_linear_went(tiny_model: Models, text_file: Path, tmp_path: Path) -> None:
@@ -374,12 +397,17 @@ def test_round_to_nearest_is_compressed_tensors_own(scheme: str, quantized: Call
     for name in (n for n in before if n.endswith("_proj.weight")):
         weight = before[name].float()
         grouped = weight.reshape(weight.shape[0], -1, args.group_size or weight.shape[1])
+        if args.block_structure:
+            rows, columns = (n // size for n, size in zip(weight.shape, args.block_structure, strict=True))
+            grouped = weight.reshape(rows, 128, columns, 128).transpose(1, 2).flatten(-2)
         scale, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args)
         scale = scale.to(before[name].dtype).float()
         if not args.symmetric:  # its zero point is reckoned from the scale before rounding; ours fits the stored one
             low = grouped.amin(-1).clamp(max=0)
             zero = (-8 - torch.round(low / scale)).clamp(-8, 7).to(zero.dtype)
         codes = library_quantize(weight, scale, zero, args).float()
+        if args.block_structure:
+            scale, zero = (t.repeat_interleave(128, dim=0) for t in (scale, zero))
         steps = codes - zero.float().repeat_interleave(weight.shape[1] // zero.shape[1], dim=1)
         wide = scale.repeat_interleave(weight.shape[1] // scale.shape[1], dim=1)
         differ = weights[name] != steps * wide
@@ -518,13 +546,26 @@ def assert_scales_are_searched(
         q = np.clip(np.rint(grouped / s[..., None]) + z[..., None], fmt.q_min, fmt.q_max)
         return (h * (grouped - (q - z[..., None]) * s[..., None]) ** 2).sum(-1)
 
-    grid = [candidates(w, fmt, dtype, float(share)) for share in SHRINK]
+    grid = [candidates(w, fmt, dtype, float(share)) for share in shares(fmt)]
     best = np.min([error(s, z) for s, z in grid], axis=0)
     assert (error(scales, zeros) <= best * (1 + 1e-3)).all()
     assert (np.abs(np.array([s for s, _ in grid]) - scales).min(0) == 0).all()
 
 
-@pytest.mark.parametrize("scheme", ["W4A16-g32", "W4A16-channel", "W4A16_ASYM-g32", "W8A16-g64", "W8A8"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "W4A16-g32",
+        "W4A16-channel",
+        "W4A16_ASYM-g32",
+        "W8A16-g64",
+        "W8A8",
+        "W4A8-g32",
+        "W3A16-g32",
+        "W3A16-channel",
+        "W2A16-g64",
+    ],
+)
 def test_gptq_codes_are_those_of_a_float64_derivation(
     scheme: str, quantized: Callable[..., tuple[Path, Path]], text_file: Path
 ) -> None:
@@ -538,7 +579,9 @@ def test_gptq_codes_in_every_family(family: str, quantized: Callable[..., tuple[
     check_codes(source, out, windows(source))
 
 
-@pytest.mark.parametrize("scheme", ["W4A16-g32", "W4A16-channel", "W4A16_ASYM-g32", "W8A16-g64", "W8A8"])
+@pytest.mark.parametrize(
+    "scheme", ["W4A16-g32", "W4A16-channel", "W4A16_ASYM-g32", "W8A16-g64", "W8A8", "W3A16-g32", "W2A16-g64"]
+)
 def test_refinement_lowers_every_error_of_the_first_block(
     scheme: str, quantized: Callable[..., tuple[Path, Path]]
 ) -> None:

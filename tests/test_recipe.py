@@ -164,11 +164,12 @@ WRONG_TOML = [
     (
         '\nscheme = "W4A61"',
         "r.toml, line 2: unknown scheme 'W4A61'. Did you mean 'W4A16'? "
-        "halfbyte writes W4A16, W4A16_ASYM, W8A16, W8A8, FP8_DYNAMIC.",
+        "halfbyte writes W4A16, W4A16_ASYM, W3A16, W2A16, W8A16, W8A8, W4A8, FP8_DYNAMIC, FP8_BLOCK.",
     ),
     (
         "ignore = ['lm_head']",
-        "r.toml, line 1: no scheme is given. Add scheme, one of W4A16, W4A16_ASYM, W8A16, W8A8, FP8_DYNAMIC.",
+        "r.toml, line 1: no scheme is given. Add scheme, one of "
+        "W4A16, W4A16_ASYM, W3A16, W2A16, W8A16, W8A8, W4A8, FP8_DYNAMIC, FP8_BLOCK.",
     ),
     (
         'scheme = "W4A16"\ngroup_size = 96',
@@ -417,6 +418,26 @@ def test_quantization_modifier_is_round_to_nearest(load: Any) -> None:
     assert load("QuantizationModifier: {scheme: W4A16}").method == "rtn"
 
 
+@pytest.mark.parametrize("name", ["W4A8", "W3A16", "W2A16", "FP8_BLOCK"])
+def test_schemes_that_not_every_engine_loads_are_read_by_name(load: Any, name: str) -> None:
+    recipe = load(f"QuantizationModifier: {{scheme: {name}, ignore: [lm_head]}}")
+    assert recipe.scheme_for(DOWN) == PRESETS[name]
+
+
+def test_block_structure_in_its_older_form(load: Any) -> None:
+    recipe = load(
+        """
+        QuantizationModifier:
+          config_groups:
+            group_0:
+              targets: [Linear]
+              weights: {num_bits: 8, type: float, strategy: block, block_structure: 128x128}
+              input_activations: {num_bits: 8, type: float, strategy: group, group_size: 128, dynamic: true}
+        """
+    )
+    assert recipe.scheme_for(DOWN) == PRESETS["FP8_BLOCK"]
+
+
 def test_scheme_as_a_mapping(load: Any) -> None:
     recipe = load("GPTQModifier: {scheme: {W4A16: ['re:.*mlp.*'], W8A8: 're:.*self_attn.*'}}")
     assert recipe.scheme_for(DOWN) == PRESETS["W4A16"]
@@ -461,9 +482,11 @@ def test_every_preset_of_compressed_tensors_is_recognised_by_its_fields(load: An
 
 
 WRITABLE = [PRESETS[n] for n in PRESETS] + [
-    PRESETS[n].with_group_size(size) for n in ("W4A16", "W4A16_ASYM", "W8A16") for size in (32, 64)
+    PRESETS[n].with_group_size(size)
+    for n in ("W4A16", "W4A16_ASYM", "W3A16", "W2A16", "W8A16", "W4A8")
+    for size in (32, 64)
 ]
-WRITABLE += [PRESETS[n].with_group_size("channel") for n in ("W4A16", "W8A16")]
+WRITABLE += [PRESETS[n].with_group_size("channel") for n in ("W4A16", "W3A16", "W2A16", "W8A16", "W4A8")]
 
 
 @pytest.mark.parametrize("scheme", WRITABLE, ids=[f"{s.name}-{s.weights.group_size}" for s in WRITABLE])
@@ -601,8 +624,8 @@ WRONG_LLMC = [
     ),
     (
         GROUP + "      weights:\n        num_bits: 8\n        strategy: tensor",
-        "recipe.yaml, line 7: weight strategy 'tensor' cannot be honoured (halfbyte writes one scale for a group or "
-        "for an output channel). Use strategy: group with group_size, or strategy: channel.",
+        "recipe.yaml, line 7: weight strategy 'tensor' cannot be honoured (halfbyte writes one scale for a "
+        "group, for an output channel or for a block). Use strategy: group with group_size, or strategy: channel.",
     ),
     (GROUP + "      weights: {num_bits: 8}", "recipe.yaml, line 5: weight strategy 'tensor' cannot be honoured"),
     (
@@ -610,9 +633,9 @@ WRONG_LLMC = [
         "recipe.yaml, line 5: group_size 256 is not supported by the engines. Use 32, 64, 128.",
     ),
     (
-        GROUP + "      weights: {num_bits: 3, strategy: channel}",
-        "recipe.yaml, line 5: no scheme of halfbyte has 3-bit symmetric int weights by channel with 16-bit inputs. "
-        "halfbyte writes W4A16, W4A16_ASYM, W8A16, W8A8, FP8_DYNAMIC.",
+        GROUP + "      weights: {num_bits: 5, strategy: channel}",
+        "recipe.yaml, line 5: no scheme of halfbyte has 5-bit symmetric int weights by channel with 16-bit inputs. "
+        "halfbyte writes W4A16, W4A16_ASYM, W3A16, W2A16, W8A16, W8A8, W4A8, FP8_DYNAMIC, FP8_BLOCK.",
     ),
     (
         GROUP + "      weights: {num_bits: 4, symmetric: false, strategy: channel}",
@@ -628,6 +651,35 @@ WRONG_LLMC = [
         GROUP + "      weights: {num_bits: 8, strategy: channel}\n"
         "      input_activations: {num_bits: 8, strategy: tensor, dynamic: true}",
         "recipe.yaml, line 6: input_activations strategy 'tensor' cannot be honoured (engines measure one scale",
+    ),
+    (
+        GROUP + "      weights: {num_bits: 8, strategy: channel}\n"
+        "      input_activations: {num_bits: 8, strategy: token, group_size: 128, dynamic: true}",
+        "recipe.yaml, line 6: input_activations strategy 'token' cannot be honoured (engines measure one scale for "
+        "each token, or for each group of its features).",
+    ),
+    (
+        GROUP + "      weights: {num_bits: 8, strategy: channel}\n"
+        "      input_activations: {num_bits: 8, strategy: group, group_size: 64, dynamic: true}",
+        "no scheme of halfbyte has 8-bit symmetric int weights by channel with 8-bit int by groups of 64 inputs",
+    ),
+    (
+        GROUP + "      weights: {num_bits: 8, type: float, strategy: block, block_structure: [64, 64]}\n"
+        "      input_activations: {num_bits: 8, type: float, strategy: group, group_size: 128, dynamic: true}",
+        "no scheme of halfbyte has 8-bit symmetric float weights by block with 8-bit float by groups of 128 inputs",
+    ),
+    (
+        GROUP + "      weights: {num_bits: 8, type: float, strategy: block}",
+        "recipe.yaml, line 5: strategy: block and block_structure go together",
+    ),
+    (
+        GROUP + "      weights: {num_bits: 8, type: float, strategy: block, block_structure: [128]}",
+        "recipe.yaml, line 5: block_structure must be two whole numbers. Use block_structure: [128, 128].",
+    ),
+    (
+        GROUP + "      weights: {num_bits: 4, strategy: group, group_size: 128}\n      format: int-quantized\n"
+        "      input_activations: {num_bits: 8, strategy: token, dynamic: true}",
+        "recipe.yaml, line 6: format 'int-quantized' cannot be honoured (W4A8 is pack-quantized).",
     ),
     (
         GROUP + "      weights: {num_bits: 8, strategy: channel}\n"

@@ -38,12 +38,25 @@ def test_words_hold_the_low_nibble_first() -> None:
     assert unpack(words, 4, 13).tolist() == [list(range(-8, 5))]
 
 
+def test_two_bits_to_a_code() -> None:
+    words = np.array([[0xE4E4E4E4, 0x0000001B]], dtype=np.uint32)
+    assert unpack(words, 2, 20).tolist() == [[-2, -1, 0, 1] * 4 + [1, 0, -1, -2]]
+
+
+def test_three_bits_to_a_code_across_words() -> None:
+    """0 .. 7 over and over, in octal 76543210: codes 10 and 21 begin in one word and end in the next."""
+    row = int("76543210" * 4, 8)
+    words = np.array([[row & 0xFFFFFFFF, row >> 32 & 0xFFFFFFFF, row >> 64]], dtype=np.uint32)
+    assert unpack(words, 3, 32).tolist() == [list(range(-4, 4)) * 4]
+    assert unpack(words[:, :2], 3, 21).tolist() == [(list(range(-4, 4)) * 3)[:21]]
+
+
 def test_words_hold_the_low_byte_first() -> None:
     words = np.array([[0x817F00FF]], dtype=np.uint32)
     assert unpack(words, 8, 4).tolist() == [[127, -128, -1, 1]]
 
 
-@pytest.mark.parametrize("num_bits", [4, 8])
+@pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("columns", [32, 40, 13])
 def test_unpacks_what_the_library_packs(num_bits: int, columns: int) -> None:
     generator = torch.Generator().manual_seed(columns)
@@ -94,6 +107,28 @@ def test_asymmetric_zero_points_are_packed_along_out(tmp_path: Path) -> None:
     assert np.array_equal(last.weight, weight[8:])
 
 
+@pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
+def test_zero_points_of_any_rows(tmp_path: Path, num_bits: int) -> None:
+    """Words of zero points span rows: those of a slice begin inside a word."""
+    generator = torch.Generator().manual_seed(num_bits)
+    low = -(2 ** (num_bits - 1))
+    codes = torch.randint(low, -low, (72, 64), generator=generator, dtype=torch.int8)
+    zeros = torch.randint(low, -low, (72, 2), generator=generator, dtype=torch.int8)
+    tensors = {
+        "weight_packed": pack_to_int32(codes, num_bits),
+        "weight_scale": torch.ones(72, 2),
+        "weight_shape": torch.tensor([72, 64]),
+        "weight_zero_point": pack_to_int32(zeros, num_bits, packed_dim=0).contiguous(),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    parts = {t.name: t for t in read_header(tmp_path / "a.safetensors").tensors}
+    fmt = WeightFormat(num_bits=num_bits, symmetric=False, group_size=32)
+    expected = (codes.float() - zeros.float().repeat_interleave(32, 1)).numpy()
+    assert np.array_equal(decode(parts, fmt), expected)
+    slices = [decode_rows(parts, fmt, r, r + 8).weight for r in range(0, 72, 8)]
+    assert np.array_equal(np.concatenate(slices), expected)
+
+
 def test_int8_rows_from_literal_bytes(tmp_path: Path) -> None:
     parts = write(
         tmp_path / "a.safetensors",
@@ -116,6 +151,21 @@ def test_float8_rows_from_literal_bytes(tmp_path: Path) -> None:
     assert decode(parts, PRESETS["FP8_DYNAMIC"].weights).tolist() == [[2.0, -2.0, 896.0, 2.0**-8, 2.0**-5]]
 
 
+def test_blocks_from_literal_bytes(tmp_path: Path) -> None:
+    """Blocks of 8 x 2, the last of 3 rows: scales 1, 2 above and 4, 8 below; codes are 1, the last row's 1.5."""
+    parts = write(
+        tmp_path / "a.safetensors",
+        {
+            "weight": ("F8_E4M3", [11, 4], bytes([0x38] * 40 + [0x3C] * 4)),
+            "weight_scale": ("BF16", [2, 2], struct.pack("<4H", 0x3F80, 0x4000, 0x4080, 0x4100)),
+        },
+    )
+    fmt = WeightFormat(num_bits=8, kind="float", block=(8, 2))
+    expected = [[1.0, 1.0, 2.0, 2.0]] * 8 + [[4.0, 4.0, 8.0, 8.0]] * 2 + [[6.0, 6.0, 12.0, 12.0]]
+    assert decode(parts, fmt).tolist() == expected
+    assert decode_rows(parts, fmt, 8, 16).weight.tolist() == expected[8:]
+
+
 def test_float_formats_agree_with_torch_bit_for_bit() -> None:
     bytes_ = torch.arange(256, dtype=torch.uint8)
     assert np.array_equal(E4M3, bytes_.view(torch.float8_e4m3fn).float().numpy(), equal_nan=True)
@@ -133,8 +183,13 @@ def test_float_formats_agree_with_torch_bit_for_bit() -> None:
         ("W4A16", "channel"),
         ("W4A16_ASYM", 64),
         ("W8A16", None),
+        ("W3A16", 32),
+        ("W3A16", "channel"),
+        ("W2A16", None),
         ("W8A8", None),
+        ("W4A8", 64),
         ("FP8_DYNAMIC", None),
+        ("FP8_BLOCK", None),
     ],
 )
 def test_decodes_what_the_library_compresses(tmp_path: Path, scheme: str, group_size: int | str | None) -> None:
@@ -149,7 +204,13 @@ def test_decodes_what_the_library_compresses(tmp_path: Path, scheme: str, group_
     stored = {t.name: t for t in read_header(folder / "model.safetensors").tensors}
     loaded = load_file(folder / "model.safetensors")
     w = library.weights
-    fmt = WeightFormat(num_bits=w.num_bits, kind=w.type, symmetric=w.symmetric, group_size=w.group_size)
+    fmt = WeightFormat(
+        num_bits=w.num_bits,
+        kind=w.type,
+        symmetric=w.symmetric,
+        group_size=w.group_size,
+        block=tuple(w.block_structure) if w.block_structure else None,
+    )
     for module in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
         parts = {n.removeprefix(module + "."): t for n, t in stored.items() if n.startswith(module + ".")}
         state = {n: loaded[f"{module}.{n}"] for n in parts}
@@ -168,8 +229,8 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
 
 
 def test_other_bit_widths_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="3 bits"):
-        unpack(np.zeros((1, 3), dtype=np.int32), 3, 32)
+    with pytest.raises(CheckpointError, match="5 bits"):
+        unpack(np.zeros((1, 5), dtype=np.int32), 5, 32)
 
 
 class TestHeader:

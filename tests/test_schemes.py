@@ -13,6 +13,7 @@ from halfbyte.schemes import (
     ALIASES,
     PRESETS,
     WeightFormat,
+    block_problem,
     config_group,
     group_size_problem,
     packed_columns,
@@ -88,6 +89,33 @@ def test_w8a8_config_in_full() -> None:
     }
 
 
+def test_fp8_block_config_in_full() -> None:
+    group = config_group(PRESETS["FP8_BLOCK"], ["Linear"])
+    assert group["format"] == "float-quantized"
+    assert group["weights"] == {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "group_size": None,
+        "strategy": "block",
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": [128, 128],
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+    inputs = group["input_activations"]
+    assert (inputs["num_bits"], inputs["type"], inputs["strategy"], inputs["group_size"]) == (8, "float", "group", 128)
+    assert (inputs["dynamic"], inputs["symmetric"], inputs["block_structure"]) == (True, True, None)
+
+
+def test_w4a8_is_w4a16_with_the_inputs_of_w8a8() -> None:
+    group = config_group(PRESETS["W4A8"], ["Linear"])
+    assert group["weights"] == config_group(PRESETS["W4A16"], ["Linear"])["weights"]
+    assert group["input_activations"] == config_group(PRESETS["W8A8"], ["Linear"])["input_activations"]
+    assert group["format"] == "pack-quantized"
+
+
 def test_two_storage_formats_make_a_mixed_config() -> None:
     config = quantization_config([(PRESETS["W4A16"], ["re:.*mlp.*"]), (PRESETS["W8A8"], ["Linear"])], [])
     assert config["format"] == "mixed-precision"
@@ -108,6 +136,9 @@ def test_two_storage_formats_make_a_mixed_config() -> None:
         (WeightFormat(num_bits=8, group_size=128), 1024, 8.125),
         (WeightFormat(num_bits=8), 1024, 8 + 1 / 64),
         (WeightFormat(num_bits=4), 512, 4 + 1 / 32),
+        (WeightFormat(num_bits=3, group_size=128), 4096, 3.125),
+        (WeightFormat(num_bits=2, group_size=64), 4096, 2.25),
+        (WeightFormat(num_bits=8, kind="float", block=(128, 128)), 256, 8 + 16 / 128**2),
     ],
 )
 def test_bits_per_weight(fmt: WeightFormat, in_features: int, bits: float) -> None:
@@ -118,13 +149,34 @@ def test_bits_per_weight_with_float32_scales() -> None:
     assert WeightFormat(num_bits=4, group_size=128).bits_per_weight(4096, scale_bits=32) == 4.25
 
 
-@pytest.mark.parametrize(("bits", "low", "high"), [(4, -8, 7), (8, -128, 127)])
+def test_a_block_cut_short_costs_a_whole_scale() -> None:
+    fmt = WeightFormat(num_bits=8, kind="float", block=(128, 128))
+    assert fmt.scale_shape(130, 384) == (2, 3)
+    assert fmt.bits_per_weight(384, 130) == 8 + 16 * 6 / (130 * 384)
+    assert (fmt.strategy, fmt.groups(384), fmt.fits(384), fmt.fits(300)) == ("block", 3, True, False)
+
+
+@pytest.mark.parametrize(("bits", "low", "high"), [(2, -2, 1), (3, -4, 3), (4, -8, 7), (8, -128, 127)])
 def test_code_range(bits: int, low: int, high: int) -> None:
     fmt = WeightFormat(num_bits=bits)
     assert (fmt.q_min, fmt.q_max) == (low, high)
 
 
-@pytest.mark.parametrize(("columns", "bits", "words"), [(16, 4, 2), (17, 4, 3), (1, 4, 1), (4, 8, 1), (5, 8, 2)])
+@pytest.mark.parametrize(
+    ("columns", "bits", "words"),
+    [
+        (16, 4, 2),
+        (17, 4, 3),
+        (1, 4, 1),
+        (4, 8, 1),
+        (5, 8, 2),
+        (128, 3, 12),
+        (11, 3, 2),
+        (10, 3, 1),
+        (32, 2, 2),
+        (33, 2, 3),
+    ],
+)
 def test_packed_columns(columns: int, bits: int, words: int) -> None:
     assert packed_columns(columns, bits) == words
 
@@ -164,6 +216,12 @@ REFUSED: list[tuple[str, Any, str]] = [
         "Leave --group-size out, or choose W4A16 or W8A16.",
     ),
     (
+        "FP8_BLOCK",
+        "channel",
+        "--group-size channel: scheme FP8_BLOCK has one scale for each block of 128 x 128 and takes no group size. "
+        "Leave --group-size out, or choose W4A16 or W8A16.",
+    ),
+    (
         "W4A16_ASYM",
         "channel",
         "--group-size channel: scheme W4A16_ASYM is asymmetric, and asymmetric weights are stored in groups. "
@@ -191,9 +249,10 @@ def test_refused_group_sizes(name: str, size: Any, words: str) -> None:
 
 def test_unknown_scheme() -> None:
     with pytest.raises(UsageError) as caught:
-        preset("W3A16")
+        preset("W5A16")
     assert str(caught.value) == (
-        "--scheme: unknown scheme 'W3A16'. Use one of W4A16, W4A16_ASYM, W8A16, W8A8, FP8_DYNAMIC."
+        "--scheme: unknown scheme 'W5A16'. Use one of "
+        "W4A16, W4A16_ASYM, W3A16, W2A16, W8A16, W8A8, W4A8, FP8_DYNAMIC, FP8_BLOCK."
     )
 
 
@@ -219,3 +278,26 @@ def test_indivisible_group_size(in_features: int, size: int, words: str) -> None
     assert group_size_problem(in_features, size) == words
     assert not WeightFormat(num_bits=4, group_size=size).fits(in_features)
     assert str(UsageError(words, where="model.layers.0.mlp.down_proj")) == f"model.layers.0.mlp.down_proj: {words}"
+
+
+@pytest.mark.parametrize(
+    ("shape", "fused", "words"),
+    [
+        (
+            (512, 576),
+            False,
+            "in_features 576 is not divisible by 128, the width of a block and of a group of inputs. "
+            "Use FP8_DYNAMIC, or skip it with --ignore.",
+        ),
+        (
+            (192, 512),
+            True,
+            "out_features 192 is not divisible by 128, the height of a block, and vLLM fuses this weight with its "
+            "neighbours. Use FP8_DYNAMIC, or skip it with --ignore.",
+        ),
+        ((192, 512), False, None),
+        ((256, 512), True, None),
+    ],
+)
+def test_weights_that_do_not_divide_into_blocks(shape: tuple[int, int], fused: bool, words: str | None) -> None:
+    assert block_problem(shape, (128, 128), fused=fused) == words

@@ -148,6 +148,20 @@ def test_outliers_move_into_the_weights(family: str, offset: float, text_file: P
     assert kl[0] < kl[1]
 
 
+def test_w4a8_is_smoothed_where_rounding_in_groups_gains_by_it(text_file: Path, tmp_path: Path) -> None:
+    source = with_outliers(tmp_path / "source", "llama")
+    runs = {}
+    for name, smoothing in (("smooth", True), ("plain", False)):
+        recipe = tmp_path / f"{name}.json"
+        recipe.write_text(json.dumps({"scheme": "W4A8", "group_size": 32, "gptq": {"smoothing": smoothing}}))
+        settings: dict[str, Any] = {"calibration": f"text:{text_file}", "samples": 6, "seq_len": 40, "device": "cpu"}
+        manifest = halfbyte.quantize(source, tmp_path / name, recipe=recipe, **settings)
+        assert bool(manifest.smoothing) is smoothing
+        assert halfbyte.verify(tmp_path / name, source=source).passed
+        runs[name] = halfbyte.compare(source, tmp_path / name, text=text_file, tokens=200, window=40).metrics["kl_mean"]
+    assert runs["smooth"] < runs["plain"]
+
+
 def test_a_norm_changed_behind_the_manifests_back_is_found(text_file: Path, tmp_path: Path) -> None:
     source = with_outliers(tmp_path / "source", "llama")
     manifest = quantize(source, tmp_path / "out", text_file)

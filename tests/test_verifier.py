@@ -18,10 +18,12 @@ from attacks.checkpoints import Pair, Shard, build, edit_config
 from halfbyte.cli.verify import command
 from halfbyte.errors import CheckpointError, GateFailed
 from halfbyte.records import MANIFEST_NAME, VERIFY_NAME, Check, Manifest, VerifyRecord, read_record, write_json
+from halfbyte.schemes import PRESETS
 from halfbyte.verifier import verify
 from halfbyte.verifier_reload import available_bytes
 
 Q0 = "model.layers.0.self_attn.q_proj"
+GATE0 = "model.layers.0.mlp.gate_proj"
 NORM = "model.norm.weight"
 
 
@@ -56,6 +58,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
         "asym": build(root / "asym", "W4A16_ASYM", group_size=32),
         "w8a8": build(root / "w8a8", "W8A8"),
         "fp8": build(root / "fp8", "FP8_DYNAMIC"),
+        "block": build(root / "block", "FP8_BLOCK"),
+        "w3": build(root / "w3", "W3A16", group_size=64),
         "sharded": build(root / "sharded", "W4A16", shards=3),
     }
     for pair in pairs.values():
@@ -81,6 +85,10 @@ def pair(made: dict[str, Pair], tmp_path: Path) -> Callable[[str], Pair]:
         ("W8A16", None, 1, False),
         ("W8A8", None, 1, False),
         ("FP8_DYNAMIC", None, 1, True),
+        ("W4A8", None, 1, False),
+        ("W3A16", 64, 1, False),
+        ("W2A16", "channel", 1, True),
+        ("FP8_BLOCK", None, 2, False),
     ],
 )
 def test_a_sound_checkpoint_passes_every_check(
@@ -92,7 +100,7 @@ def test_a_sound_checkpoint_passes_every_check(
     assert {c.name: (c.status, c.problems) for c in record.checks if c.status != "passed"} == {}
     names = [c.name for c in record.checks]
     assert names[:8] == ["files", "headers", "config", "linears", "scales", "codes", "copies", "error"]
-    with_activations = ["activations"] if scheme in ("W8A8", "FP8_DYNAMIC") else []
+    with_activations = ["activations"] if PRESETS[scheme].activations else []
     assert names[8:] == ["reload", "weights", "logits", *with_activations]
     assert record.passed
     assert read_record(VerifyRecord, pair.quantized / VERIFY_NAME) == record
@@ -187,6 +195,13 @@ def _wrong_group_size(folder: Path) -> None:
     edit_config(folder, lambda c: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(group_size=32))
 
 
+def _other_blocks(folder: Path) -> None:
+    edit_config(
+        folder,
+        lambda c: c["quantization_config"]["config_groups"]["group_0"]["weights"].update(block_structure=[128, 96]),
+    )
+
+
 def _swap_rows(folder: Path) -> None:
     _set("weight_packed", lambda t: t.flip(0))(folder)
 
@@ -255,6 +270,27 @@ def _dense_tensor(folder: Path) -> None:
         ("w8a8", _set("weight", lambda t: t.to(torch.int32)), "linears", Q0),
         ("w8a8", _set("weight_scale", _with(float("nan"))), "scales", f"{Q0}.weight_scale"),
         ("fp8", _set("weight", _with(float("nan"))), "codes", f"{Q0}.weight holds NaN codes"),
+        ("block", _set("weight_scale", lambda t: t * 8), "error", f"{Q0} has relative error"),
+        (
+            "block",
+            _set("weight_scale", _with(float("nan"), 1), GATE0),
+            "scales",
+            f"{GATE0}.weight_scale: 1 of 2 scales",
+        ),
+        (
+            "block",
+            _set("weight_scale", lambda t: t.repeat_interleave(128, 0), GATE0),
+            "linears",
+            f"{GATE0}.weight_scale has shape [256, 1], not [2, 1]",
+        ),
+        ("block", _other_blocks, "linears", f"{Q0}: 128 input features do not divide into blocks of 128 x 96"),
+        (
+            "w3",
+            _set("weight_packed", lambda t: torch.cat([t, t[:, :1]], 1)),
+            "linears",
+            f"{Q0}.weight_packed has shape [128, 13], not [128, 12]",  # ten codes to a word, as older libraries packed
+        ),
+        ("w3", _swap_rows, "error", f"{Q0} has relative error"),
     ],
 )
 def test_a_spoilt_checkpoint_fails_and_names_the_culprit(
@@ -469,14 +505,14 @@ def test_other_tools_scales_may_have_another_float_dtype(pair: Callable[[str], P
 def test_formats_beyond_the_decoder_are_skipped_not_failed(pair: Callable[[str], Pair]) -> None:
     p = pair("w4")
 
-    def three_bits(config: dict) -> None:  # type: ignore[type-arg]
-        config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 3
+    def five_bits(config: dict) -> None:  # type: ignore[type-arg]
+        config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 5
 
-    edit_config(p.quantized, three_bits)
+    edit_config(p.quantized, five_bits)
     record = verify(p.quantized, reload=True)
     for name in ("linears", "scales", "codes", "reload"):
         assert outcome(record, name).status == "skipped"
-    assert "packed int3" in outcome(record, "linears").detail
+    assert "packed int5" in outcome(record, "linears").detail
 
 
 def test_a_private_file_does_not_keep_the_rest_from_being_checked(pair: Callable[[str], Pair]) -> None:

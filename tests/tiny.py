@@ -64,6 +64,10 @@ COMMON: dict[str, Any] = {
 }
 
 
+# Sizes of which blocks of 128 x 128 can be cut, also where engines fuse.
+WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4, "head_dim": 32}
+
+
 @dataclass(frozen=True)
 class Family:
     """A configuration class and what it is given besides :data:`COMMON`; ``tied`` is the usual state of its head."""
@@ -197,4 +201,10 @@ def covers(target: str, module: str) -> bool:
 def format_of(group: dict[str, Any]) -> WeightFormat:
     """The weight format of a ``config_groups`` entry."""
     w = group["weights"]
-    return WeightFormat(num_bits=w["num_bits"], kind=w["type"], symmetric=w["symmetric"], group_size=w["group_size"])
+    return WeightFormat(
+        num_bits=w["num_bits"],
+        kind=w["type"],
+        symmetric=w["symmetric"],
+        group_size=w["group_size"],
+        block=tuple(w["block_structure"]) if w["block_structure"] else None,
+    )

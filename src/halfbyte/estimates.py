@@ -25,7 +25,7 @@ from halfbyte.architectures import FUSED
 from halfbyte.calibration import TOKENS_PER_BATCH, available_memory_bytes, self_writing_bytes
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint
 from halfbyte.methods.gptq import DOUBLE_LIMIT
-from halfbyte.methods.scales import CANDIDATES_PER_CALL, SHRINK
+from halfbyte.methods.scales import CANDIDATES_PER_CALL, SHRINK_FEW_BITS
 from halfbyte.methods.tuning import TuningOptions
 from halfbyte.records import Estimate, TensorPlan
 
@@ -189,7 +189,7 @@ def _block_moments(
         }
         square = float(s.width**2)
         factoring = (16.0 if s.width <= DOUBLE_LIMIT else 10.0) * square
-        candidates = 28.0 * min(CANDIDATES_PER_CALL, s.scales * len(SHRINK))
+        candidates = 28.0 * min(CANDIDATES_PER_CALL, s.scales * len(SHRINK_FEW_BITS))
         observed = {
             f"second moment of width {s.width}, float32": 4.0 * square,
             "activations of one batch": 4.0 * batch * (2 * widest_output + s.width + 4 * hidden),

@@ -136,7 +136,7 @@ def _packed(
     if len(codes.shape) < 2 or not codes.numel:
         return _unknown(codes)
     groups = 1 if scale is None or not scale.shape else scale.shape[-1]
-    in_features = codes.shape[-1] * (8 * element_bytes(codes.dtype) // bits)
+    in_features = codes.shape[-1] * 8 * element_bytes(codes.dtype) // bits
     if shape is not None and shape.numel and (checkpoint.path / shape.file).exists():
         in_features = int(checkpoint.read(shape.name).reshape(-1)[-1])
     elif size and size > 0 and groups > 1:

@@ -27,8 +27,7 @@ def stored_tensors(scheme: Scheme, shape: tuple[int, int], scale_dtype: str) -> 
     """
     out_features, in_features = shape
     w = scheme.weights
-    groups = w.groups(in_features)
-    scales = (scale_dtype, (out_features, groups))
+    scales = (scale_dtype, w.scale_shape(out_features, in_features))
     if scheme.storage == "int-quantized":
         return {"weight": ("I8", shape), "weight_scale": scales}
     if scheme.storage == "float-quantized":
@@ -39,7 +38,7 @@ def stored_tensors(scheme: Scheme, shape: tuple[int, int], scale_dtype: str) -> 
         "weight_shape": ("I64", (2,)),
     }
     if not w.symmetric:
-        stored["weight_zero_point"] = ("I32", (packed_columns(out_features, w.num_bits), groups))
+        stored["weight_zero_point"] = ("I32", (packed_columns(out_features, w.num_bits), w.groups(in_features)))
     return stored
 
 
@@ -51,11 +50,13 @@ def pack(
     Args:
         scheme: the scheme.
         codes: ``[out, in]`` int8 in ``q_min..q_max``, or float8_e4m3fn for float formats.
-        scales: ``[out, groups]`` in the dtype to be stored.
+        scales: ``[out, groups]`` in the dtype to be stored; of a block's rows, which have one scale, the first counts.
         zero_points: ``[out, groups]`` int8 for asymmetric formats, else ``None``.
     """
     from compressed_tensors.compressors import pack_to_int32
 
+    if scheme.weights.block is not None:
+        scales = scales[:: scheme.weights.block[0]]
     if scheme.storage in ("int-quantized", "float-quantized"):
         return {"weight": codes.contiguous(), "weight_scale": scales.contiguous()}
     bits = scheme.weights.num_bits
@@ -72,12 +73,15 @@ def pack(
 def unpack(
     weights: WeightFormat, stored: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Inverse of :func:`pack`: codes, scales, zero points. ``weights`` gives bits and symmetry."""
+    """Inverse of :func:`pack`: codes, scales ``[out, groups]``, zero points. ``weights`` is their format."""
     from compressed_tensors.compressors import unpack_from_int32
 
     scales = stored["weight_scale"]
     if "weight_packed" not in stored:
-        return stored["weight"], scales, None
+        codes = stored["weight"]
+        if weights.block is not None:
+            scales = scales.repeat_interleave(weights.block[0], dim=0)[: codes.shape[0]]
+        return codes, scales, None
     shape = torch.Size(stored["weight_shape"].tolist())
     codes = unpack_from_int32(stored["weight_packed"], weights.num_bits, shape)
     zero_points = None

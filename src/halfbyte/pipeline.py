@@ -511,7 +511,9 @@ class Job:
                 scheme=scheme.name,
                 group_size=scheme.weights.group_size,
                 method="gptq",
-                bits_per_weight=scheme.weights.bits_per_weight(weight.shape[1], scale_bits=8 * dtype.itemsize),
+                bits_per_weight=scheme.weights.bits_per_weight(
+                    weight.shape[1], weight.shape[0], scale_bits=8 * dtype.itemsize
+                ),
                 relative_error=result.relative_error,
                 damp_fraction=factor.damp_fraction,
                 damp_raises=factor.raises,
@@ -529,7 +531,7 @@ class Job:
         if not bool(torch.isfinite(weight).all()):
             raise not_finite(f"{name}.weight")
         result = quantize_rtn(weight, scheme.weights, stored.dtype)
-        bits = scheme.weights.bits_per_weight(weight.shape[1], scale_bits=8 * stored.dtype.itemsize)
+        bits = scheme.weights.bits_per_weight(weight.shape[1], weight.shape[0], scale_bits=8 * stored.dtype.itemsize)
         return (
             LinearRecord(
                 name=name,

@@ -22,7 +22,7 @@ from halfbyte.estimates import CalibrationWork, estimate, settle_offload
 from halfbyte.packing import stored_tensors
 from halfbyte.recipe import EFFORTS, Effort, Recipe, load_recipe
 from halfbyte.records import Plan, TensorPlan
-from halfbyte.schemes import Scheme, group_size_problem, preset
+from halfbyte.schemes import PRESETS, Scheme, block_problem, group_size_problem, preset
 
 GroupSize = int | Literal["channel"] | None
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
@@ -224,6 +224,7 @@ def make_plan(
                 bits_per_weight=8 * after / info.numel,
             )
         )
+    notes += dict.fromkeys(s.note for s in schemes.values() if s.note)
     problems += _pattern_problems(blocks, recipe)
     if blocks.num_blocks and not schemes and not problems:
         problems.append(
@@ -288,6 +289,11 @@ def _linear_problem(info: TensorInfo, module: str, scheme: Scheme) -> HalfbyteEr
     size = scheme.weights.group_size
     if size is not None and not scheme.weights.fits(info.shape[1]):
         return UsageError(group_size_problem(info.shape[1], size), where=module)
+    block = scheme.weights.block
+    if block is not None:
+        leaf = module.rpartition(".")[2]
+        reason = block_problem(info.shape, block, fused=any(leaf in members for members in FUSED))
+        return None if reason is None else UsageError(reason, where=module)
     if not scheme.weights.symmetric and info.shape[0] % (32 // scheme.weights.num_bits):
         return UsageError(
             f"out_features {info.shape[0]} is not divisible by 8, which packed zero points need",
@@ -392,7 +398,10 @@ def _summary(
 
 
 def _scheme_label(t: TensorPlan) -> str:
-    return f"{t.scheme} g{t.group_size}" if t.group_size else f"{t.scheme} per channel"
+    if t.group_size:
+        return f"{t.scheme} g{t.group_size}"
+    blocks = t.scheme in PRESETS and PRESETS[t.scheme].weights.block is not None
+    return str(t.scheme) if blocks else f"{t.scheme} per channel"
 
 
 def _numel(t: TensorPlan) -> int:

@@ -4,9 +4,9 @@ Written from the description of the formats alone, with numpy and nothing of the
 checkpoints elsewhere in halfbyte (import-linter keeps it so), so that a slip there cannot hide here. It has its own
 safetensors header parser, its own bfloat16 and float8 decoding and its own unpacking.
 
-Covers compressed-tensors ``pack-quantized`` (4 and 8 bits, symmetric and asymmetric, groups or channels),
-``int-quantized`` and ``float-quantized`` (e4m3) with one scale a row or for the whole tensor. Does not cover 3, 5, 6
-and 7 bits (their packing differs between library versions), blocks, NVFP4 and MXFP4.
+Covers compressed-tensors ``pack-quantized`` (2, 3, 4 and 8 bits, symmetric and asymmetric, groups or channels),
+``int-quantized`` and ``float-quantized`` (e4m3) with one scale a row, a group, a block or for the whole tensor. Does
+not cover 5, 6 and 7 bits, 3 bits as library versions before 0.19 packed them (ten to a word), NVFP4 and MXFP4.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 
 MAX_HEADER_BYTES = 100_000_000
+PACKED_BITS = (2, 3, 4, 8)
 
 # safetensors dtype -> numpy dtype of the stored bits; bfloat16 and float8 have none of their own
 STORED: dict[str, str] = {
@@ -196,21 +197,26 @@ def to_float32(bits: npt.NDArray[Any], dtype: str) -> Float32:
 def unpack(words: npt.NDArray[Any], num_bits: int, count: int) -> Int32:
     """Signed codes of packed int32 words.
 
-    Element ``j`` of word ``c`` is bits ``b j .. b j + b - 1``, stored as ``q + 2**(b-1)``, and is element
-    ``(32/b) c + j`` of its row.
+    The words of a row are one string of bits, the lowest bit of the first word first; element ``i`` is its bits
+    ``b i .. b i + b - 1``, stored as ``q + 2**(b-1)``. Codes of 3 bits may lie across two words.
 
     Args:
         words: int32 ``[rows, words]``.
-        num_bits: 4 or 8.
+        num_bits: 2, 3, 4 or 8.
         count: codes in a row; the rest of the last word is padding.
 
     Returns:
         int32 ``[rows, count]``.
     """
-    if num_bits not in (4, 8):
-        raise CheckpointError(f"codes of {num_bits} bits are not packed alike by all library versions")
-    per_word = 32 // num_bits
+    if num_bits not in PACKED_BITS:
+        raise CheckpointError(f"packed codes of {num_bits} bits are not known here")
     unsigned = words.astype("<i4").view("<u4")
+    if 32 % num_bits:
+        octets = np.ascontiguousarray(unsigned).view(np.uint8)
+        bits = np.unpackbits(octets, axis=1, count=count * num_bits, bitorder="little")
+        weights = np.int32(1) << np.arange(num_bits, dtype=np.int32)
+        return bits.reshape(bits.shape[0], count, num_bits) @ weights - np.int32(1 << (num_bits - 1))
+    per_word = 32 // num_bits
     codes = np.empty((*unsigned.shape, per_word), dtype=np.int32)
     for j in range(per_word):
         codes[..., j] = (unsigned >> np.uint32(j * num_bits)) & np.uint32((1 << num_bits) - 1)
@@ -267,27 +273,33 @@ def _decode_rows(parts: Mapping[str, StoredTensor], fmt: WeightFormat, start: in
         codes = to_float32(bits, parts["weight"].dtype) if fmt.kind == "float" else bits.astype(np.int32)
     stop = min(stop, out_features)
     scale = parts["weight_scale"]
+    width = None
     if scale.numel == 1:
         scales = np.broadcast_to(to_float32(scale.rows(), scale.dtype).reshape(1, 1), (stop - start, 1))
+    elif fmt.block is not None:
+        height, width = fmt.block
+        first = start // height
+        of_blocks = to_float32(scale.rows(first, -(-stop // height)), scale.dtype)
+        scales = of_blocks[np.arange(start, stop) // height - first]
     else:
         scales = to_float32(scale.rows(start, stop), scale.dtype).reshape(stop - start, -1)
     zeros: Int32 | None = None
     if not fmt.symmetric:
         stored = parts["weight_zero_point"]
         if packed:
-            per_word = 32 // fmt.num_bits
-            words = stored.rows(start // per_word, -(-stop // per_word))
-            zeros = unpack(np.ascontiguousarray(words.T), fmt.num_bits, stop - start).T
+            before = start - start % 32  # 32 codes fill whole words, whatever their bits
+            words = stored.rows(before * fmt.num_bits // 32, -(-stop * fmt.num_bits // 32))
+            zeros = unpack(np.ascontiguousarray(words.T), fmt.num_bits, stop - before).T[start - before :]
         else:
             zeros = stored.rows(start, stop).astype(np.int32).reshape(stop - start, -1)
     shifted = codes if zeros is None else codes - _spread(zeros, in_features)
-    weight = shifted.astype(np.float32) * _spread(scales, in_features)
+    weight = shifted.astype(np.float32) * _spread(scales, in_features, width)
     return Decoded(codes=codes, scales=scales, zero_points=zeros, weight=weight)
 
 
-def _spread(per_group: npt.NDArray[Any], in_features: int) -> npt.NDArray[Any]:
-    """``[rows, groups]`` -> ``[rows, in]``, each value repeated over the consecutive features of its group."""
-    return np.repeat(per_group, in_features // per_group.shape[1], axis=1)
+def _spread(per_group: npt.NDArray[Any], in_features: int, width: int | None = None) -> npt.NDArray[Any]:
+    """``[rows, groups]`` -> ``[rows, in]``, each value repeated over the ``width`` features of its group."""
+    return np.repeat(per_group, width or in_features // per_group.shape[1], axis=1)[:, :in_features]
 
 
 def decode(parts: Mapping[str, StoredTensor], fmt: WeightFormat) -> Float32:

@@ -16,7 +16,7 @@ import pydantic
 from compressed_tensors.quantization import QuantizationConfig
 
 from halfbyte.errors import CheckpointError
-from halfbyte.reference import FLOATS, StoredTensor
+from halfbyte.reference import FLOATS, PACKED_BITS, StoredTensor
 from halfbyte.schemes import WeightFormat
 
 Storage = Literal["packed", "plain"]
@@ -107,9 +107,9 @@ def _group(name: str, scheme: Any, overall: str) -> Group:
         )
     if layout not in ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"):
         reason = f"format {layout}"
-    elif args.strategy not in ("group", "channel", "tensor"):
+    elif args.strategy not in ("group", "channel", "tensor", "block") or (storage == "packed" and args.block_structure):
         reason = f"strategy {args.strategy}"
-    elif storage == "packed" and (args.type != "int" or args.num_bits not in (4, 8)):
+    elif storage == "packed" and (args.type != "int" or args.num_bits not in PACKED_BITS):
         reason = f"packed {args.type}{args.num_bits}"
     elif storage == "plain" and (args.num_bits > 8 or (args.type == "float" and args.num_bits != 8)):
         reason = f"{args.type}{args.num_bits}"
@@ -118,6 +118,7 @@ def _group(name: str, scheme: Any, overall: str) -> Group:
         kind="float" if args.type == "float" else "int",
         symmetric=args.symmetric,
         group_size=args.group_size if args.strategy == "group" else None,
+        block=None if args.block_structure is None else (args.block_structure[0], args.block_structure[1]),
     )
     return Group(
         name=name,
@@ -213,6 +214,14 @@ def config_problems(
     return problems
 
 
+def _scale_shape(fmt: WeightFormat, out_features: int, in_features: int) -> tuple[int, int]:
+    """``[out, groups]``; of blocks ``[ceil(out / rows), in / columns]``. Not the planner's own word for it."""
+    if fmt.block is None:
+        return out_features, fmt.groups(in_features)
+    height, width = fmt.block
+    return -(-out_features // height), in_features // width
+
+
 def module_problems(
     module: QuantizedModule, *, model_dtype: str | None, expected_shape: tuple[int, ...] | None
 ) -> list[str]:
@@ -252,20 +261,21 @@ def module_problems(
         out_features, in_features = (int(n) for n in stated.rows())
         if min(out_features, in_features) < 1:
             return [*problems, f"{stated.name} holds {[out_features, in_features]}, not a shape"]
-        per_word = 32 // fmt.num_bits
-        check("weight_packed", ("I32",), (out_features, -(-in_features // per_word)))
+        check("weight_packed", ("I32",), (out_features, -(-in_features * fmt.num_bits // 32)))
     else:
         out_features, in_features = body.shape
         check("weight", ("F8_E4M3",) if fmt.kind == "float" else ("I8",), body.shape)
     if expected_shape is not None and (out_features, in_features) != expected_shape:
         problems.append(f"{name} is stored as {[out_features, in_features]}, the model has {list(expected_shape)}")
     if not fmt.fits(in_features):
-        return [*problems, f"{name}: {in_features} input features do not divide into groups of {fmt.group_size}"]
-    groups = fmt.groups(in_features)
-    shapes = ((1,), (), (1, 1)) if module.group.strategy == "tensor" else ((out_features, groups),)
+        unit = f"groups of {fmt.group_size}" if fmt.block is None else f"blocks of {fmt.block[0]} x {fmt.block[1]}"
+        return [*problems, f"{name}: {in_features} input features do not divide into {unit}"]
+    shapes = (
+        ((1,), (), (1, 1)) if module.group.strategy == "tensor" else (_scale_shape(fmt, out_features, in_features),)
+    )
     check("weight_scale", (model_dtype,) if model_dtype else FLOATS, *shapes)
     if not fmt.symmetric and packed:
-        check("weight_zero_point", ("I32",), (-(-out_features // per_word), groups))
+        check("weight_zero_point", ("I32",), (-(-out_features * fmt.num_bits // 32), fmt.groups(in_features)))
     elif not fmt.symmetric:
         check("weight_zero_point", ("I8",), *shapes)
     return problems

@@ -12,9 +12,9 @@ decoded by compressed-tensors at the first forward; compressed-tensors 0.20 cann
 
 Activations are quantised by the engine at run time and nothing about it is stored, so ``logits`` compares both models
 without it. Where a scheme quantises activations, ``activations`` then loads the checkpoint compressed, lets
-transformers quantise them (token by token, s = 2 max|x| / (q_max - q_min), i.e. max|x| / 127.5 for 8-bit integers) and
-compares with the reference model under the same formula, written here once more. vLLM divides by 127 instead; that is
-not compared.
+transformers quantise them (by token, or by group of its features, s = 2 max|x| / (q_max - q_min), i.e. max|x| / 127.5
+for 8-bit integers) and compares with the reference model under the same formula, written here once more. vLLM divides
+by 127 instead; that is not compared.
 
 The first model is reduced to hashes and logits before the second is built, so the peak is about twice the dense size.
 """
@@ -301,11 +301,10 @@ def _activations_check(folder: Path, reference: Any, tokens: Sequence[torch.Tens
         if scheme is None or scheme.input_activations is None:
             continue
         args = scheme.input_activations
-        if args.strategy != "token" or not args.dynamic or not args.symmetric or args.num_bits != 8:
-            return Check(
-                name="activations", status="skipped", detail=f"{name}: only dynamic symmetric tokens are simulated"
-            )
-        hook = _activation_hook(args.type == "float")
+        if args.strategy not in ("token", "group") or not args.dynamic or not args.symmetric or args.num_bits != 8:
+            detail = f"{name}: only dynamic symmetric activations by token or group are simulated"
+            return Check(name="activations", status="skipped", detail=detail)
+        hook = _activation_hook(args.type == "float", args.group_size)
         handles.append(reference.get_submodule(name).register_forward_pre_hook(hook))
     actual = _logits(model, tokens, quantize_activations=True)
     expected = _logits(reference, tokens)
@@ -314,15 +313,17 @@ def _activations_check(folder: Path, reference: Any, tokens: Sequence[torch.Tens
     return _logits_check("activations", actual, expected, ACTIVATION_TOLERANCE, f"{how}, {len(handles)} modules")
 
 
-def _activation_hook(floating: bool) -> Any:
+def _activation_hook(floating: bool, group_size: int | None) -> Any:
     def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (_fake_quantize(inputs[0], floating), *inputs[1:])
+        x = inputs[0]
+        groups = x.reshape(*x.shape[:-1], -1, group_size or x.shape[-1])
+        return (_fake_quantize(groups, floating).reshape(x.shape), *inputs[1:])
 
     return hook
 
 
 def _fake_quantize(x: torch.Tensor, floating: bool) -> torch.Tensor:
-    """``q s`` with ``s = max|x| / (448 or 127.5)`` a token and ``q = round(x / s)`` to e4m3 or int8, in x's dtype."""
+    """``q s`` with ``s = max|x| / (448 or 127.5)`` over the last dimension, ``q = round(x / s)`` to e4m3 or int8."""
     scale = x.abs().amax(-1, keepdim=True) / (448.0 if floating else 127.5)
     scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
     if floating:

@@ -113,16 +113,29 @@ def _targets(pattern: str, module: str) -> bool:
 
 def _group(checkpoint: Checkpoint, entry: Mapping[str, Any]) -> Group:
     w, a = entry["weights"], entry.get("input_activations")
-    if w["strategy"] not in ("group", "channel") or (a is not None and not a["dynamic"]):
-        raise CheckpointError(
-            f"weights with strategy {w['strategy']} or static activations cannot be run here",
-            where=f"{checkpoint.name}: quantization_config",
-            remedy="Supported are group and channel weights with dynamic per-token activations.",
-        )
+    if w["strategy"] not in ("group", "channel", "block"):
+        raise _unsupported(checkpoint, f"weights with strategy {w['strategy']}")
+    if a is not None and (not a["dynamic"] or a.get("strategy") not in ("token", "group")):
+        raise _unsupported(checkpoint, f"{'' if a['dynamic'] else 'static '}activations by {a.get('strategy')}")
+    block = w.get("block_structure") if w["strategy"] == "block" else None
     return Group(
         targets=tuple(entry["targets"]),
         weights=WeightFormat(
-            num_bits=w["num_bits"], kind=w["type"], symmetric=w["symmetric"], group_size=w.get("group_size")
+            num_bits=w["num_bits"],
+            kind=w["type"],
+            symmetric=w["symmetric"],
+            group_size=w.get("group_size"),
+            block=None if block is None else (block[0], block[1]),
         ),
-        activations=None if a is None else ActivationFormat(num_bits=a["num_bits"], kind=a["type"]),
+        activations=None
+        if a is None
+        else ActivationFormat(num_bits=a["num_bits"], kind=a["type"], group_size=a.get("group_size")),
+    )
+
+
+def _unsupported(checkpoint: Checkpoint, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{what} cannot be run here",
+        where=f"{checkpoint.name}: quantization_config",
+        remedy="Supported are group, channel and block weights with dynamic activations by token or group.",
     )

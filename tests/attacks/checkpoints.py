@@ -53,7 +53,13 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any],
 
 
 def round_to_nearest(weight: torch.Tensor, args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zero points ``[out, groups]`` by absolute maximum (symmetric) or by range (asymmetric)."""
+    """Scales and zero points ``[out, groups]`` by absolute maximum (symmetric) or by range (asymmetric); for blocks
+    ``[ceil(out / rows), ceil(in / columns)]``."""
+    if args.block_structure:
+        rows, columns = args.block_structure
+        bands = [[b.abs().amax() for b in band.split(columns, dim=1)] for band in weight.float().split(rows)]
+        scale = torch.tensor(bands) / 448
+        return scale.to(weight.dtype), torch.zeros_like(scale)
     groups = weight.float().reshape(weight.shape[0], -1, args.group_size or weight.shape[1])
     if args.type == "float":
         scale = groups.abs().amax(-1) / 448
