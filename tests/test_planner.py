@@ -26,7 +26,7 @@ BYTES = {"BF16": 2, "F32": 4, "I8": 1}
 @pytest.fixture(autouse=True)
 def _no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans time a matrix product; here it is said to run at 100 GFLOP/s."""
-    monkeypatch.setattr(estimates, "matmul_rate", lambda: 100e9)
+    monkeypatch.setattr(estimates, "matmul_rate", lambda dtype: 100e9)
 
 
 def numel(shape: tuple[int, ...]) -> int:
@@ -112,7 +112,7 @@ def test_a_70b_checkpoint_is_planned_from_its_headers(tmp_path: Path) -> None:
     real = sum(p.stat().st_blocks * 512 for p in source.glob("*.safetensors"))
     assert apparent > 141e9 > 1e8 > real
 
-    made = plan(source, calibration="random-tokens", offload=False)
+    made = plan(source, calibration="random-tokens", offload=False, dtype="float32")
     assert made.problems == []
     assert made.notes == []
     assert made.num_blocks == layers
@@ -247,21 +247,23 @@ def test_no_calibration_costs_none(tmp_path: Path) -> None:
     assert plan(source, scheme="FP8_DYNAMIC").method == "rtn"
 
 
-def test_offloaded_hidden_states_take_no_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "item"), [("float32", 4), ("bfloat16", 2)])
+def test_offloaded_hidden_states_take_no_memory(dtype: str, item: int, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "tiny", TINY, config(2, 256))
-    options: dict[str, Any] = {"calibration": "random-tokens", "samples": 100, "seq_len": 1000}
+    options: dict[str, Any] = {"calibration": "random-tokens", "samples": 100, "seq_len": 1000, "dtype": dtype}
     held = plan(source, **options, offload=False).estimates["peak_memory"]
     spilt = plan(source, **options, offload=True).estimates["peak_memory"]
     kept = held.parts["inputs and outputs kept between stages"]
-    assert kept == 4 * 100 * 1000 * (256 + 512)  # the attention's output, and what down_proj sees
+    assert kept == item * 100 * 1000 * (256 + 512)  # the attention's output, and what down_proj sees
     # But for a few small things: the fullest moment is another one then.
-    assert held.value - spilt.value == pytest.approx(4 * 100 * 1000 * 256 + kept, rel=0.01)
+    assert held.value - spilt.value == pytest.approx(item * 100 * 1000 * 256 + kept, rel=0.01)
 
 
 def test_what_waits_between_stages_goes_to_disk_past_a_gibibyte(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "tiny", TINY, config(2, 256))
     for samples, on_disk in ((340, False), (360, True)):  # 1000 tokens each, 3072 bytes for one
-        found = plan(source, calibration="random-tokens", samples=samples, seq_len=1000, offload=False).estimates
+        options: dict[str, Any] = {"samples": samples, "seq_len": 1000, "offload": False, "dtype": "float32"}
+        found = plan(source, calibration="random-tokens", **options).estimates
         kept = 4.0 * samples * 1000 * (256 + 512)
         assert found["peak_memory"].parts["inputs and outputs kept between stages"] == (0 if on_disk else kept)
         assert found["disk"].parts.get("inputs and outputs kept between stages", 0) == (kept if on_disk else 0)

@@ -56,14 +56,17 @@ class StreamedModel:
     _vocabulary: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
 
     @staticmethod
-    def of(weights: Weights, device: torch.device) -> StreamedModel:
+    def of(weights: Weights, device: torch.device, dtype: torch.dtype | None = None) -> StreamedModel:
         """Build the module tree of a checkpoint.
 
-        On a GPU blocks compute in the checkpoint's dtype, on a CPU in float32 (bfloat16 Linears are 8 to 100 times
-        slower there without AVX512-BF16 or AMX).
+        Args:
+            weights: its parameters.
+            device: where blocks run.
+            dtype: what they compute in; ``None`` is the checkpoint's on a GPU and float32 on a CPU.
         """
         checkpoint = weights.checkpoint
-        dtype = torch.float32 if device.type == "cpu" else checkpoint_dtype(checkpoint)
+        if dtype is None:
+            dtype = torch.float32 if device.type == "cpu" else checkpoint.dtype
         model = build_on_meta(checkpoint, dtype)
         expected = checkpoint.text_config.get("num_hidden_layers")
         found = [
@@ -406,13 +409,6 @@ class Interner:
         if isinstance(value, Mapping):
             return {k: self.tree(v) for k, v in value.items()}
         return value
-
-
-def checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """A checkpoint's dtype by its config; bfloat16 where it does not say."""
-    name = checkpoint.text_config.get("dtype") or checkpoint.text_config.get("torch_dtype")
-    name = name or checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    return {"float16": torch.float16, "float32": torch.float32}.get(str(name), torch.bfloat16)
 
 
 def build_on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:

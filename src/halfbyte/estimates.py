@@ -15,6 +15,7 @@ Time is arithmetic at a rate measured now. Peaks stand beside measured ones in d
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from halfbyte.architectures import FUSED
+from halfbyte.arithmetic import bfloat16_products
 from halfbyte.calibration import TOKENS_PER_BATCH, available_memory_bytes, self_writing_bytes
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint
 from halfbyte.methods.gptq import DOUBLE_LIMIT
@@ -51,6 +53,7 @@ class CalibrationWork:
         spec: ``self``, ``text:FILE``, ...; ``None`` where the method needs none.
         samples, seq_len: sequences, and most tokens in one; 0 where the method needs none.
         offload: hidden states stay on disk; ``None`` until it is known whether they fit.
+        dtype: what blocks compute in.
         tuned: whether blocks are tuned (effort high).
         reason: why the spec is not the one that would be taken where memory is plenty; empty mostly.
     """
@@ -59,12 +62,18 @@ class CalibrationWork:
     samples: int
     seq_len: int
     offload: bool | None = None
+    dtype: torch.dtype = torch.float32
     tuned: bool = False
     reason: str = ""
 
     @property
     def tokens(self) -> int:
         return self.samples * self.seq_len
+
+    @property
+    def compute(self) -> str:
+        """The dtype by name."""
+        return str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,19 +174,21 @@ def _block_moments(
         largest = max(s.largest for s in block)
         return [("the largest Linear is rounded", {"rounding the largest Linear": 13.0 * largest})]
     hidden = int(checkpoint.text_config.get("hidden_size", block[0].width))
+    item = float(size.dtype.itemsize)
+    upcast = 0.0 if size.dtype == torch.float32 else 4.0
     label = "hidden states of both models" if size.tuned else "hidden states"
     label += " (on disk: --offload)" if size.offload else ""
     always = {
-        "one block's weights, float32": 4.0 * weights,
-        label: 0.0 if size.offload else 4.0 * size.tokens * hidden * (2 if size.tuned else 1),
+        f"one block's weights, {size.compute}": item * weights,
+        label: 0.0 if size.offload else item * size.tokens * hidden * (2 if size.tuned else 1),
     }
     batch = min(TOKENS_PER_BATCH, size.tokens)
     moments: list[tuple[str, dict[str, float]]] = []
     if size.tuned:
         outputs = sum(shape[0] for s in block for shape in s.shapes)
         tuning = {
-            "codes and one Linear's gradient": weights + 4.0 * max(s.largest for s in block),
-            "one batch's graph": 4.0 * batch * (3 * outputs + 12 * hidden),
+            "codes and one Linear's gradient": weights + (item + 2 * upcast) * max(s.largest for s in block),
+            "one batch's graph": item * batch * (3 * outputs + 12 * hidden),
         }
         moments.append(("a block is tuned", always | tuning))
     for s in block:
@@ -192,11 +203,11 @@ def _block_moments(
         candidates = 28.0 * min(CANDIDATES_PER_CALL, s.scales * len(SHRINK_FEW_BITS))
         observed = {
             f"second moment of width {s.width}, float32": 4.0 * square,
-            "activations of one batch": 4.0 * batch * (2 * widest_output + s.width + 4 * hidden),
+            "activations of one batch": batch * (item * (2 * widest_output + s.width + 4 * hidden) + upcast * s.width),
         }
         held = {
             f"Hessian of width {s.width} and its factor": 8.0 * square,
-            "solving the largest Linear": 9.0 * s.largest + candidates,
+            "solving the largest Linear": (9.0 + upcast) * s.largest + candidates,
         }
         moments += [
             ("a block's inputs are observed", rest | observed),
@@ -209,7 +220,7 @@ def _block_moments(
 def _kept_bytes(shared: Shared, size: CalibrationWork, hidden: int) -> float:
     """What waits while a stage is solved: its input, unless it lies behind a norm as q/k/v's and gate/up's do (several
     Linears, here), and the attention's output."""
-    return 4.0 * size.tokens * (hidden + (shared.width if len(shared.shapes) == 1 else 0))
+    return float(size.dtype.itemsize) * size.tokens * (hidden + (shared.width if len(shared.shapes) == 1 else 0))
 
 
 def _kept_on_disk(blocks: list[list[Shared]], size: CalibrationWork, hidden: int) -> float:
@@ -219,11 +230,13 @@ def _kept_on_disk(blocks: list[list[Shared]], size: CalibrationWork, hidden: int
 
 
 def _time(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationWork, after: int) -> Estimate:
-    rate = matmul_rate()
+    rate = matmul_rate(size.dtype)
+    with bfloat16_products() if size.dtype == torch.bfloat16 else contextlib.nullcontext():
+        moments_rate = matmul_rate(torch.float32)
     weights = sum(s.weights for block in blocks for s in block)
     parts = {
         "a pass through the blocks": 2.0 * size.tokens * weights / rate,
-        "second moments": 1.3 * size.tokens * sum(s.width**2 for block in blocks for s in block) / rate,
+        "second moments": 1.3 * size.tokens * sum(s.width**2 for block in blocks for s in block) / moments_rate,
         "scales and columns": weights * (9e-8 if size.tokens else 5e-9),
         "reading and writing": (checkpoint.size_bytes + after) / DISK_BYTES_PER_S,
     }
@@ -234,7 +247,7 @@ def _time(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationW
     if size.spec == "self":
         parameters = sum(t.size_bytes // DTYPES[t.dtype].itemsize for t in checkpoint.tensors.values())
         parts["writing the calibration text"] = 2.0 * size.tokens * parameters / (SAMPLING_SHARE * rate)
-    how = f"arithmetic at this machine's float32 matmul rate, measured now: {rate / 1e9:.0f} GFLOP/s"
+    how = f"arithmetic at this machine's {size.compute} matmul rate, measured now: {rate / 1e9:.0f} GFLOP/s"
     return Estimate(value=sum(parts.values()), unit="seconds", how=how, parts=parts)
 
 
@@ -242,16 +255,18 @@ def _disk(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationW
     parts = {"quantised checkpoint": float(after)}
     if size.tokens:
         hidden = int(checkpoint.text_config.get("hidden_size", 0))
-        parts["hidden states, kept for --resume until the end"] = 8.0 * size.tokens * hidden * (2 if size.tuned else 1)
+        parts["hidden states, kept for --resume until the end"] = (
+            2.0 * size.dtype.itemsize * size.tokens * hidden * (2 if size.tuned else 1)
+        )
         kept = _kept_on_disk(blocks, size, hidden)
         parts |= {"inputs and outputs kept between stages": kept} if kept else {}
     how = "written beside each other in the output folder"
     return Estimate(value=sum(parts.values()), unit="bytes", how=how, parts=parts)
 
 
-def matmul_rate() -> float:
-    """Float32 matrix products a second on this CPU, in FLOP/s: the best of three of 1024 x 1024 x 1024."""
-    a, b = torch.ones(1024, 1024), torch.ones(1024, 1024)
+def matmul_rate(dtype: torch.dtype = torch.float32) -> float:
+    """Matrix products a second on this CPU, in FLOP/s: the best of three of 1024 x 1024 x 1024."""
+    a, b = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()

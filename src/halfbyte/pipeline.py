@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 from halfbyte.activations import fake_quantize_activations
-from halfbyte.blocks import Arguments, Interner, StreamedModel, checkpoint_dtype, require_finite, run_block
+from halfbyte.arithmetic import ComputeDtype
+from halfbyte.blocks import Arguments, Interner, StreamedModel, require_finite, run_block
 from halfbyte.calibration import TOKENS_PER_BATCH, Batch, Calibration, calibrate
 from halfbyte.checkpoint.layout import Layout
 from halfbyte.checkpoint.reader import (
@@ -98,6 +99,7 @@ def quantize(
     recipe: Path | None = None,
     effort: Effort | None = None,
     device: str = "auto",
+    dtype: ComputeDtype = "auto",
     offload: bool | None = None,
     resume: bool = False,
     seed: int | None = None,
@@ -118,6 +120,7 @@ def quantize(
         recipe: a recipe file instead of scheme, group size, method and ignore.
         effort: ``standard``, or ``high`` to tune each block on its output after GPTQ; ``None`` is the recipe's.
         device: ``auto``, ``cpu`` or ``cuda``.
+        dtype: what blocks compute in: ``float32``, ``bfloat16``, or ``auto``, see ``arithmetic.compute_dtype``.
         offload: keep hidden states on disk only; ``None``: where they would not fit in memory.
         resume: continue the unfinished run in ``out``.partial.
         seed: for calibration text that is drawn at random.
@@ -144,7 +147,9 @@ def quantize(
     # The default depends on free memory, which a resumed run must not.
     spec = calibration or chosen.calibration or (RunFolder.options_of(out).get("calibration") if resume else None)
     size = ranks.decide(
-        lambda: calibration_work(chosen, checkpoint, spec, samples, seq_len, offload=offload, device=target.type)
+        lambda: calibration_work(
+            chosen, checkpoint, spec, samples, seq_len, offload=offload, device=target.type, dtype=dtype
+        )
     )
     work = make_plan(checkpoint, chosen, size)
     raise_all(work.problems)
@@ -162,6 +167,7 @@ def quantize(
         "seq_len": size.seq_len,
         "seed": seed if seed is not None else (chosen.seed or 0),
         "device": target.type,
+        "dtype": size.compute,
         "threads": torch.get_num_threads(),
         "versions": versions(),
     } | ({"ranks": ranks.world} if ranks.world > 1 else {})
@@ -221,7 +227,7 @@ class Job:
         blocks = self.work.blocks
         facts = self.run.journal
         # Building the module tree also proves that every planned module is a Linear of this architecture.
-        model = StreamedModel.of(Weights.of(self.checkpoint), self.device)
+        model = StreamedModel.of(Weights.of(self.checkpoint), self.device, self.work.calibration.dtype)
         self._require_linears(model)
         if self.run.fresh and self.ranks.first:
             self._require_space()
@@ -311,6 +317,7 @@ class Job:
                 "seconds": round(time.monotonic() - self.started, 3),
                 "peak_bytes": peak_bytes(),
                 "device": self.device.type,
+                "dtype": self.options["dtype"],
                 "machine": platform.machine(),
                 "blocks": timings,
             },
@@ -634,7 +641,7 @@ class Stream:
         batches = ranks.share(everything)
         shapes = [(b.token_ids.shape[0], b.token_ids.shape[1]) for b in batches]
         width = int(model.weights.checkpoint.text_config["hidden_size"])
-        dtype = torch.float32 if model.device.type == "cpu" else checkpoint_dtype(model.weights.checkpoint)
+        dtype = model.dtype
         states = HiddenStates(run.state_of(ranks.rank), shapes, width, dtype, offload)
         originals = (
             HiddenStates(run.state_of(ranks.rank), shapes, width, dtype, offload, "original") if twofold else None

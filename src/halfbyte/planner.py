@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from halfbyte.architectures import FUSED, KEPT_MODULES, KNOWN_ARCHITECTURES, NOT_LANGUAGE, BlockMap, map_blocks
+from halfbyte.arithmetic import COMPUTE_DTYPES, ComputeDtype, compute_dtype
 from halfbyte.calibration import default_spec, parse_spec
 from halfbyte.checkpoint.layout import TensorSpec
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint, TensorInfo
@@ -54,6 +55,7 @@ def plan(
     samples: int | None = None,
     seq_len: int | None = None,
     offload: bool | None = None,
+    dtype: ComputeDtype = "auto",
 ) -> Plan:
     """Plan a quantisation.
 
@@ -62,7 +64,7 @@ def plan(
         scheme, group_size, method, ignore: what to do, unless a recipe says so.
         recipe: a recipe file; ``scheme``, ``group_size`` and ``method`` must then be left alone.
         effort: as for :func:`halfbyte.quantize`.
-        calibration, samples, seq_len, offload: as for :func:`halfbyte.quantize`; the estimates depend on them.
+        calibration, samples, seq_len, offload, dtype: as for :func:`halfbyte.quantize`; the estimates depend on them.
 
     Returns:
         the plan; ``problems`` lists everything that would stop it, all at once.
@@ -77,7 +79,7 @@ def plan(
     require_calibration(chosen, calibration)
     found: list[HalfbyteError] = []
     checkpoint = open_headers(source, found)
-    size = calibration_work(chosen, checkpoint, calibration, samples, seq_len, offload=offload)
+    size = calibration_work(chosen, checkpoint, calibration, samples, seq_len, offload=offload, dtype=dtype)
     return make_plan(checkpoint, chosen, size, found=found).plan
 
 
@@ -139,6 +141,7 @@ def calibration_work(
     *,
     offload: bool | None,
     device: str = "cpu",
+    dtype: ComputeDtype = "auto",
 ) -> CalibrationWork:
     """Options before recipe before defaults: 128 samples of 512 tokens that the model writes, where it fits."""
     if recipe.method == "rtn":
@@ -148,8 +151,18 @@ def calibration_work(
     spec, reason = calibration or recipe.calibration, ""
     if spec is None:
         spec, reason = default_spec(checkpoint.size_bytes, checkpoint.text_config, count, length, device)
-    tuned = recipe.effort == "high"
-    return CalibrationWork(spec=spec, samples=count, seq_len=length, offload=offload, tuned=tuned, reason=reason)
+    if dtype not in COMPUTE_DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}", where="--dtype", remedy=f"Use {', '.join(COMPUTE_DTYPES)}.")
+    least_bits = min(group.scheme.weights.num_bits for group in recipe.groups)
+    return CalibrationWork(
+        spec=spec,
+        samples=count,
+        seq_len=length,
+        offload=offload,
+        dtype=compute_dtype(dtype, checkpoint.dtype, device, least_bits),
+        tuned=recipe.effort == "high",
+        reason=reason,
+    )
 
 
 def make_plan(

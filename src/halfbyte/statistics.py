@@ -6,12 +6,14 @@ themselves while a block runs, not guessed from names. Padded positions never en
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from halfbyte.arithmetic import bfloat16_products
 from halfbyte.heap import mapped
 from halfbyte.ranks import Ranks
 
@@ -42,17 +44,17 @@ class SecondMoment:
         return SecondMoment(names=[], hessian=hessian)
 
     def add(self, x: torch.Tensor) -> None:
-        """Add tokens ``x [tokens, in]``. On a GPU, bfloat16 products are summed in float32 by the tensor cores."""
-        n = x.shape[1]
-        transposed = x.T
-        for i in range(0, n, STRIP):
-            block = self.hessian[i : i + STRIP, i:]
-            if x.dtype == torch.float32:
-                block.addmm_(transposed[i : i + STRIP], x[:, i:])
-            elif x.is_cuda:
-                block += torch.mm(transposed[i : i + STRIP], x[:, i:], out_dtype=torch.float32)
-            else:
-                block.addmm_(transposed[i : i + STRIP].float(), x[:, i:].float())
+        """Add tokens ``x [tokens, in]``. Products of bfloat16 are summed in float32, on a CPU and by tensor cores."""
+        exact = bfloat16_products() if x.dtype == torch.bfloat16 else contextlib.nullcontext()
+        factor = x if x.is_cuda else x.float()
+        n, transposed = factor.shape[1], factor.T
+        with exact:
+            for i in range(0, n, STRIP):
+                block = self.hessian[i : i + STRIP, i:]
+                if factor.dtype == torch.float32:
+                    block.addmm_(transposed[i : i + STRIP], factor[:, i:])
+                else:
+                    block += torch.mm(transposed[i : i + STRIP], factor[:, i:], out_dtype=torch.float32)
         self.tokens += x.shape[0]
 
     def unite(self, ranks: Ranks) -> None:

@@ -100,6 +100,13 @@ class Checkpoint:
         return self.config
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are meant to be computed in, by the config; bfloat16 where it does not say."""
+        configs = (self.text_config, self.config)
+        name = next((c[k] for c in configs for k in ("dtype", "torch_dtype") if c.get(k)), None)
+        return {"float16": torch.float16, "float32": torch.float32}.get(str(name), torch.bfloat16)
+
+    @property
     def size_bytes(self) -> int:
         return sum(t.size_bytes for t in self.tensors.values())
 

@@ -60,7 +60,7 @@ def scheme_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--calibration``, ``--samples``, ``--seq-len`` and ``--offload``."""
+    """Add ``--calibration``, ``--samples``, ``--seq-len``, ``--offload`` and ``--dtype``."""
     options = [
         click.option(
             "--calibration",
@@ -74,6 +74,13 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--offload/--no-offload",
             default=None,
             help="Keep hidden states on disk instead of in memory.  [default: where they would not fit]",
+        ),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "float32", "bfloat16"]),
+            default="auto",
+            show_default=True,
+            help="What blocks compute in; auto takes the checkpoint's bfloat16 where the processor multiplies it fast.",
         ),
     ]
     return _with(function, options)

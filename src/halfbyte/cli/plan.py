@@ -39,6 +39,7 @@ def command(
     samples: int | None,
     seq_len: int | None,
     offload: bool | None,
+    dtype: Literal["auto", "float32", "bfloat16"],
     every_tensor: bool,
     as_json: bool,
 ) -> None:
@@ -60,6 +61,7 @@ def command(
         samples=samples,
         seq_len=seq_len,
         offload=offload,
+        dtype=dtype,
     )
     emit(result, as_json=as_json, render=lambda console: render(console, result, every_tensor=every_tensor))
     if result.problems:
