@@ -16,6 +16,8 @@ from halfbyte.heap import mapped
 from halfbyte.ranks import Ranks
 
 STRIP = 256
+# On a GPU narrower strips would be over before they fill it; at 14336 these are 0.54 of the full product.
+STRIP_ON_GPU = 1024
 
 
 @dataclass(slots=True)
@@ -23,7 +25,7 @@ class SecondMoment:
     """``H = sum_t x_t x_t^T`` over tokens, float32.
 
     Only strips on and above the diagonal are accumulated (``H[i:i+256, i:]``); :meth:`finish` mirrors them. For
-    ``in = 2048`` that is 0.56 of the full product's arithmetic.
+    ``in = 2048`` that is 0.56 of the full product's arithmetic. On a GPU strips are 1024 wide.
 
     Attributes:
         names: the Linears that share this input.
@@ -42,18 +44,30 @@ class SecondMoment:
         return SecondMoment(names=[], hessian=hessian)
 
     def add(self, x: torch.Tensor) -> None:
-        """Add tokens ``x [tokens, in]``. On a GPU, bfloat16 products are summed in float32 by the tensor cores."""
-        n = x.shape[1]
+        """Add tokens ``x [tokens, in]``.
+
+        On a GPU the tensor cores multiply bfloat16 and float16 inputs and sum them up in float32, and float32 is what
+        comes out: the products of two such numbers are exact there, so nothing would be gained by converting first.
+        Where torch or the card cannot do that, inputs become float32 before they are multiplied.
+        """
+        n, strip = x.shape[1], self._strip
+        mixed = multiplies_mixed(x)
+        if not mixed and x.is_cuda:
+            x = x.float()
         transposed = x.T
-        for i in range(0, n, STRIP):
-            block = self.hessian[i : i + STRIP, i:]
-            if x.dtype == torch.float32:
-                block.addmm_(transposed[i : i + STRIP], x[:, i:])
-            elif x.is_cuda:
-                block += torch.mm(transposed[i : i + STRIP], x[:, i:], out_dtype=torch.float32)
+        for i in range(0, n, strip):
+            block = self.hessian[i : i + strip, i:]
+            if mixed:
+                block += torch.mm(transposed[i : i + strip], x[:, i:], out_dtype=torch.float32)
+            elif x.dtype == torch.float32:
+                block.addmm_(transposed[i : i + strip], x[:, i:])
             else:
-                block.addmm_(transposed[i : i + STRIP].float(), x[:, i:].float())
+                block.addmm_(transposed[i : i + strip].float(), x[:, i:].float())
         self.tokens += x.shape[0]
+
+    @property
+    def _strip(self) -> int:
+        return STRIP_ON_GPU if self.hessian.is_cuda else STRIP
 
     def unite(self, ranks: Ranks) -> None:
         """Make it the moment of all ranks' tokens."""
@@ -68,11 +82,22 @@ class SecondMoment:
 
     def finish(self) -> torch.Tensor:
         """The symmetric ``H``."""
-        n = self.hessian.shape[0]
-        for i in range(0, n, STRIP):
-            end = min(i + STRIP, n)
+        n, strip = self.hessian.shape[0], self._strip
+        for i in range(0, n, strip):
+            end = min(i + strip, n)
             self.hessian[end:, i:end] = self.hessian[i:end, end:].T
         return self.hessian
+
+
+def multiplies_mixed(x: torch.Tensor) -> bool:
+    """Whether ``torch.mm`` gives float32 for this input as it is: on a GPU with bfloat16 tensor cores (compute
+    capability 8.0), from torch 2.8."""
+    return (
+        x.is_cuda
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and "dtype" in torch.ops.aten.mm.overloads()  # type: ignore[no-untyped-call]
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    )
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.kernels.gptq_numba import search_scales
+from halfbyte.kernels.dispatch import search_scales
 from halfbyte.packing import FLOAT8_MAX
 from halfbyte.schemes import WeightFormat
 
@@ -48,10 +48,10 @@ def searched(
     lo, hi = _range(weight, fmt)
     rows, groups = lo.shape
     scales, zeros = torch.empty_like(lo), torch.empty_like(lo)
-    step = max(1, CANDIDATES_PER_CALL // (groups * len(SHRINK)))
+    step, shares = max(1, CANDIDATES_PER_CALL // (groups * len(SHRINK))), SHRINK.to(weight.device)
     for first in range(0, rows, step):
         part = slice(first, first + step)
-        s, z = _from_range(lo[part, :, None] * SHRINK, hi[part, :, None] * SHRINK, fmt, dtype)
+        s, z = _from_range(lo[part, :, None] * shares, hi[part, :, None] * shares, fmt, dtype)
         best = search_scales(weight[part], importance, s, z, fmt.q_min, fmt.q_max).unsqueeze(-1)
         scales[part], zeros[part] = s.gather(2, best).squeeze(-1), z.gather(2, best).squeeze(-1)
     return scales, zeros
