@@ -29,7 +29,7 @@ def compiled(kernel: Any, capability: int) -> Any:
     aligned = [i for i, (n, t) in enumerate(types.items()) if t.startswith("*") or n in ALIGNED]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel, types, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=gptq_triton.OPTIONS)
 
 
 for kernel in (gptq_triton._panel, gptq_triton._search, refine_triton._descend):

@@ -188,8 +188,10 @@ def test_what_keeps_the_gpu_from_solving_is_told(monkeypatch: pytest.MonkeyPatch
 def test_the_kernels_compile(capability: int, tmp_path: Path) -> None:
     """To machine code, by the compiler and assembler that Triton brings along; no card takes part."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
     script = Path(__file__).with_name("compile_kernels.py")
-    done = subprocess.run([sys.executable, script, str(capability)], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", script, str(capability)], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["_panel", "_search", "_descend"]

@@ -19,6 +19,8 @@ import triton.language as tl
 
 PANEL = 128
 ROWS = 16
+# For the compiler: a product and the sum that it goes into may be rounded once, as numba does it too.
+OPTIONS = {"enable_fp_fusion": True}
 # Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 to the nearest integer, half to even.
 LARGEST = tl.constexpr(4194304.0)
 MAGIC = tl.constexpr(12582912.0)
@@ -124,6 +126,7 @@ def solve_columns(
             errors,
             CHUNK=ROWS,
             COLUMNS=PANEL,
+            **OPTIONS,
         )
         e = errors[:, :width]
         loss += e.square().sum(dim=1)
@@ -212,5 +215,6 @@ def search_scales(
         best,
         CHUNK=ROWS,
         COLUMNS=min(PANEL, triton.next_power_of_2(width)),
+        **OPTIONS,
     )
     return best

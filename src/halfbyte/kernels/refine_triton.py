@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from halfbyte.kernels.gptq_triton import PANEL, ROWS, rint
+from halfbyte.kernels.gptq_triton import OPTIONS, PANEL, ROWS, rint
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -96,4 +96,5 @@ def descend(
         steps.stride(0),
         CHUNK=ROWS,
         COLUMNS=PANEL,
+        **OPTIONS,
     )
