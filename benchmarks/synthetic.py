@@ -78,11 +78,11 @@ def write_index(folder: Path, shards: dict[str, Shapes], total: int) -> None:
     (folder / "model.safetensors.index.json").write_text(text + "\n")
 
 
-def llama(folder: Path, *, width: int, layers: int) -> int:
-    """A Llama of random weights: head size 64, a quarter of the heads for keys and values; returns its bytes."""
-    vocabulary, head = 512, 64
+def llama(folder: Path, *, width: int, layers: int, head: int = 64, inner: int | None = None) -> int:
+    """A Llama of random weights: a quarter of the heads for keys and values; returns its bytes."""
+    vocabulary = 512
     heads, kv = width // head, max(1, width // head // 4)
-    inner = math.ceil(width * 8 / 3 / 128) * 128
+    inner = inner or math.ceil(width * 8 / 3 / 128) * 128
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

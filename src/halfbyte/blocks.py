@@ -27,7 +27,9 @@ from halfbyte.activations import fake_quantize_activations
 from halfbyte.architectures import NOT_LANGUAGE, find_block_prefix
 from halfbyte.checkpoint.reader import Checkpoint, bytes_of
 from halfbyte.errors import ArchitectureError, CheckpointError, NumericsError
+from halfbyte.gpu import works_ahead
 from halfbyte.heap import mapped
+from halfbyte.read_ahead import ReadAhead
 from halfbyte.weights import Weights
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -44,6 +46,7 @@ class StreamedModel:
         layers: the block list.
         disk_prefix: path of the block list in the checkpoint's names.
         device: where blocks run; dtype: what they compute in.
+        ahead: fetches a block's weights while the one before is worked on; ``None`` on a CPU.
     """
 
     weights: Weights
@@ -53,6 +56,7 @@ class StreamedModel:
     disk_prefix: str
     device: torch.device
     dtype: torch.dtype
+    ahead: ReadAhead | None = None
     _vocabulary: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
 
     @staticmethod
@@ -83,7 +87,8 @@ class StreamedModel:
             )
         path, layers = found[0]
         decoder = model.get_submodule(path.rpartition(".")[0])
-        return StreamedModel(weights, model, decoder, layers, disk_prefix, device, dtype)
+        ahead = ReadAhead.onto(weights.dense, device, dtype) if works_ahead(device) else None
+        return StreamedModel(weights, model, decoder, layers, disk_prefix, device, dtype, ahead)
 
     @property
     def num_blocks(self) -> int:
@@ -165,7 +170,11 @@ class StreamedModel:
                 for path, module in block.named_modules():
                     for leaf, _ in list(module.named_parameters(recurse=False)):
                         name = self.disk_name(index, f"{path}.{leaf}" if path else leaf)
-                        self._place(module, leaf, self.weights.dense(self._existing(name)))
+                        early = None if self.ahead is None else self.ahead.take(name)
+                        self._place(module, leaf, self.weights.dense(self._existing(name)) if early is None else early)
+            if self.ahead is not None:
+                names = self._parameter_names(index + 1) if index + 1 < self.num_blocks else ()
+                self.ahead.ask(name for name in names if self.weights.has(name))
             with self._quantized_inputs(index, block):
                 yield block
         finally:
@@ -194,6 +203,9 @@ class StreamedModel:
         finally:
             for leaf in leaves:
                 _to_meta(norm, leaf)
+
+    def _parameter_names(self, index: int) -> list[str]:
+        return [self.disk_name(index, name) for name, _ in self.layers[index].named_parameters()]
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """The ``nn.Linear`` modules of a block by the names that the checkpoint gives them."""

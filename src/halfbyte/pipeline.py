@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from torch import nn
 from halfbyte.activations import fake_quantize_activations
 from halfbyte.arithmetic import ComputeDtype
 from halfbyte.blocks import Arguments, Interner, StreamedModel, require_finite, run_block
-from halfbyte.calibration import TOKENS_PER_BATCH, Batch, Calibration, calibrate
+from halfbyte.calibration import TOKENS_PER_BATCH, TOKENS_PER_BATCH_ON_GPU, Batch, Calibration, calibrate
 from halfbyte.checkpoint.layout import Layout
 from halfbyte.checkpoint.reader import (
     DTYPES,
@@ -48,7 +49,9 @@ from halfbyte.errors import (
     raise_all,
 )
 from halfbyte.estimates import KEPT_IN_MEMORY, CalibrationWork
+from halfbyte.gpu import full_float32, to_host, wait_for_copies, works_ahead
 from halfbyte.heap import mapped, release_freed_memory, reuse_freed_memory
+from halfbyte.kernels.dispatch import gpu_problem
 from halfbyte.methods.gptq import factor_hessian, quantize_gptq
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.rtn import quantize_rtn
@@ -154,7 +157,7 @@ def quantize(
     work = make_plan(checkpoint, chosen, size)
     raise_all(work.problems)
     work = replace(work, calibration=ranks.decide(lambda: work.calibration))
-    require_work_for_all(size, ranks)
+    require_work_for_all(size, ranks, tokens_per_batch(target))
     if work.calibration.offload and offload is None:
         reporter.say("note: hidden states stay on disk, because they would not fit in memory beside the rest")
     for note in (*work.plan.notes, *chosen.notes):
@@ -169,11 +172,11 @@ def quantize(
         "device": target.type,
         "dtype": size.compute,
         "threads": torch.get_num_threads(),
-        "versions": versions(),
+        "versions": versions(target),
     } | ({"ranks": ranks.world} if ranks.world > 1 else {})
     run = open_run(out, options, ranks, resume=resume)
     try:
-        with ranks.sharing():
+        with ranks.sharing(), full_float32(target):
             job = Job(checkpoint, work, chosen, target, options, run, reporter, ranks)
             manifest = job.carry_out()
     except OutputError as e:
@@ -220,6 +223,7 @@ class Job:
     ranks: Ranks = field(default_factory=Ranks)
     started: float = field(default_factory=time.monotonic)
     _saving: Future[None] | None = None
+    _solver: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def carry_out(self) -> Manifest:
         """All stages that the journal does not list as finished."""
@@ -229,6 +233,7 @@ class Job:
         # Building the module tree also proves that every planned module is a Linear of this architecture.
         model = StreamedModel.of(Weights.of(self.checkpoint), self.device, self.work.calibration.dtype)
         self._require_linears(model)
+        self._solver = self._choose_solver()
         if self.run.fresh and self.ranks.first:
             self._require_space()
             layout.create(self.run.checkpoint)
@@ -258,15 +263,16 @@ class Job:
                 twofold=self.recipe.effort == "high",
             )
         if self.run.fresh:
-            self._save(layout, stream, 0, digests=digests, linears=[], blocks=[])
+            self._save(layout, stream, 0, digests, linears=[], blocks=[])
         self.reporter.start("blocks", blocks.num_blocks)
         self.reporter.advance(max(int(facts["stage"]), 0))
         with ThreadPoolExecutor(1) as saver:
             for index in range(int(facts["stage"]), blocks.num_blocks):
                 clock = time.monotonic()
                 solved = self._solve_block(model, stream, index)
-                if self.ranks.first:
-                    self._write_block(layout, index, solved, digests)
+                write = partial(self._write_block, layout, index, solved, digests) if self.ranks.first else None
+                if write is not None and not works_ahead(self.device):
+                    write = write()
                 records += [r for r, _ in solved.linears.values()]
                 smoothing += solved.smoothing
                 tuning += solved.tuning
@@ -277,7 +283,6 @@ class Job:
                 self._await_save()
                 self.ranks.agree()  # whoever fails from here on, all are saving
                 stage = {
-                    "digests": dict(digests),
                     "linears": [asdict(r) for r in records],
                     "smoothing": [asdict(r) for r in smoothing],
                     "tuning": [asdict(r) for r in tuning],
@@ -285,10 +290,20 @@ class Job:
                 }
                 if stream is not None:
                     stream.turn(index + 1)
-                self._saving = saver.submit(self._save, layout, stream, index + 1, **stage)
+                written = digests if write is not None else dict(digests)
+                self._saving = saver.submit(self._save, layout, stream, index + 1, written, write, **stage)
             self._await_save()
         self.reporter.finish()
         return self.ranks.decide(lambda: self._finish(calibration, records, smoothing, tuning, digests, timings))
+
+    def _choose_solver(self) -> torch.device:
+        """The GPU, where its kernels work; what keeps them from it is said."""
+        if self.device.type == "cpu" or self.recipe.method == "rtn":
+            return torch.device("cpu")
+        problem = gpu_problem(self.device)
+        if problem:
+            self.reporter.say(f"note: weights are solved on the CPU, more slowly: {problem}")
+        return torch.device("cpu") if problem else self.device
 
     def _finish(
         self,
@@ -397,6 +412,7 @@ class Job:
                 if not last and stream.originals is None:
                     self._await_save()
                     stream.advance(block, index, walk)
+            wait_for_copies(self.device)
             if stream.originals is not None:
                 self._tune(block, index, modules, formats, stream, solved)
                 if not last:
@@ -493,15 +509,16 @@ class Job:
         solved = self._solve_some(mine, moment, modules, index) if mine else {}
         results = {}
         for name, owner in zip(moment.names, owners, strict=True):
-            results[name] = spread(self.ranks, owner, solved.get(name))
-            modules[name].weight.data.copy_(results[name][1].dense())
+            record, result = spread(self.ranks, owner, solved.get(name))
+            modules[name].weight.data.copy_(result.dense())
+            results[name] = (record, hosted(result))
         return results
 
     def _solve_some(
         self, names: Sequence[str], moment: SecondMoment, modules: dict[str, nn.Linear], index: int
     ) -> dict[str, tuple[LinearRecord, QuantizedWeight]]:
-        """One factorisation, then each Linear in turn."""
-        hessian = moment.take().cpu()
+        """One factorisation, then each Linear in turn; where the Hessian is, or on the CPU if no kernel runs there."""
+        hessian = moment.take().to(self._solver)
         steps = self.recipe.gptq
         factor = factor_hessian(
             hessian, self.recipe.damp_fraction, where=moment.names[0], static_order=steps.static_order
@@ -511,7 +528,8 @@ class Job:
             scheme = self.work.schemes[name]
             weight = modules[name].weight
             dtype = DTYPES[self.checkpoint.tensors[f"{name}.weight"].dtype]
-            result = quantize_gptq(weight.detach().float().cpu(), hessian, factor, scheme.weights, dtype, steps)
+            original = weight.detach().to(self._solver, torch.float32)
+            result = quantize_gptq(original, hessian, factor, scheme.weights, dtype, steps)
             record = LinearRecord(
                 name=name,
                 block=index,
@@ -570,16 +588,26 @@ class Job:
             if name not in digests:
                 digests[name] = layout.copy(self.run.checkpoint, self.checkpoint, name)
 
-    def _save(self, layout: Layout, stream: Stream | None, stage: int, **facts: Any) -> None:
+    def _save(
+        self,
+        layout: Layout,
+        stream: Stream | None,
+        stage: int,
+        digests: dict[str, str],
+        write: Callable[[], None] | None = None,
+        **facts: Any,
+    ) -> None:
         """Make a stage durable: tensors, then hidden states, then the journal that vouches for them."""
         ranks = self.ranks.aside
         with ranks.sharing():
+            if write is not None:
+                write()
             if ranks.first:
                 layout.sync(self.run.checkpoint)
             if stream is not None and stage < len(stream.arguments[0]):
                 stream.save(stage)
             ranks.agree()
-            self.run.record(stage, **facts)
+            self.run.record(stage, digests=dict(digests), **facts)
             ranks.agree()
             if stream is not None:
                 stream.forget(stage - 1)
@@ -636,8 +664,9 @@ class Stream:
         twofold: bool,
     ) -> Stream:
         """Embed every batch and record how blocks are called; on resume the hidden states come from disk."""
-        everything = calibration.batches(TOKENS_PER_BATCH)
-        require_batches(len(everything), ranks)
+        tokens = tokens_per_batch(model.device, tuned=twofold)
+        everything = calibration.batches(tokens)
+        require_batches(len(everything), ranks, tokens)
         batches = ranks.share(everything)
         shapes = [(b.token_ids.shape[0], b.token_ids.shape[1]) for b in batches]
         width = int(model.weights.checkpoint.text_config["hidden_size"])
@@ -693,7 +722,7 @@ class Stream:
         """Move the original model's hidden states past a block that still has its own weights."""
         assert self.originals is not None
         for i in range(len(self.batches)):
-            hidden = self.originals.read(i).to(self.model.device, self.model.dtype)
+            hidden = self.originals.read(i).to(self.model.device, self.model.dtype, non_blocking=True)
             self.originals.write(i, run_block(block, hidden, self.arguments[i][index]), stage=index + 1)
         self.originals.turn(index + 1)
 
@@ -718,7 +747,7 @@ class Stream:
         """A walk through a block in one pass."""
 
         def run(batch: int) -> torch.Tensor:
-            hidden = self.states.read(batch).to(self.model.device, self.model.dtype)
+            hidden = self.states.read(batch).to(self.model.device, self.model.dtype, non_blocking=True)
             return run_block(block, hidden, self.arguments[batch][index])
 
         return AtOnce(run, self.rows, linears, self.model.device, formats, self.ranks)
@@ -741,7 +770,8 @@ class Stream:
             return
         tokens = sum(b.token_ids.numel() for b in self.batches)
         kept = route.kept_bytes(linears, tokens, self.states.dtype.itemsize)
-        shelf = Shelf(self.states.folder if self.states.offload or kept > KEPT_IN_MEMORY else None)
+        room = room_for_kept(self.model.device)
+        shelf = Shelf(self.states.folder if self.states.offload or kept > room else None)
         try:
             yield Sequential(block, linears, route, run, self.rows, self.model.device, shelf, formats, self.ranks)
         finally:
@@ -762,7 +792,7 @@ class Stream:
         """What to say of a second moment that is not finite: which module and sample made it so, if they show."""
         try:
             for i in range(len(self.batches)):
-                hidden = self.states.read(i).to(self.model.device, self.model.dtype)
+                hidden = self.states.read(i).to(self.model.device, self.model.dtype, non_blocking=True)
                 self._require_finite(block, index, i, run_block(block, hidden, self.arguments[i][index]))
         except NumericsError as e:
             return e
@@ -781,9 +811,19 @@ class Stream:
             self.states.write(i, output, stage=index + 1)
 
     def _require_finite(self, block: nn.Module, index: int, batch: int, output: torch.Tensor) -> None:
-        hidden = self.states.read(batch).to(self.model.device, self.model.dtype)
+        hidden = self.states.read(batch).to(self.model.device, self.model.dtype, non_blocking=True)
         name = f"{self.model.disk_prefix}.{index}"
         require_finite(block, name, hidden, output, self.arguments[batch][index], self.samples[batch])
+
+
+def tokens_per_batch(device: torch.device, *, tuned: bool = False) -> int:
+    """As many as a device needs to be busy. Tuning holds a whole block's activations of a batch, so it takes few."""
+    return TOKENS_PER_BATCH if tuned or device.type == "cpu" else TOKENS_PER_BATCH_ON_GPU
+
+
+def room_for_kept(device: torch.device) -> int:
+    """What may wait in memory between the stages of a block: on a GPU, half of what is free there."""
+    return KEPT_IN_MEMORY if device.type == "cpu" else max(KEPT_IN_MEMORY, torch.cuda.mem_get_info(device)[0] // 2)
 
 
 def open_run(out: Path, options: dict[str, Any], ranks: Ranks, *, resume: bool) -> RunFolder:
@@ -793,7 +833,7 @@ def open_run(out: Path, options: dict[str, Any], ranks: Ranks, *, resume: bool) 
     return run or RunFolder.beside(out, journal)
 
 
-def require_work_for_all(size: CalibrationWork, ranks: Ranks) -> None:
+def require_work_for_all(size: CalibrationWork, ranks: Ranks, tokens: int) -> None:
     """Stop before long work where there cannot be a batch for every rank."""
     if ranks.world == 1:
         return
@@ -809,13 +849,13 @@ def require_work_for_all(size: CalibrationWork, ranks: Ranks) -> None:
             where="--effort high",
             remedy="Run it without torchrun, or with --effort standard.",
         )
-    require_batches(-(-size.samples // max(1, TOKENS_PER_BATCH // size.seq_len)), ranks, at_most="at most ")
+    require_batches(-(-size.samples // max(1, tokens // size.seq_len)), ranks, tokens, at_most="at most ")
 
 
-def require_batches(batches: int, ranks: Ranks, *, at_most: str = "") -> None:
+def require_batches(batches: int, ranks: Ranks, tokens: int, *, at_most: str = "") -> None:
     if batches < ranks.world:
         raise UsageError(
-            f"the calibration set makes {at_most}{batches} batches of {TOKENS_PER_BATCH} tokens, "
+            f"the calibration set makes {at_most}{batches} batches of {tokens} tokens, "
             f"too few for {ranks.world} processes",
             where="--nproc-per-node",
             remedy=f"Start at most {batches}, or take more --samples.",
@@ -827,6 +867,8 @@ def spread(
 ) -> tuple[LinearRecord, QuantizedWeight]:
     """What one rank has solved, for all."""
     record, result = solved or (None, None)
+    if result is not None and ranks.world > 1:
+        result = result.map(torch.Tensor.cpu)
     known = ranks.decide(lambda: record, owner)
     codes = ranks.spread(None if result is None else result.codes, owner)
     scales = ranks.spread(None if result is None else result.scales, owner)
@@ -835,6 +877,11 @@ def spread(
     assert codes is not None
     assert scales is not None
     return known, QuantizedWeight(codes=codes, scales=scales, zero_points=zeros, relative_error=known.relative_error)
+
+
+def hosted(result: QuantizedWeight) -> QuantizedWeight:
+    """The same in main memory, for the writer: on its way there from a GPU, see :func:`wait_for_copies`."""
+    return result.map(to_host)
 
 
 def kind_of(
@@ -891,9 +938,12 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def versions() -> dict[str, str]:
+def versions(device: torch.device) -> dict[str, str]:
     """Versions of what shapes the output."""
-    return {p: version(p) for p in ("halfbyte", "torch", "transformers", "compressed-tensors", "numba")}
+    packages = ["halfbyte", "torch", "transformers", "compressed-tensors", "numba"]
+    if device.type == "cuda" and find_spec("triton") is not None:
+        packages.append("triton")
+    return {p: version(p) for p in packages}
 
 
 def describe(record: CalibrationRecord) -> str:

@@ -496,7 +496,7 @@ class Sequential:
         if name in self.route.lasting:
             remembered = self.shelf.get(f"out-{name}", self._batch)
             if remembered is not None:
-                return remembered.clone()
+                return remembered.to(self.device, copy=True)
         elif self._stage > stage + 1:
             assert x is not None
             return x.new_ones((*x.shape[:-1], self.linears[name].out_features))

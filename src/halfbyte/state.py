@@ -236,18 +236,23 @@ class HiddenStates:
         self._held = [] if self.offload else [self._load(b) for b in range(len(self.shapes))]
 
     def read(self, batch: int) -> torch.Tensor:
-        """What enters the current block, on the CPU."""
+        """What enters the current block, on the CPU; pinned where it came from a GPU and stays in memory."""
         return self._load(batch) if self.offload else self._held[batch]
 
     def write(self, batch: int, states: torch.Tensor, *, stage: int) -> None:
         """Set what enters block ``stage``. Batches in order; the current stage stays readable until its own is set."""
-        states = states.to("cpu", self.dtype)
+        states = self._on_cpu(states)
         if self.offload:
             self._store(batch, states, stage)
         elif batch < len(self._held):
             self._held[batch] = states
         else:
             self._held.append(states)
+
+    def _on_cpu(self, states: torch.Tensor) -> torch.Tensor:
+        if states.is_cuda and not self.offload:
+            return torch.empty(states.shape, dtype=self.dtype, pin_memory=True).copy_(states)
+        return states.to("cpu", self.dtype)
 
     def save(self, stage: int) -> None:
         """Make ``stage`` complete and durable on disk."""

@@ -18,6 +18,8 @@ from halfbyte.heap import mapped
 from halfbyte.ranks import Ranks
 
 STRIP = 256
+# On a GPU narrower strips would be over before they fill it; at 14336 these are 0.54 of the full product.
+STRIP_ON_GPU = 1024
 
 
 @dataclass(slots=True)
@@ -25,7 +27,7 @@ class SecondMoment:
     """``H = sum_t x_t x_t^T`` over tokens, float32.
 
     Only strips on and above the diagonal are accumulated (``H[i:i+256, i:]``); :meth:`finish` mirrors them. For
-    ``in = 2048`` that is 0.56 of the full product's arithmetic.
+    ``in = 2048`` that is 0.56 of the full product's arithmetic. On a GPU strips are 1024 wide.
 
     Attributes:
         names: the Linears that share this input.
@@ -44,18 +46,28 @@ class SecondMoment:
         return SecondMoment(names=[], hessian=hessian)
 
     def add(self, x: torch.Tensor) -> None:
-        """Add tokens ``x [tokens, in]``. Products of bfloat16 are summed in float32, on a CPU and by tensor cores."""
-        exact = bfloat16_products() if x.dtype == torch.bfloat16 else contextlib.nullcontext()
-        factor = x if x.is_cuda else x.float()
-        n, transposed = factor.shape[1], factor.T
+        """Add tokens ``x [tokens, in]``. The products of two bfloat16 numbers are exact, and summed up in float32.
+
+        On a GPU the tensor cores do so (and the same for float16), on a CPU :func:`bfloat16_products`. Where torch or
+        the card cannot do that, inputs become float32 before they are multiplied.
+        """
+        exact = bfloat16_products() if x.dtype == torch.bfloat16 and not x.is_cuda else contextlib.nullcontext()
+        mixed, n, strip = multiplies_mixed(x), x.shape[1], self._strip
+        if not mixed:
+            x = x.float()
+        transposed = x.T
         with exact:
-            for i in range(0, n, STRIP):
-                block = self.hessian[i : i + STRIP, i:]
-                if factor.dtype == torch.float32:
-                    block.addmm_(transposed[i : i + STRIP], factor[:, i:])
+            for i in range(0, n, strip):
+                block = self.hessian[i : i + strip, i:]
+                if mixed:
+                    block += torch.mm(transposed[i : i + strip], x[:, i:], out_dtype=torch.float32)
                 else:
-                    block += torch.mm(transposed[i : i + STRIP], factor[:, i:], out_dtype=torch.float32)
+                    block.addmm_(transposed[i : i + strip], x[:, i:])
         self.tokens += x.shape[0]
+
+    @property
+    def _strip(self) -> int:
+        return STRIP_ON_GPU if self.hessian.is_cuda else STRIP
 
     def unite(self, ranks: Ranks) -> None:
         """Make it the moment of all ranks' tokens."""
@@ -70,11 +82,22 @@ class SecondMoment:
 
     def finish(self) -> torch.Tensor:
         """The symmetric ``H``."""
-        n = self.hessian.shape[0]
-        for i in range(0, n, STRIP):
-            end = min(i + STRIP, n)
+        n, strip = self.hessian.shape[0], self._strip
+        for i in range(0, n, strip):
+            end = min(i + strip, n)
             self.hessian[end:, i:end] = self.hessian[i:end, end:].T
         return self.hessian
+
+
+def multiplies_mixed(x: torch.Tensor) -> bool:
+    """Whether ``torch.mm`` gives float32 for this input as it is: on a GPU with bfloat16 tensor cores (compute
+    capability 8.0), from torch 2.8."""
+    return (
+        x.is_cuda
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and "dtype" in torch.ops.aten.mm.overloads()  # type: ignore[no-untyped-call]
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    )
 
 
 @dataclass(slots=True)

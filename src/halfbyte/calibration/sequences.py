@@ -13,6 +13,8 @@ from halfbyte.records import CalibrationRecord
 PADDING_ID = 0
 # Few enough that a batch's activations stay in a CPU's cache: 4096 run a third slower (docs/log.md).
 TOKENS_PER_BATCH = 1024
+# Enough that a matrix product of a batch keeps a large GPU busy, and that its second moment costs more than adding it.
+TOKENS_PER_BATCH_ON_GPU = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

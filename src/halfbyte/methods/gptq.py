@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 
 from halfbyte.errors import NumericsError
-from halfbyte.kernels.gptq_numba import solve_columns
+from halfbyte.kernels.dispatch import solve_columns
 from halfbyte.methods.refine import refine
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.scales import minmax, searched
@@ -39,6 +39,7 @@ MAX_RAISES = 4
 LEAST_RAISED = 1e-3
 DOUBLE_LIMIT = 4096
 DIRECTLY = 256
+DIRECTLY_ON_GPU = 1024  # there a small factorisation takes as long as a larger one
 DEFAULT_STEPS = GptqSteps()
 STRIP = 1024
 
@@ -91,7 +92,11 @@ def factor_hessian(hessian: torch.Tensor, damp_fraction: float, *, where: str, s
         )
     if mean == 0:
         mean = 1.0
-    order = torch.argsort(diagonal, descending=True, stable=True) if static_order else torch.arange(n)
+    order = (
+        torch.argsort(diagonal, descending=True, stable=True)
+        if static_order
+        else torch.arange(n, device=hessian.device)
+    )
     dtype = torch.float64 if n <= DOUBLE_LIMIT else torch.float32
     for raises in range(MAX_RAISES + 1):
         fraction = max(damp_fraction, LEAST_RAISED) * 10**raises if raises else damp_fraction
@@ -108,7 +113,7 @@ def factor_hessian(hessian: torch.Tensor, damp_fraction: float, *, where: str, s
         )
     invert_upper(matrix)
     upper = matrix.to(torch.float32)
-    importance = torch.empty(n)
+    importance = torch.empty(n, device=hessian.device)
     importance[order] = 1.0 / upper.diagonal().square()
     return Factor(
         order=order,
@@ -131,7 +136,7 @@ def factor_upper(matrix: torch.Tensor) -> bool:
         whether it is positive definite; where not, the matrix is left half done.
     """
     n = matrix.shape[0]
-    if n <= DIRECTLY:
+    if n <= _directly(matrix):
         mirrored = matrix.triu() + matrix.triu(1).T
         lower, info = torch.linalg.cholesky_ex(mirrored.flip(0, 1))
         matrix.copy_(lower.flip(0, 1))
@@ -147,6 +152,10 @@ def factor_upper(matrix: torch.Tensor) -> bool:
     return factor_upper(p)
 
 
+def _directly(matrix: torch.Tensor) -> int:
+    return DIRECTLY if matrix.device.type == "cpu" else DIRECTLY_ON_GPU
+
+
 def invert_upper(matrix: torch.Tensor) -> None:
     """Invert an upper triangular matrix ``[n, n]`` in place, by halves.
 
@@ -155,7 +164,7 @@ def invert_upper(matrix: torch.Tensor) -> None:
     is needed.
     """
     n = matrix.shape[0]
-    if n <= DIRECTLY:
+    if n <= _directly(matrix):
         identity = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
         matrix.copy_(torch.linalg.solve_triangular(matrix, identity, upper=True))
         return
@@ -189,13 +198,16 @@ def quantize_gptq(
         fmt: an integer format.
         scale_dtype: what scales are stored in.
         steps: what is done besides the columns; ``static_order`` is the factor's matter.
+
+    Everything is on one device, where it is worked on and where the result is.
     """
     alive = weight.masked_fill(factor.dead, 0.0) if bool(factor.dead.any()) else weight
     if steps.scale_search:
         scales, zeros = searched(alive, factor.importance, fmt, scale_dtype)
     else:
         scales, zeros = minmax(alive, fmt, scale_dtype)
-    group_of = (torch.arange(weight.shape[1]) // (weight.shape[1] // scales.shape[1]))[factor.order]
+    columns = torch.arange(weight.shape[1], device=weight.device)
+    group_of = (columns // (weight.shape[1] // scales.shape[1]))[factor.order]
     permuted_codes, _ = solve_columns(
         alive[:, factor.order].contiguous(), factor.upper, scales, zeros, group_of, fmt.q_min, fmt.q_max
     )

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.kernels.gptq_numba import PANEL
-from halfbyte.kernels.refine_numba import descend
+from halfbyte.kernels.dispatch import PANEL, descend
 from halfbyte.methods.scales import LEAST_SCALE
 from halfbyte.packing import dequantize
 from halfbyte.schemes import WeightFormat

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,6 +33,11 @@ class QuantizedWeight:
     scales: torch.Tensor
     zero_points: torch.Tensor | None
     relative_error: float
+
+    def map(self, move: Callable[[torch.Tensor], torch.Tensor]) -> QuantizedWeight:
+        """The same, with every tensor moved elsewhere."""
+        zeros = None if self.zero_points is None else move(self.zero_points)
+        return replace(self, codes=move(self.codes), scales=move(self.scales), zero_points=zeros)
 
     def dense(self) -> torch.Tensor:
         """The weight that the codes stand for, float32 ``[out, in]``."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.kernels.gptq_numba import search_scales
+from halfbyte.kernels.dispatch import search_scales
 from halfbyte.packing import FLOAT8_MAX
 from halfbyte.schemes import WeightFormat
 
@@ -52,7 +52,7 @@ def searched(
     lo, hi = _range(weight, fmt)
     rows, groups = lo.shape
     scales, zeros = torch.empty_like(lo), torch.empty_like(lo)
-    tried = shares(fmt)
+    tried = shares(fmt).to(weight.device)
     step = max(1, CANDIDATES_PER_CALL // (groups * len(tried)))
     for first in range(0, rows, step):
         part = slice(first, first + step)

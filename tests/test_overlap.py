@@ -1,0 +1,121 @@
+"""Reading ahead and writing behind, as on a GPU, made to happen on the CPU: the same bytes, and no error is lost."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import Models
+from halfbyte import blocks, pipeline, quantize
+from halfbyte.checkpoint.layout import Layout
+from halfbyte.checkpoint.reader import open_checkpoint
+from halfbyte.errors import OutputError
+from halfbyte.gpu import full_float32, to_host, works_ahead
+from halfbyte.read_ahead import ReadAhead
+from halfbyte.weights import Weights
+
+CPU = torch.device("cpu")
+WORK = {"group_size": 32, "calibration": "random-tokens", "samples": 4, "seq_len": 32}
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (blocks, pipeline):
+        monkeypatch.setattr(module, "works_ahead", lambda _: True)
+
+
+def digest(out: Path) -> str:
+    return hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_a_cpu_does_not_work_ahead() -> None:
+    assert not works_ahead(CPU)
+    assert works_ahead(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_working_ahead_ends_in_the_same_bytes(
+    method: str, tiny_model: Models, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source = tiny_model("llama", num_hidden_layers=3)
+    work = WORK if method == "gptq" else {"group_size": 32}
+    plain = quantize(source, tmp_path / "plain", method=method, **work)
+    request.getfixturevalue("ahead")
+    overlapped = quantize(source, tmp_path / "ahead", method=method, **work)
+    assert digest(tmp_path / "plain") == digest(tmp_path / "ahead")
+    assert overlapped.source == plain.source
+    assert [r.name for r in overlapped.linears] == [r.name for r in plain.linears]
+
+
+@pytest.mark.usefixtures("ahead")
+def test_what_fails_while_writing_behind_stops_the_run_and_it_resumes(
+    tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tiny_model("llama", num_hidden_layers=3), tmp_path / "out"
+    write, full = Layout.write, OutputError("the disk is full", where="somewhere")
+
+    def failing(self: Layout, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        if any(".layers.1." in name for name in tensors):
+            raise full
+        write(self, folder, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Layout, "write", failing)
+        with pytest.raises(OutputError, match="the disk is full") as raised:
+            quantize(source, out, **WORK)
+    assert "continues after the 1 blocks that are finished" in raised.value.remedy
+    quantize(source, out, resume=True, **WORK)
+    quantize(source, tmp_path / "whole", **WORK)
+    assert digest(out) == digest(tmp_path / "whole")
+
+
+def test_a_block_read_ahead_is_the_block(tiny_model: Models) -> None:
+    checkpoint = open_checkpoint(tiny_model("llama", num_hidden_layers=3))
+    read: list[str] = []
+
+    def counted(name: str) -> torch.Tensor:
+        read.append(name)
+        return Weights.of(checkpoint).dense(name)
+
+    model = blocks.StreamedModel.of(Weights.of(checkpoint), CPU)
+    assert model.ahead is None
+    model.ahead = ReadAhead.onto(counted, CPU, torch.float32)
+    for index in (0, 1, 0, 2):  # 0 is not what follows 1, so what was fetched is of no use
+        with model.block(index) as block:
+            for name, parameter in block.named_parameters():
+                stored = Weights.of(checkpoint).dense(model.disk_name(index, name))
+                assert torch.equal(parameter, stored.float()), name
+    assert {n.split(".")[2] for n in read} == {"1", "2"}
+    assert model.ahead.take("model.layers.1.mlp.up_proj.weight") is None
+
+
+def test_an_error_while_reading_ahead_is_raised_where_the_tensor_is_needed() -> None:
+    def fail(name: str) -> torch.Tensor:
+        raise OSError(f"cannot read {name}")
+
+    ahead = ReadAhead.onto(fail, CPU, torch.float32)
+    ahead.ask(["a"])
+    with pytest.raises(OSError, match="cannot read a"):
+        ahead.take("a")
+    assert ahead.take("a") is None
+
+
+def test_tensors_on_the_cpu_stay_as_they_are() -> None:
+    x = torch.ones(3)
+    assert to_host(x) is x
+    before = torch.get_float32_matmul_precision()
+    with full_float32(CPU):
+        assert torch.get_float32_matmul_precision() == before
+
+
+def test_float32_is_kept_whole_on_a_gpu_and_given_back() -> None:
+    torch.set_float32_matmul_precision("high")
+    try:
+        with full_float32(torch.device("cuda")):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
