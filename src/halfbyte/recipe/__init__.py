@@ -21,6 +21,8 @@ from halfbyte.recipe.model import (
     Recipe,
     SchemeGroup,
     matches,
+    mixing_problem,
+    wider,
 )
 
 __all__ = [
@@ -33,4 +35,6 @@ __all__ = [
     "SchemeGroup",
     "load_recipe",
     "matches",
+    "mixing_problem",
+    "wider",
 ]
