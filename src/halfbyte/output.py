@@ -17,6 +17,7 @@ from halfbyte.records import (
     CalibrationRecord,
     LinearRecord,
     Manifest,
+    Sensitivity,
     SmoothingRecord,
     TuningRecord,
     write_json,
@@ -35,6 +36,7 @@ def finish_checkpoint(
     linears: list[LinearRecord],
     smoothing: list[SmoothingRecord],
     tuning: list[TuningRecord],
+    sensitivity: Sensitivity | None,
     source_sha256: str,
     companions: list[Path],
     run: dict[str, Any],
@@ -61,6 +63,7 @@ def finish_checkpoint(
             versions=options["versions"],
             smoothing=smoothing,
             tuning=tuning,
+            sensitivity=sensitivity,
             run={**run, "threads": options["threads"]},
         )
         write_json(folder / MANIFEST_NAME, manifest)

@@ -15,6 +15,7 @@ from halfbyte.recipe.load import load_recipe
 from halfbyte.recipe.model import (
     DEFAULT_DAMP_FRACTION,
     EFFORTS,
+    WIDER,
     Effort,
     GptqSteps,
     Method,
@@ -28,6 +29,7 @@ from halfbyte.recipe.model import (
 __all__ = [
     "DEFAULT_DAMP_FRACTION",
     "EFFORTS",
+    "WIDER",
     "Effort",
     "GptqSteps",
     "Method",

@@ -43,6 +43,8 @@ class SchemeGroup:
 
 Effort = Literal["standard", "high"]
 EFFORTS: tuple[Effort, ...] = ("standard", "high")
+# What target_bits may give a Linear instead of its scheme.
+WIDER = "W8A16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,8 +206,8 @@ def method_problem(method: Method, schemes: Sequence[Scheme]) -> str | None:
 
 
 def wider(scheme: Scheme) -> Scheme | None:
-    """What ``target_bits`` may choose for a Linear instead: W8A16 with the same groups. ``None``: it has as many bits."""
-    w8 = preset("W8A16")
+    """What ``target_bits`` may choose instead: W8A16 with the same groups; ``None`` for 8 bits and more."""
+    w8 = preset(WIDER)
     if scheme.weights.num_bits >= w8.weights.num_bits:
         return None
     return replace(w8, weights=replace(w8.weights, group_size=scheme.weights.group_size))
@@ -216,7 +218,7 @@ def mixing_problem(schemes: Sequence[Scheme]) -> str | None:
 
     transformers reads no asymmetric group beside another, and what quantises activations is not a matter of bits.
     """
-    w8 = preset("W8A16")
+    w8 = preset(WIDER)
     strange = [s for s in schemes if s.storage != w8.storage or s.activations is not None or not s.weights.symmetric]
     if strange:
         names = ", ".join(sorted({s.name for s in strange}))
