@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 
@@ -85,8 +84,10 @@ class Budget:
         """What can be spent besides :attr:`size_bytes`: at most the target; nothing where that is out of reach."""
         if self.problem() is not None:
             return 0
-        room = math.floor(Fraction(self.target_bits) * self.weights / 8) - self.size_bytes
-        return max(0, min(room, sum(u.extra_bytes for u in self.units)))
+        whole = math.floor(self.target_bits * self.weights / 8)
+        # What counts is the quotient as it is reported, to the last bit of a double.
+        most = next(n for n in (whole + 1, whole, whole - 1) if 8 * n / self.weights <= self.target_bits)
+        return max(0, min(most - self.size_bytes, sum(u.extra_bytes for u in self.units)))
 
     def problem(self) -> UsageError | None:
         """The target out of reach."""
