@@ -841,8 +841,9 @@ def require_work_for_all(size: CalibrationWork, ranks: Ranks) -> None:
     if ranks.world == 1:
         return
     if not size.observed:
+        needs = "no calibration" if size.spec is None else "calibration only for the target bits"
         raise UsageError(
-            f"rounding to nearest observes nothing, so there is nothing that {ranks.world} processes could share",
+            f"rounding to nearest needs {needs}, so there is nothing that {ranks.world} processes could share",
             where="--method rtn",
             remedy="Run it without torchrun.",
         )
