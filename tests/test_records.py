@@ -74,7 +74,7 @@ MIXED = MixedPlan(
 UNIT = UnitSensitivity(
     linears=["a.q", "a.k"], block=1, kl_nats=1e-5, scheme="W8A16", group_size=None, bits_per_weight=8.125
 )
-SENSITIVITY = Sensitivity(target_bits=4.5, bits_per_weight=4.49, sequences=4, tokens=1000, units=[UNIT])
+SENSITIVITY = Sensitivity(target_bits=4.5, bits_per_weight=4.49, sequences=4, tokens=1000, positions=256, units=[UNIT])
 CHECK = Check(name="names", status="failed", detail="1 of 2", problems=["model.norm.weight: absent"])
 EVERY: list[Any] = [
     TENSOR,

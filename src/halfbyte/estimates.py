@@ -35,6 +35,9 @@ RUNTIME_BYTES = 550e6
 # Measured while loading Gemma 3's vocabulary of 262,144.
 TOKENIZER_BYTES = 2e3
 DISK_BYTES_PER_S = 400e6
+# Positions at which predictions are compared to measure sensitivities: a large vocabulary makes each dearer than a pass
+# through the blocks of a small model.
+MEASURED_POSITIONS = 256
 # Of one chunk of positions, while predictions are compared.
 LOGITS_BYTES = 128 << 20
 # What may wait in memory between the stages of a block; more goes to files.
@@ -232,7 +235,7 @@ def _measuring_moments(
         + 28.0 * min(CANDIDATES_PER_CALL, max(s.scales for s in largest) * len(SHRINK)),
         "activations": 4.0 * size.measured_tokens * max(2 * shape[0] + shape[1] for s in largest for shape in s.shapes),
     }
-    logits = min(LOGITS_BYTES, 4 * size.measured_tokens * vocabulary)
+    logits = min(LOGITS_BYTES, 4 * min(MEASURED_POSITIONS, size.measured_tokens) * vocabulary)
     comparing = {"output head, float32, as read and as used": 6.0 * hidden * vocabulary, "logits": 6.0 * logits}
     return [
         ("sensitivities are measured", states | passing),
@@ -272,7 +275,8 @@ def _time(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationW
     if size.units:
         head = int(checkpoint.text_config.get("hidden_size") or 0) * int(checkpoint.text_config.get("vocab_size") or 0)
         passes = size.units / 2 + 1
-        flops = 2.0 * size.measured_tokens * (passes * weights + (size.units + 1) * head)
+        positions = min(MEASURED_POSITIONS, size.measured_tokens)
+        flops = 2.0 * (size.measured_tokens * passes * weights + positions * (size.units + 1) * head)
         parts["measuring sensitivities"] = flops / rate + 9e-8 * weights
     if size.spec == "self":
         parameters = sum(t.size_bytes // DTYPES[t.dtype].itemsize for t in checkpoint.tensors.values())

@@ -208,7 +208,7 @@ class Sensitivity:
 
     Attributes:
         target_bits: stored bits a quantised weight, at most, as asked for; bits_per_weight: as reached.
-        sequences, tokens: of calibration text that it was measured on.
+        sequences, tokens: of calibration text that it was measured on; positions: at which predictions were compared.
         units: in the order of the blocks.
     """
 
@@ -216,6 +216,7 @@ class Sensitivity:
     bits_per_weight: float
     sequences: int
     tokens: int
+    positions: int
     units: list[UnitSensitivity]
 
 

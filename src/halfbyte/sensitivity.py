@@ -4,11 +4,11 @@ For a unit ``u`` and the original model's next-token distributions ``P``::
 
     KL_u = mean over positions of KL(P || P_u)
 
-where ``P_u`` is the model with u's Linears rounded to the recipe's scheme and everything else original. Weights are
-streamed once: the original's hidden states travel through the blocks, at u's block u's are split off from them, and
-from there on both travel side by side. So memory holds one block and, for every unit, the hidden states of a few
-sequences (on disk with ``offload``). The work is that of half as many forward passes of these few sequences as there
-are units, and the output head for each.
+(up to 256 positions, spread evenly over the text, the same for all units), where ``P_u`` is the model with u's Linears
+rounded to the recipe's scheme and everything else original. Weights are streamed once: the original's hidden states
+travel through the blocks, at u's block u's are split off from them, and from there on both travel side by side. So
+memory holds one block and, for every unit, the hidden states of a few sequences (on disk with ``offload``). The work is
+that of half as many forward passes of these few sequences as there are units, and the output head for each.
 
 Two things are assumed, and not measured: that the divergences of units add up, and that a unit in 8 bits has none. An
 8-bit grid is 17 times finer than a 4-bit one of the same range, and KL is quadratic in small errors, so that what is
@@ -34,7 +34,7 @@ from halfbyte.checkpoint.layout import write_error
 from halfbyte.checkpoint.reader import DTYPES
 from halfbyte.distributions import kl_rows
 from halfbyte.errors import NumericsError
-from halfbyte.estimates import LOGITS_BYTES
+from halfbyte.estimates import LOGITS_BYTES, MEASURED_POSITIONS
 from halfbyte.heap import release_freed_memory
 from halfbyte.methods.rtn import nearest, quantize_rtn
 from halfbyte.methods.scales import searched
@@ -56,6 +56,7 @@ class Measured:
     kl_nats: list[float]
     sequences: int
     tokens: int
+    positions: int
 
 
 def deal_out(
@@ -84,6 +85,7 @@ def deal_out(
         bits_per_weight=budget.reached_bits(chosen),
         sequences=measured.sequences,
         tokens=measured.tokens,
+        positions=measured.positions,
         units=[
             record_of(u, kl, schemes, i in chosen)
             for i, (u, kl) in enumerate(zip(units, measured.kl_nats, strict=True))
@@ -117,11 +119,18 @@ def record_of(unit: Unit, kl_nats: float, schemes: Mapping[str, Scheme], chosen:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """The few sequences that are measured on: a batch, which of its positions are tokens, and their numbers."""
+    """The few sequences that are measured on.
+
+    Attributes:
+        batch: their tokens; samples: their numbers in the calibration set.
+        real: which of the batch's positions are tokens.
+        positions: where predictions are compared, in the flattened batch.
+    """
 
     batch: Batch
-    real: torch.Tensor
     samples: list[int]
+    real: torch.Tensor
+    positions: torch.Tensor
 
     @staticmethod
     def of(calibration: Calibration, units: int) -> Text:
@@ -131,7 +140,9 @@ class Text:
         cut = [calibration.sequences[i][:MEASURED_SEQ_LEN] for i in samples]
         (batch,) = Calibration(record=calibration.record, sequences=cut).batches(MEASURED_SEQ_LEN * len(cut))
         real = torch.arange(batch.token_ids.shape[1]) < batch.lengths.unsqueeze(1)
-        return Text(batch, real, samples)
+        tokens = torch.nonzero(real.flatten())[:, 0]
+        count = min(MEASURED_POSITIONS, len(tokens))
+        return Text(batch, samples, real, tokens[torch.arange(count) * len(tokens) // count])
 
 
 def measure(
@@ -167,8 +178,7 @@ def measure(
     _travel(model, units, schemes, text, states, search=search, reporter=reporter)
     sums = _divergences(model, len(units), text, states, reporter)
     states.forget(model.num_blocks)
-    tokens = int(text.real.sum())
-    kl = [float(s) / tokens for s in sums]
+    kl = [float(s) / len(text.positions) for s in sums]
     for unit, value in zip(units, kl, strict=True):
         if not 0 <= value < float("inf"):
             raise NumericsError(
@@ -176,7 +186,7 @@ def measure(
                 where=unit.linears[0],
                 remedy="Calibrate with other text, or leave --target-bits out.",
             )
-    return Measured(kl_nats=kl, sequences=rows, tokens=tokens)
+    return Measured(kl_nats=kl, sequences=rows, tokens=int(text.real.sum()), positions=len(text.positions))
 
 
 def _travel(
@@ -278,11 +288,10 @@ def nearest_values(
 def _divergences(
     model: StreamedModel, units: int, text: Text, states: HiddenStates, reporter: Reporter
 ) -> torch.Tensor:
-    """Sums of KL over all tokens ``[units]`` float64, a chunk of tokens at a time."""
+    """Sums of KL over the positions ``[units]`` float64, a chunk of them at a time."""
     vocabulary = int(model.weights.checkpoint.text_config["vocab_size"])
     sums = torch.zeros(units, dtype=torch.float64)
-    positions = torch.nonzero(text.real.flatten())[:, 0]
-    chunks = torch.split(positions, max(1, LOGITS_BYTES // (4 * vocabulary)))
+    chunks = torch.split(text.positions, max(1, LOGITS_BYTES // (4 * vocabulary)))
     reporter.start("measuring sensitivities: predictions", len(chunks) * units)
     with model.head():
         for chunk in chunks:
