@@ -316,6 +316,28 @@ targets = ['re:.*down_proj']
     assert halfbyte.verify(out, source=source).passed
 
 
+def test_several_groups_are_read_alike_by_every_loader(source: Path, tmp_path: Path) -> None:
+    """Where a group names q/k/v and another is ``Linear``, vLLM would take its fused layer for a ``Linear``."""
+    recipe = tmp_path / "r.toml"
+    names = ", ".join(f"'model.layers.1.self_attn.{p}_proj'" for p in "qkv")
+    recipe.write_text(f"""
+scheme = "W4A16"
+group_size = 32
+method = "rtn"
+[[groups]]
+scheme = "W8A16"
+group_size = 32
+targets = [{names}]
+""")
+    out = tmp_path / "out"
+    halfbyte.quantize(source, out, recipe=recipe, device="cpu")
+    four, eight = tiny.config_of(out)["quantization_config"]["config_groups"].values()
+    assert (four["weights"]["num_bits"], eight["weights"]["num_bits"]) == (4, 8)
+    assert eight["targets"] == [r"re:.*\blayers\.1\.(?:self_attn\.k_proj|self_attn\.q_proj|self_attn\.v_proj)$"]
+    assert "Linear" not in four["targets"]
+    assert halfbyte.verify(out, source=source).passed
+
+
 # Resumed
 
 

@@ -236,7 +236,7 @@ def _measuring_moments(
         "activations": 4.0 * size.measured_tokens * max(2 * shape[0] + shape[1] for s in largest for shape in s.shapes),
     }
     logits = min(LOGITS_BYTES, 4 * min(MEASURED_POSITIONS, size.measured_tokens) * vocabulary)
-    comparing = {"output head, float32, as read and as used": 6.0 * hidden * vocabulary, "logits": 6.0 * logits}
+    comparing = {"output head, float32": 4.0 * hidden * vocabulary, "logits of both models": 4.0 * logits}
     return [
         ("sensitivities are measured", states | passing),
         ("predictions are compared to measure sensitivities", states | comparing),
