@@ -20,10 +20,13 @@ from halfbyte.records import (
     Estimate,
     LinearRecord,
     Manifest,
+    MixedPlan,
     Plan,
+    Sensitivity,
     SmoothingRecord,
     TensorPlan,
     TuningRecord,
+    UnitSensitivity,
     VerifyRecord,
     read_json,
     read_record,
@@ -65,6 +68,13 @@ CALIBRATION = CalibrationRecord(
 )
 SMOOTHED = SmoothingRecord(norm="a.norm.weight", offset=1.0, linears=["a.q", "a.k"], strength=0.5)
 TUNED = TuningRecord(block=3, loss_before=0.25, loss_after=0.125, kept=True)
+MIXED = MixedPlan(
+    target_bits=4.5, lowest_bits=4.125, highest_bits=8.125, wider="W8A16", units=4, sequences=4, tokens=1024
+)
+UNIT = UnitSensitivity(
+    linears=["a.q", "a.k"], block=1, kl_nats=1e-5, scheme="W8A16", group_size=None, bits_per_weight=8.125
+)
+SENSITIVITY = Sensitivity(target_bits=4.5, bits_per_weight=4.49, sequences=4, tokens=1000, positions=256, units=[UNIT])
 CHECK = Check(name="names", status="failed", detail="1 of 2", problems=["model.norm.weight: absent"])
 EVERY: list[Any] = [
     TENSOR,
@@ -74,6 +84,9 @@ EVERY: list[Any] = [
     CALIBRATION,
     SMOOTHED,
     TUNED,
+    MIXED,
+    UNIT,
+    SENSITIVITY,
     CHECK,
     Plan(
         source="org/model",
@@ -92,6 +105,7 @@ EVERY: list[Any] = [
         estimates={"peak_memory": ESTIMATE},
         problems=["one"],
         notes=[],
+        mixed=MIXED,
     ),
     Manifest(
         format_version=1,
@@ -106,6 +120,7 @@ EVERY: list[Any] = [
         versions={"torch": "2.13.0"},
         smoothing=[SMOOTHED],
         tuning=[TUNED],
+        sensitivity=SENSITIVITY,
         run={"seconds": 1.5, "hosts": ["a"]},
     ),
     Manifest(

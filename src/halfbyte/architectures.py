@@ -27,8 +27,16 @@ NOT_LANGUAGE = re.compile(r"(^|[._])(vision|visual|vit|image|audio|speech|projec
 # Modules inside blocks that hold a 2-D weight and stay in original precision: they steer tokens to experts.
 KEPT_MODULES = re.compile(r"(^|\.)(router|gate|shared_expert_gate|wg)$")
 
-# Linears that engines fuse into one: all parts have the same input, and need the same scheme.
-FUSED = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}))
+# Linears that engines fuse into one: all parts have the same input, and need the same scheme. After vLLM's
+# packed_modules_mapping: attention and MLP of most models; InternLM 2; DeepSeek's latent attention; Qwen 3.5's deltas.
+FUSED = (
+    frozenset({"q_proj", "k_proj", "v_proj"}),
+    frozenset({"gate_proj", "up_proj"}),
+    frozenset({"w1", "w3"}),
+    frozenset({"q_a_proj", "kv_a_proj_with_mqa"}),
+    frozenset({"in_proj_qkv", "in_proj_z"}),
+    frozenset({"in_proj_b", "in_proj_a"}),
+)
 
 KNOWN_ARCHITECTURES = frozenset(
     {

@@ -18,14 +18,14 @@ ComputeDtype = Literal["auto", "float32", "bfloat16"]
 COMPUTE_DTYPES: tuple[ComputeDtype, ...] = ("auto", "float32", "bfloat16")
 
 
-def compute_dtype(wanted: ComputeDtype, stored: torch.dtype, device: str, least_bits: int) -> torch.dtype:
+def compute_dtype(wanted: ComputeDtype, stored: torch.dtype, device: str, most_bits: int) -> torch.dtype:
     """What blocks compute in while a model is quantised.
 
     Args:
         wanted: ``auto``, or what the user asks for.
         stored: the checkpoint's dtype.
         device: ``cpu`` or ``cuda``.
-        least_bits: of the weight formats wanted.
+        most_bits: of the weight formats wanted.
 
     Returns:
         for ``auto`` on a GPU the checkpoint's dtype; on a CPU bfloat16 where checkpoint and processor have it and all
@@ -35,7 +35,7 @@ def compute_dtype(wanted: ComputeDtype, stored: torch.dtype, device: str, least_
         return torch.float32 if wanted == "float32" else torch.bfloat16
     if device != "cpu":
         return stored
-    return torch.bfloat16 if stored == torch.bfloat16 and least_bits < 8 and fast_bfloat16() else torch.float32
+    return torch.bfloat16 if stored == torch.bfloat16 and most_bits < 8 and fast_bfloat16() else torch.float32
 
 
 def fast_bfloat16() -> bool:

@@ -403,6 +403,19 @@ def require_finite(
     )
 
 
+def require_finite_weights(modules: Mapping[str, nn.Linear]) -> None:
+    """Stop on NaN or infinity in a weight, naming it."""
+    for name, module in modules.items():
+        if not bool(torch.isfinite(module.weight).all()):
+            raise not_finite(f"{name}.weight")
+
+
+def not_finite(name: str) -> NumericsError:
+    return NumericsError(
+        "the source weight holds NaN or infinity", where=name, remedy="Download the checkpoint again, or --ignore it."
+    )
+
+
 class Interner:
     """Keeps equal tensors once: arguments recorded for many blocks and batches share their storage."""
 

@@ -1,12 +1,13 @@
 """What a run will need: peak memory, time and disk, each with the reckoning behind it.
 
-Memory is what the pipeline holds at its fullest moment. Four kinds of moment compete, and the largest counts:
+Memory is what the pipeline holds at its fullest moment. Five kinds of moment compete, and the largest counts:
 
 - the model writes its own calibration text (``self`` only): the whole model in float32, its key-value cache, logits;
 - its tokenizer is loaded: more than a block, for small models with large vocabularies;
 - a Hessian of width ``n`` is factored: the block's weights, codes so far, what waits for the stages to come (see
   ``sequential``), H (4 n^2 bytes) and its factor with room to work: 12 n^2 in float64, 6 n^2 in float32 above
   :data:`DOUBLE_LIMIT`;
+- sensitivities are measured (``target_bits`` only): a block, a hidden state for each unit, then the output head;
 - a Linear of N weights is solved: the same with H and R instead (8 n^2), two copies of the weight and its codes (9 N)
   and the scale search's candidates.
 
@@ -36,6 +37,11 @@ RUNTIME_BYTES = 550e6
 # Measured while loading Gemma 3's vocabulary of 262,144.
 TOKENIZER_BYTES = 2e3
 DISK_BYTES_PER_S = 400e6
+# Positions at which predictions are compared to measure sensitivities: a large vocabulary makes each dearer than a pass
+# through the blocks of a small model.
+MEASURED_POSITIONS = 256
+# Of one chunk of positions, while predictions are compared.
+LOGITS_BYTES = 128 << 20
 # What may wait in memory between the stages of a block; more goes to files.
 KEPT_IN_MEMORY = 1 << 30
 # Of the memory that is free; the rest is the page cache's and everybody else's.
@@ -52,23 +58,30 @@ class CalibrationWork:
     Attributes:
         spec: ``self``, ``text:FILE``, ...; ``None`` where the method needs none.
         samples, seq_len: sequences, and most tokens in one; 0 where the method needs none.
+        observed: whether the method looks at what they make of the blocks; without, they only serve to measure
+            sensitivities.
         offload: hidden states stay on disk; ``None`` until it is known whether they fit.
         dtype: what blocks compute in.
         tuned: whether blocks are tuned (effort high).
+        units, measured_tokens: whose sensitivities are measured, and on how many tokens; 0 where that is not wanted.
         reason: why the spec is not the one that would be taken where memory is plenty; empty mostly.
     """
 
     spec: str | None
     samples: int
     seq_len: int
+    observed: bool = True
     offload: bool | None = None
     dtype: torch.dtype = torch.float32
     tuned: bool = False
+    units: int = 0
+    measured_tokens: int = 0
     reason: str = ""
 
     @property
     def tokens(self) -> int:
-        return self.samples * self.seq_len
+        """What is seen of every block."""
+        return self.samples * self.seq_len if self.observed else 0
 
     @property
     def compute(self) -> str:
@@ -117,7 +130,7 @@ def estimate(
 
 def settle_offload(checkpoint: Checkpoint, tensors: Iterable[TensorPlan], size: CalibrationWork) -> CalibrationWork:
     """Decide where hidden states live, unless that is decided: on disk where the run would not fit beside them."""
-    if size.offload is not None or not size.tokens:
+    if size.offload is not None or size.spec is None:
         return size
     peak = _memory(checkpoint, _blocks(tensors), size).value
     return replace(size, offload=peak > MEMORY_SHARE * available_memory_bytes())
@@ -157,7 +170,9 @@ def _memory(checkpoint: Checkpoint, blocks: list[list[Shared]], size: Calibratio
             )
         }
         moments.append(("the model writes its calibration text", parts))
-    if size.tokens:
+    if size.units:
+        moments += _measuring_moments(checkpoint, blocks, size)
+    if size.spec is not None:
         vocabulary = int(checkpoint.text_config.get("vocab_size") or 0)
         moments.append(("the tokenizer is loaded", {"tokenizer, 2 kB a token": TOKENIZER_BYTES * vocabulary}))
     when, parts = max(moments, key=lambda m: sum(m[1].values()))
@@ -217,6 +232,32 @@ def _block_moments(
     return moments
 
 
+def _measuring_moments(
+    checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationWork
+) -> list[tuple[str, dict[str, float]]]:
+    """The moments while sensitivities are measured: a block is passed, and predictions are compared."""
+    hidden, vocabulary = (int(checkpoint.text_config.get(key) or 0) for key in ("hidden_size", "vocab_size"))
+    label = "a hidden state for each unit" + (" (on disk: --offload)" if size.offload else "")
+    states = {label: 0.0 if size.offload else _unit_states_bytes(size, hidden)}
+    largest = max(blocks, key=lambda block: sum(s.weights for s in block))
+    passing = {
+        "one block's weights, float32": 4.0 * sum(s.weights for s in largest),
+        "rounding one unit, and the scale search": 13.0 * max(s.weights for s in largest)
+        + 28.0 * min(CANDIDATES_PER_CALL, max(s.scales for s in largest) * len(SHRINK_FEW_BITS)),
+        "activations": 4.0 * size.measured_tokens * max(2 * shape[0] + shape[1] for s in largest for shape in s.shapes),
+    }
+    logits = min(LOGITS_BYTES, 4 * min(MEASURED_POSITIONS, size.measured_tokens) * vocabulary)
+    comparing = {"output head, float32": 4.0 * hidden * vocabulary, "logits of both models": 4.0 * logits}
+    return [
+        ("sensitivities are measured", states | passing),
+        ("predictions are compared to measure sensitivities", states | comparing),
+    ]
+
+
+def _unit_states_bytes(size: CalibrationWork, hidden: int) -> float:
+    return 4.0 * (size.units + 1) * size.measured_tokens * hidden
+
+
 def _kept_bytes(shared: Shared, size: CalibrationWork, hidden: int) -> float:
     """What waits while a stage is solved: its input, unless it lies behind a norm as q/k/v's and gate/up's do (several
     Linears, here), and the attention's output."""
@@ -244,9 +285,15 @@ def _time(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationW
         steps = TuningOptions()
         taught = steps.steps * steps.samples_per_step * min(TOKENS_PER_BATCH, size.tokens)
         parts["tuning"] = (6.0 * taught + 4.0 * size.tokens) * weights / rate
+    if size.units:
+        head = int(checkpoint.text_config.get("hidden_size") or 0) * int(checkpoint.text_config.get("vocab_size") or 0)
+        passes = size.units / 2 + 1
+        positions = min(MEASURED_POSITIONS, size.measured_tokens)
+        flops = 2.0 * (size.measured_tokens * passes * weights + positions * (size.units + 1) * head)
+        parts["measuring sensitivities"] = flops / rate + 9e-8 * weights
     if size.spec == "self":
         parameters = sum(t.size_bytes // DTYPES[t.dtype].itemsize for t in checkpoint.tensors.values())
-        parts["writing the calibration text"] = 2.0 * size.tokens * parameters / (SAMPLING_SHARE * rate)
+        parts["writing the calibration text"] = 2.0 * size.samples * size.seq_len * parameters / (SAMPLING_SHARE * rate)
     how = f"arithmetic at this machine's {size.compute} matmul rate, measured now: {rate / 1e9:.0f} GFLOP/s"
     return Estimate(value=sum(parts.values()), unit="seconds", how=how, parts=parts)
 
@@ -260,6 +307,9 @@ def _disk(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationW
         )
         kept = _kept_on_disk(blocks, size, hidden)
         parts |= {"inputs and outputs kept between stages": kept} if kept else {}
+    if size.units and size.offload:
+        states = 2 * _unit_states_bytes(size, int(checkpoint.text_config.get("hidden_size", 0)))
+        parts["hidden states while sensitivities are measured"] = states
     how = "written beside each other in the output folder"
     return Estimate(value=sum(parts.values()), unit="bytes", how=how, parts=parts)
 

@@ -26,6 +26,7 @@ from halfbyte.records import (
     CompareRecord,
     LinearRecord,
     Manifest,
+    Sensitivity,
     VerifyRecord,
     read_record,
 )
@@ -99,7 +100,8 @@ class Inspection:
         parameters: logical ones; a tied output matrix that is not stored counts once.
         bits_per_weight: over quantised weights, scales included; ``None`` when none is quantised.
         bits_per_parameter: all tensor bytes over all parameters.
-        errors, calibration, recipe, verify, compare: from ``halfbyte.json`` and the records beside it, where present.
+        errors, calibration, recipe, sensitivity, verify, compare: from ``halfbyte.json`` and the records beside it,
+            where present.
         notes: contradictions between config and tensors, and records that could not be read.
     """
 
@@ -120,6 +122,7 @@ class Inspection:
     errors: list[BlockError]
     recipe: dict[str, Any] | None
     calibration: CalibrationRecord | None
+    sensitivity: Sensitivity | None
     verify: VerifyRecord | None
     compare: CompareRecord | None
     notes: list[str]
@@ -171,6 +174,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         errors=block_errors(manifest.linears) if manifest else [],
         recipe=manifest.recipe if manifest else None,
         calibration=manifest.calibration if manifest else None,
+        sensitivity=manifest.sensitivity if manifest else None,
         verify=_record(VerifyRecord, checkpoint.path / VERIFY_NAME, notes),
         compare=_record(CompareRecord, checkpoint.path / COMPARE_NAME, notes),
         notes=notes,

@@ -10,6 +10,7 @@ from typing import Any
 
 from halfbyte.checkpoint.layout import write_error
 from halfbyte.checkpoint.reader import Checkpoint
+from halfbyte.mixing import groups_of
 from halfbyte.planner import WorkPlan
 from halfbyte.recipe import Recipe
 from halfbyte.records import (
@@ -17,6 +18,7 @@ from halfbyte.records import (
     CalibrationRecord,
     LinearRecord,
     Manifest,
+    Sensitivity,
     SmoothingRecord,
     TuningRecord,
     write_json,
@@ -35,6 +37,7 @@ def finish_checkpoint(
     linears: list[LinearRecord],
     smoothing: list[SmoothingRecord],
     tuning: list[TuningRecord],
+    sensitivity: Sensitivity | None,
     source_sha256: str,
     companions: list[Path],
     run: dict[str, Any],
@@ -45,8 +48,11 @@ def finish_checkpoint(
             shutil.copyfile(file, folder / file.name)
             os.chmod(folder / file.name, 0o644)
         config = dict(checkpoint.config)
-        groups = [(g.scheme, list(g.targets)) for g in recipe.groups]
-        config["quantization_config"] = quantization_config(groups, work.ignore_patterns)
+        # Several groups are spelt so that every loader reads them alike: where vLLM has fused Linears into one, it
+        # prefers the target Linear to the names of the parts.
+        groups = recipe.groups if len(recipe.groups) == 1 else groups_of(work.blocks, work.schemes)
+        targets = [(g.scheme, list(g.targets)) for g in groups]
+        config["quantization_config"] = quantization_config(targets, work.ignore_patterns)
         write_json(folder / "config.json", config)
         manifest = Manifest(
             format_version=1,
@@ -61,6 +67,7 @@ def finish_checkpoint(
             versions=options["versions"],
             smoothing=smoothing,
             tuning=tuning,
+            sensitivity=sensitivity,
             run={**run, "threads": options["threads"]},
         )
         write_json(folder / MANIFEST_NAME, manifest)

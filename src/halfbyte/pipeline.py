@@ -26,7 +26,15 @@ from torch import nn
 
 from halfbyte.activations import fake_quantize_activations
 from halfbyte.arithmetic import ComputeDtype
-from halfbyte.blocks import Arguments, Interner, StreamedModel, require_finite, run_block
+from halfbyte.blocks import (
+    Arguments,
+    Interner,
+    StreamedModel,
+    not_finite,
+    require_finite,
+    require_finite_weights,
+    run_block,
+)
 from halfbyte.calibration import TOKENS_PER_BATCH, TOKENS_PER_BATCH_ON_GPU, Batch, Calibration, calibrate
 from halfbyte.checkpoint.layout import Layout
 from halfbyte.checkpoint.reader import (
@@ -58,6 +66,7 @@ from halfbyte.methods.rtn import quantize_rtn
 from halfbyte.methods.smoothing import STRENGTHS, choose_strength, expressible, factors_of, gain_offset
 from halfbyte.methods.tuned_parts import TunedLinear
 from halfbyte.methods.tuning import Sample, TuningOptions, norm_gain, tune_block
+from halfbyte.mixing import Budget, groups_of
 from halfbyte.output import finish_checkpoint
 from halfbyte.packing import pack
 from halfbyte.planner import (
@@ -70,17 +79,19 @@ from halfbyte.planner import (
 )
 from halfbyte.progress import Reporter, Silent
 from halfbyte.ranks import Ranks
-from halfbyte.recipe import Effort, GptqSteps, Recipe
+from halfbyte.recipe import WIDER, Effort, GptqSteps, Recipe, wider
 from halfbyte.records import (
     CalibrationRecord,
     LinearRecord,
     Manifest,
+    Sensitivity,
     SmoothingRecord,
     TuningRecord,
     from_plain,
     read_record,
 )
 from halfbyte.schemes import ActivationFormat
+from halfbyte.sensitivity import deal_out
 from halfbyte.sequential import AtOnce, Outliers, Route, Sequential, Shelf, Walk, learn_route
 from halfbyte.state import HiddenStates, RunFolder, already_published
 from halfbyte.statistics import SecondMoment
@@ -101,6 +112,7 @@ def quantize(
     ignore: Sequence[str] = (),
     recipe: Path | None = None,
     effort: Effort | None = None,
+    target_bits: float | None = None,
     device: str = "auto",
     dtype: ComputeDtype = "auto",
     offload: bool | None = None,
@@ -122,6 +134,8 @@ def quantize(
         ignore: Linears to leave alone, exact names or ``re:`` patterns.
         recipe: a recipe file instead of scheme, group size, method and ignore.
         effort: ``standard``, or ``high`` to tune each block on its output after GPTQ; ``None`` is the recipe's.
+        target_bits: stored bits a quantised weight, at most, on average: Linears that suffer most from the scheme get
+            W8A16, see ``sensitivity``; ``None`` is the recipe's, which is none unless it says so.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: what blocks compute in: ``float32``, ``bfloat16``, or ``auto``, see ``arithmetic.compute_dtype``.
         offload: keep hidden states on disk only; ``None``: where they would not fit in memory.
@@ -140,7 +154,13 @@ def quantize(
     reporter, ranks = reporter or Silent(), ranks or Ranks()
     out = Path(out)
     chosen = choose_recipe(
-        scheme=scheme, group_size=group_size, method=method, ignore=ignore, recipe=recipe, effort=effort
+        scheme=scheme,
+        group_size=group_size,
+        method=method,
+        ignore=ignore,
+        recipe=recipe,
+        effort=effort,
+        target_bits=target_bits,
     )
     require_calibration(chosen, calibration)
     target = choose_device(device)
@@ -222,12 +242,12 @@ class Job:
     reporter: Reporter
     ranks: Ranks = field(default_factory=Ranks)
     started: float = field(default_factory=time.monotonic)
+    sensitivity: Sensitivity | None = None
     _saving: Future[None] | None = None
     _solver: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def carry_out(self) -> Manifest:
         """All stages that the journal does not list as finished."""
-        layout = Layout.of(self.work.outputs)
         blocks = self.work.blocks
         facts = self.run.journal
         # Building the module tree also proves that every planned module is a Linear of this architecture.
@@ -236,6 +256,10 @@ class Job:
         self._solver = self._choose_solver()
         if self.run.fresh and self.ranks.first:
             self._require_space()
+        if self.work.budget is not None:
+            self._spend(self.work.budget, model)
+        layout = Layout.of(self.work.outputs)
+        if self.run.fresh and self.ranks.first:
             layout.create(self.run.checkpoint)
         calibration = self._calibration()
         if self.run.fresh:
@@ -252,7 +276,7 @@ class Job:
         tuning = [from_plain(TuningRecord, r) for r in facts.get("tuning", [])]
         timings = list(facts.get("blocks", []))
         stream = None
-        if calibration is not None:
+        if calibration is not None and self.work.calibration.observed:
             stream = Stream.begin(
                 model,
                 calibration,
@@ -325,6 +349,7 @@ class Job:
             linears=records,
             smoothing=smoothing,
             tuning=tuning,
+            sensitivity=self.sensitivity,
             source_sha256=combined_digest(digests),
             companions=list(companion_files(self.checkpoint.path)),
             run={
@@ -351,7 +376,7 @@ class Job:
 
     def _calibration(self) -> Calibration | None:
         """The calibration set: made once, kept with the run."""
-        if self.recipe.method == "rtn":
+        if self.options["calibration"] is None:
             return None
         kept = self.run.state / "calibration.safetensors"
         if self.ranks.first and not kept.exists():
@@ -371,6 +396,32 @@ class Job:
         )
         save_calibration(kept, calibration)
         self.reporter.say(describe(calibration.record))
+
+    def _spend(self, budget: Budget, model: StreamedModel) -> None:
+        """Settle which Linears get more bits. From here on recipe and plan say so, and there is nothing to choose."""
+        calibration = self._calibration()
+        assert calibration is not None
+        found = self.ranks.decide(
+            lambda: deal_out(
+                model,
+                budget,
+                self.work.schemes,
+                calibration,
+                self.run.state,
+                offload=bool(self.work.calibration.offload),
+                search=self.recipe.method == "gptq" and self.recipe.gptq.scale_search,
+                reporter=self.reporter,
+            )
+        )
+        schemes = dict(self.work.schemes)
+        for unit in found.units:
+            if unit.scheme == WIDER:
+                schemes |= {n: wider(schemes[n]) or schemes[n] for n in unit.linears}
+        self.recipe = replace(self.recipe, groups=groups_of(self.work.blocks, schemes), target_bits=None)
+        work = make_plan(self.checkpoint, self.recipe, self.work.calibration)
+        raise_all(work.problems)
+        assert work.schemes == schemes, "patterns that do not say what was chosen"
+        self.work, self.sensitivity = work, found
 
     def _require_linears(self, model: StreamedModel) -> None:
         for index, names in enumerate(self.work.blocks.linears):
@@ -837,9 +888,10 @@ def require_work_for_all(size: CalibrationWork, ranks: Ranks, tokens: int) -> No
     """Stop before long work where there cannot be a batch for every rank."""
     if ranks.world == 1:
         return
-    if size.spec is None:
+    if not size.observed:
+        needs = "no calibration" if size.spec is None else "calibration only for the target bits"
         raise UsageError(
-            f"rounding to nearest needs no calibration, so there is nothing that {ranks.world} processes could share",
+            f"rounding to nearest needs {needs}, so there is nothing that {ranks.world} processes could share",
             where="--method rtn",
             remedy="Run it without torchrun.",
         )
@@ -908,19 +960,6 @@ def sample_numbers(calibration: Calibration, batches: list[Batch]) -> list[list[
         numbers.append(order[start : start + batch.token_ids.shape[0]])
         start += batch.token_ids.shape[0]
     return numbers
-
-
-def require_finite_weights(modules: dict[str, nn.Linear]) -> None:
-    """Stop on NaN or infinity in a weight, naming it."""
-    for name, module in modules.items():
-        if not bool(torch.isfinite(module.weight).all()):
-            raise not_finite(f"{name}.weight")
-
-
-def not_finite(name: str) -> NumericsError:
-    return NumericsError(
-        "the source weight holds NaN or infinity", where=name, remedy="Download the checkpoint again, or --ignore it."
-    )
 
 
 def choose_device(name: str) -> torch.device:

@@ -20,9 +20,10 @@ from halfbyte.checkpoint.reader import DTYPES, Checkpoint, TensorInfo
 from halfbyte.checkpoint.source import open_headers
 from halfbyte.errors import ArchitectureError, CheckpointError, HalfbyteError, RecipeError, UsageError
 from halfbyte.estimates import CalibrationWork, estimate, settle_offload
+from halfbyte.mixing import MEASURED_SEQ_LEN, MEASURED_SEQUENCES, Budget, budget_of, measured_sequences
 from halfbyte.packing import stored_tensors
-from halfbyte.recipe import EFFORTS, Effort, Recipe, load_recipe
-from halfbyte.records import Plan, TensorPlan
+from halfbyte.recipe import EFFORTS, WIDER, Effort, Recipe, load_recipe, mixing_problem, wider
+from halfbyte.records import MixedPlan, Plan, TensorPlan
 from halfbyte.schemes import PRESETS, Scheme, block_problem, group_size_problem, preset
 
 GroupSize = int | Literal["channel"] | None
@@ -31,7 +32,10 @@ WEIGHT_DTYPES = ("BF16", "F16", "F32")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkPlan:
-    """The plan with what the pipeline needs to carry it out."""
+    """The plan with what the pipeline needs to carry it out.
+
+    ``budget`` is there while ``target_bits`` has not been spent: ``schemes`` and ``outputs`` are then the recipe's.
+    """
 
     plan: Plan
     blocks: BlockMap
@@ -40,6 +44,7 @@ class WorkPlan:
     calibration: CalibrationWork
     problems: list[HalfbyteError]
     ignore_patterns: list[str]
+    budget: Budget | None = None
 
 
 def plan(
@@ -51,6 +56,7 @@ def plan(
     ignore: Sequence[str] = (),
     recipe: Path | None = None,
     effort: Effort | None = None,
+    target_bits: float | None = None,
     calibration: str | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
@@ -63,7 +69,7 @@ def plan(
         source: a checkpoint folder or a hub id.
         scheme, group_size, method, ignore: what to do, unless a recipe says so.
         recipe: a recipe file; ``scheme``, ``group_size`` and ``method`` must then be left alone.
-        effort: as for :func:`halfbyte.quantize`.
+        effort, target_bits: as for :func:`halfbyte.quantize`.
         calibration, samples, seq_len, offload, dtype: as for :func:`halfbyte.quantize`; the estimates depend on them.
 
     Returns:
@@ -74,7 +80,13 @@ def plan(
         UsageError, RecipeError: options or recipe make no sense.
     """
     chosen = choose_recipe(
-        scheme=scheme, group_size=group_size, method=method, ignore=ignore, recipe=recipe, effort=effort
+        scheme=scheme,
+        group_size=group_size,
+        method=method,
+        ignore=ignore,
+        recipe=recipe,
+        effort=effort,
+        target_bits=target_bits,
     )
     require_calibration(chosen, calibration)
     found: list[HalfbyteError] = []
@@ -91,9 +103,19 @@ def choose_recipe(
     ignore: Sequence[str],
     recipe: Path | None,
     effort: Effort | None,
+    target_bits: float | None = None,
 ) -> Recipe:
-    """The recipe of a file, or one made of options; ``effort`` goes before the recipe's."""
+    """The recipe of a file, or one made of options; ``effort`` and ``target_bits`` go before the recipe's."""
     chosen = _recipe_of(scheme, group_size, method, ignore, recipe)
+    if target_bits is not None:
+        unmixable = mixing_problem([group.scheme for group in chosen.groups])
+        if unmixable:
+            raise UsageError(
+                unmixable.replace("target_bits", "--target-bits"),
+                where=f"--target-bits {target_bits:g}",
+                remedy="Use --scheme W4A16, or leave --target-bits out.",
+            )
+        chosen = replace(chosen, target_bits=target_bits)
     if effort is None:
         return chosen
     if effort not in EFFORTS:
@@ -143,23 +165,29 @@ def calibration_work(
     device: str = "cpu",
     dtype: ComputeDtype = "auto",
 ) -> CalibrationWork:
-    """Options before recipe before defaults: 128 samples of 512 tokens that the model writes, where it fits."""
-    if recipe.method == "rtn":
-        return CalibrationWork(spec=None, samples=0, seq_len=0)
-    count = next(n for n in (samples, recipe.samples, 128) if n is not None)
-    length = next(n for n in (seq_len, recipe.seq_len, 512) if n is not None)
+    """Options before recipe before defaults: 128 samples of 512 tokens that the model writes, where it fits.
+
+    Rounding to nearest needs none, or with a target for bits the few that sensitivities are measured on.
+    """
+    observed = recipe.method != "rtn"
+    if not observed and recipe.target_bits is None:
+        return CalibrationWork(spec=None, samples=0, seq_len=0, observed=False)
+    usual = (128, 512) if observed else (MEASURED_SEQUENCES[1], MEASURED_SEQ_LEN)
+    count = next(n for n in (samples, recipe.samples, usual[0]) if n is not None)
+    length = next(n for n in (seq_len, recipe.seq_len, usual[1]) if n is not None)
     spec, reason = calibration or recipe.calibration, ""
     if spec is None:
         spec, reason = default_spec(checkpoint.size_bytes, checkpoint.text_config, count, length, device)
     if dtype not in COMPUTE_DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}", where="--dtype", remedy=f"Use {', '.join(COMPUTE_DTYPES)}.")
-    least_bits = min(group.scheme.weights.num_bits for group in recipe.groups)
+    schemes = [group.scheme for group in recipe.groups] + ([] if recipe.target_bits is None else [preset(WIDER)])
     return CalibrationWork(
         spec=spec,
         samples=count,
         seq_len=length,
+        observed=observed,
         offload=offload,
-        dtype=compute_dtype(dtype, checkpoint.dtype, device, least_bits),
+        dtype=compute_dtype(dtype, checkpoint.dtype, device, max(s.weights.num_bits for s in schemes)),
         tuned=recipe.effort == "high",
         reason=reason,
     )
@@ -247,8 +275,21 @@ def make_plan(
                 remedy="Narrow it.",
             )
         )
+    budget = None
+    if recipe.target_bits is not None and schemes:
+        budget = budget_of(blocks, schemes, checkpoint.tensors, recipe.target_bits)
+        problems += [p for p in (budget.problem(),) if p is not None]
+        sequences, length = measured_sequences(len(budget.units)), min(MEASURED_SEQ_LEN, size.seq_len)
+        measured = min(sequences, size.samples) * length
+        size = replace(size, units=len(budget.units), measured_tokens=measured)
+        tensors = [_undecided(t, schemes) for t in tensors]
+        notes.append(
+            f"which Linears get {WIDER}, up to {recipe.target_bits:g} bits a weight, `quantize` finds out by measuring "
+            f"{size.units} units on {measured} calibration tokens"
+            + ("" if size.observed else "; for this alone, rounding to nearest needs calibration text")
+        )
     size = settle_offload(checkpoint, tensors, size)
-    summary = _summary(checkpoint, blocks, recipe, tensors, size, problems, notes)
+    summary = _summary(checkpoint, blocks, recipe, tensors, size, problems, notes, budget)
     return WorkPlan(
         plan=summary,
         blocks=blocks,
@@ -257,6 +298,7 @@ def make_plan(
         calibration=size,
         problems=problems,
         ignore_patterns=ignore_patterns(blocks, recipe, schemes),
+        budget=budget,
     )
 
 
@@ -376,6 +418,25 @@ def _copied(info: TensorInfo, index: int | None, reason: str) -> TensorPlan:
     )
 
 
+def _undecided(t: TensorPlan, schemes: dict[str, Scheme]) -> TensorPlan:
+    """A Linear's tensor, where it is not known yet which of two schemes it will have."""
+    scheme = schemes.get(t.name.removesuffix(".weight")) if t.action == "quantize" else None
+    other = wider(scheme) if scheme is not None else None
+    return t if other is None else replace(t, scheme=f"{t.scheme} or {other.name}")
+
+
+def _mixed(budget: Budget, size: CalibrationWork) -> MixedPlan:
+    return MixedPlan(
+        target_bits=budget.target_bits,
+        lowest_bits=budget.lowest_bits,
+        highest_bits=budget.highest_bits,
+        wider=WIDER,
+        units=size.units,
+        sequences=min(measured_sequences(size.units), size.samples),
+        tokens=size.measured_tokens,
+    )
+
+
 def _summary(
     checkpoint: Checkpoint,
     blocks: BlockMap,
@@ -384,11 +445,13 @@ def _summary(
     size: CalibrationWork,
     problems: list[HalfbyteError],
     notes: list[str],
+    budget: Budget | None,
 ) -> Plan:
     quantized = [t for t in tensors if t.action == "quantize"]
     parameters = sum(_numel(t) for t in quantized)
     total = sum(_numel(t) for t in tensors)
-    after = sum(t.bytes_after for t in tensors)
+    extra = 0 if budget is None else budget.extra_bytes
+    after = sum(t.bytes_after for t in tensors) + extra
     names = dict.fromkeys(_scheme_label(t) for t in quantized)
     return Plan(
         source=checkpoint.name,
@@ -400,13 +463,14 @@ def _summary(
         tensors=tensors,
         quantized_parameters=parameters,
         copied_parameters=total - parameters,
-        bits_per_weight=8 * sum(t.bytes_after for t in quantized) / parameters if parameters else 0.0,
+        bits_per_weight=8 * (sum(t.bytes_after for t in quantized) + extra) / parameters if parameters else 0.0,
         bits_per_parameter=8 * after / total if total else 0.0,
         bytes_before=sum(t.bytes_before for t in tensors),
         bytes_after=after,
         estimates=estimate(checkpoint, tensors, size, after) if quantized else {},
         problems=[str(p) for p in problems],
         notes=notes,
+        mixed=None if budget is None else _mixed(budget, size),
     )
 
 

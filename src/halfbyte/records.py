@@ -69,8 +69,33 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MixedPlan:
+    """What is known of mixed precision before sensitivities are measured.
+
+    Attributes:
+        target_bits: stored bits a weight, at most, as asked for.
+        lowest_bits, highest_bits: what can be asked for: no unit in ``wider``, or all.
+        wider: the scheme that units may get instead of the recipe's.
+        units: how many there are to choose among (Linears that engines need alike are one).
+        sequences, tokens: of calibration text that sensitivities are measured on, at most.
+    """
+
+    target_bits: float
+    lowest_bits: float
+    highest_bits: float
+    wider: str
+    units: int
+    sequences: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Everything that is known before any work starts. ``problems`` empty means the work can start."""
+    """Everything that is known before any work starts. ``problems`` empty means the work can start.
+
+    With ``mixed``, which Linears get more bits is not known yet: ``tensors`` have the fewest that they can have,
+    ``bits_per_weight``, ``bits_per_parameter`` and ``bytes_after`` are the most that all can have together.
+    """
 
     source: str
     architecture: str
@@ -88,6 +113,7 @@ class Plan:
     estimates: dict[str, Estimate]
     problems: list[str]
     notes: list[str]
+    mixed: MixedPlan | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +182,45 @@ class TuningRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnitSensitivity:
+    """What one unit of mixed precision does to the model's predictions, and what it got.
+
+    Attributes:
+        linears: modules that share the choice, because engines fuse them.
+        block: index of their decoder block.
+        kl_nats: mean KL(original || perturbed) over next-token distributions, with these Linears rounded to the
+            recipe's scheme and everything else original.
+        scheme, group_size: what they got.
+        bits_per_weight: what they store in it.
+    """
+
+    linears: list[str]
+    block: int
+    kl_nats: float
+    scheme: str
+    group_size: int | None
+    bits_per_weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sensitivity:
+    """How ``target_bits`` was spent, and on what grounds.
+
+    Attributes:
+        target_bits: stored bits a quantised weight, at most, as asked for; bits_per_weight: as reached.
+        sequences, tokens: of calibration text that it was measured on; positions: at which predictions were compared.
+        units: in the order of the blocks.
+    """
+
+    target_bits: float
+    bits_per_weight: float
+    sequences: int
+    tokens: int
+    positions: int
+    units: list[UnitSensitivity]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationRecord:
     """Which tokens the statistics come from. ``sha256`` is over the token ids and lengths, in order."""
 
@@ -175,8 +240,8 @@ class Manifest:
     ``source`` holds ``name``, ``architecture`` and ``sha256`` (over the sorted names and contents of all its tensors,
     see :func:`halfbyte.checkpoint.reader.combined_digest`). ``recipe`` holds every option that shaped the output.
     ``files`` maps each written safetensors file to its sha256. ``smoothing`` lists the norms that are not the source's:
-    a Linear behind one holds ``W diag(s)``, with ``s`` the old gain over the new. ``run`` alone varies between equal
-    runs.
+    a Linear behind one holds ``W diag(s)``, with ``s`` the old gain over the new. ``sensitivity`` says how bits were
+    dealt out where the recipe has ``target_bits``. ``run`` alone varies between equal runs.
     """
 
     format_version: int
@@ -191,6 +256,7 @@ class Manifest:
     versions: dict[str, str]
     smoothing: list[SmoothingRecord] = field(default_factory=list)
     tuning: list[TuningRecord] = field(default_factory=list)
+    sensitivity: Sensitivity | None = None
     run: dict[str, Any] = field(default_factory=dict)
 
 

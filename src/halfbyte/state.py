@@ -4,6 +4,7 @@
       checkpoint/             the output as it grows; renamed to OUT when the last byte is in place
       state/journal.json      options, finished blocks and their records; replaced atomically after each block
       state/calibration.safetensors
+      state/sensitivity.json  which Linears get how many bits, where that is measured; measured once
       state/hidden-0007.bin   what enters block 7; written before the journal says that blocks 0 to 6 are finished
       state/original-0007.bin likewise in the original model, where blocks are tuned
       state/lock              held by the running process; of several (see ``ranks``), by the first
@@ -32,7 +33,7 @@ from halfbyte.errors import HalfbyteError, OutputError, ResumeError
 from halfbyte.records import fsync_folder, read_json, write_json
 
 # What options mean that a journal does not mention.
-UNSAID = {"ranks": 1}
+UNSAID: dict[str, Any] = {"ranks": 1, "target_bits": None}
 
 
 @dataclass(slots=True)

@@ -13,6 +13,8 @@ from halfbyte.cli.console import emit, json_option, size
 if TYPE_CHECKING:
     from halfbyte.inspection import Inspection
 
+MOST_SENSITIVE = 5
+
 
 @click.command("inspect")
 @click.argument("checkpoint", metavar="CKPT")
@@ -86,12 +88,19 @@ def _errors(result: Inspection) -> Table:
 
 def _records(console: Console, result: Inspection) -> None:
     """Calibration, verification and comparison, each in a line."""
-    c, v, d = result.calibration, result.verify, result.compare
+    c, s, v, d = result.calibration, result.sensitivity, result.verify, result.compare
     if c is not None:
         console.print(
             f"\ncalibration: {c.spec}, {c.samples} samples, {c.tokens} tokens, seed {c.seed}, sha256 {c.sha256[:12]}",
             markup=False,
         )
+    if s is not None:
+        console.print(
+            f"\nmixed precision: target {s.target_bits:g} bits, {s.bits_per_weight:.3f} reached; sensitivity of "
+            f"{len(s.units)} units measured on {s.sequences} sequences, {s.tokens} tokens; the most sensitive:"
+        )
+        for u in sorted(s.units, key=lambda u: -u.kl_nats)[:MOST_SENSITIVE]:
+            console.print(f"  {u.kl_nats:.2e} nats  {u.scheme}  {', '.join(u.linears[:3])}", markup=False)
     if v is not None:
         failed = [check.name for check in v.checks if check.status == "failed"]
         outcome = "passed" if v.passed else f"FAILED ({', '.join(failed)})"

@@ -28,13 +28,20 @@ class GroupSizeType(click.ParamType[Any]):
 
 
 def scheme_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--scheme``, ``--group-size``, ``--method``, ``--ignore``, ``--recipe`` and ``--effort``."""
+    """Add the options that make a recipe: ``--scheme``, ``--group-size``, ``--target-bits`` and so on."""
     options = [
         click.option("--scheme", default="W4A16", show_default=True, help=f"Number format: {', '.join(PRESETS)}."),
         click.option(
             "--group-size",
             type=GroupSizeType(),
             help="Weights that share a scale: 128, 64, 32, channel.  [default: the scheme's]",
+        ),
+        click.option(
+            "--target-bits",
+            type=float,
+            metavar="BITS",
+            help="Mixed precision: stored bits a weight, at most, on average, e.g. 4.5. Linears that suffer most from "
+            "the scheme, by measurement, get W8A16.",
         ),
         click.option(
             "--method", type=click.Choice(["gptq", "rtn"]), help="How codes are chosen.  [default: gptq; rtn for FP8]"

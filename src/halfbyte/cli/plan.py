@@ -35,6 +35,7 @@ def command(
     ignore: tuple[str, ...],
     recipe: Path | None,
     effort: Literal["standard", "high"] | None,
+    target_bits: float | None,
     calibration: str | None,
     samples: int | None,
     seq_len: int | None,
@@ -57,6 +58,7 @@ def command(
         ignore=ignore,
         recipe=recipe,
         effort=effort,
+        target_bits=target_bits,
         calibration=calibration,
         samples=samples,
         seq_len=seq_len,
@@ -91,12 +93,21 @@ def render(console: Console, plan: Plan, *, every_tensor: bool = False) -> None:
         table.add_row(name, f"{count:.0f}", shape, action, size(before), size(after), f"{bits:.3f}" if bits else "")
     console.print(table)
     if plan.quantized_parameters:
+        at_most = "at most " if plan.mixed else ""
         console.print(
             f"\n{plan.quantized_parameters / 1e6:,.1f} M weights quantised by {plan.method} to {plan.scheme}: "
-            f"{plan.bits_per_weight:.3f} bits each, scales included; {plan.copied_parameters / 1e6:,.1f} M parameters "
-            f"copied; {plan.bits_per_parameter:.2f} bits a parameter over all"
+            f"{at_most}{plan.bits_per_weight:.3f} bits each, scales included; "
+            f"{plan.copied_parameters / 1e6:,.1f} M parameters copied; "
+            f"{plan.bits_per_parameter:.2f} bits a parameter over all"
         )
-        console.print(f"on disk {size(plan.bytes_before)} -> {size(plan.bytes_after)}")
+        console.print(f"on disk {size(plan.bytes_before)} -> {at_most}{size(plan.bytes_after)}")
+    if plan.mixed:
+        m = plan.mixed
+        console.print(
+            f"mixed precision: target {m.target_bits:g} bits, between {m.lowest_bits:.3f} (as in the table) and "
+            f"{m.highest_bits:.3f} (all in {m.wider}) can be reached; {m.units} units, measured on {m.sequences} "
+            f"sequences, {m.tokens} tokens"
+        )
     for name, estimate in plan.estimates.items():
         show = duration if estimate.unit == "seconds" else size
         console.print(f"\nestimated {name.replace('_', ' ')}: {show(estimate.value)} ({estimate.how})")

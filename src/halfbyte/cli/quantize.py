@@ -10,6 +10,7 @@ from rich.console import Console
 
 from halfbyte.cli.console import duration, emit, json_option, reporter, size
 from halfbyte.cli.options import calibration_options, device_option, scheme_options
+from halfbyte.recipe import WIDER
 from halfbyte.records import Manifest
 
 
@@ -31,6 +32,7 @@ def command(
     ignore: tuple[str, ...],
     recipe: Path | None,
     effort: Literal["standard", "high"] | None,
+    target_bits: float | None,
     calibration: str | None,
     samples: int | None,
     seq_len: int | None,
@@ -65,6 +67,7 @@ def command(
             ignore=ignore,
             recipe=recipe,
             effort=effort,
+            target_bits=target_bits,
             device=device,
             offload=offload,
             dtype=dtype,
@@ -85,4 +88,10 @@ def _render(console: Console, manifest: Manifest, out: Path) -> None:
         f"largest relative error {worst.relative_error:.2e} at {worst.name}; "
         f"{duration(manifest.run['seconds'])}, peak memory {manifest.run['peak_bytes'] / 2**30:.2f} GiB"
     )
+    if manifest.sensitivity is not None:
+        found = manifest.sensitivity
+        wide = sum(u.scheme == WIDER for u in found.units)
+        console.print(
+            f"mixed precision: target {found.target_bits:g} bits; {wide} of {len(found.units)} units got {WIDER}"
+        )
     console.print(f"next: halfbyte verify {out} --source {manifest.source['name']}")

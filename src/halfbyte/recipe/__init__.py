@@ -15,17 +15,21 @@ from halfbyte.recipe.load import load_recipe
 from halfbyte.recipe.model import (
     DEFAULT_DAMP_FRACTION,
     EFFORTS,
+    WIDER,
     Effort,
     GptqSteps,
     Method,
     Recipe,
     SchemeGroup,
     matches,
+    mixing_problem,
+    wider,
 )
 
 __all__ = [
     "DEFAULT_DAMP_FRACTION",
     "EFFORTS",
+    "WIDER",
     "Effort",
     "GptqSteps",
     "Method",
@@ -33,4 +37,6 @@ __all__ = [
     "SchemeGroup",
     "load_recipe",
     "matches",
+    "mixing_problem",
+    "wider",
 ]

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from halfbyte.errors import HalfbyteError, UsageError, raise_all
-from halfbyte.schemes import Scheme
+from halfbyte.schemes import Scheme, preset
 
 Method = Literal["gptq", "rtn"]
 METHODS: tuple[Method, ...] = ("gptq", "rtn")
@@ -43,6 +43,8 @@ class SchemeGroup:
 
 Effort = Literal["standard", "high"]
 EFFORTS: tuple[Effort, ...] = ("standard", "high")
+# What target_bits may give a Linear instead of its scheme.
+WIDER = "W8A16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,8 @@ class Recipe:
         damp_fraction: share of the Hessian's mean diagonal that GPTQ adds to it before factoring.
         gptq: which of its steps GPTQ takes.
         effort: ``high`` tunes each block on its output after GPTQ.
+        target_bits: stored bits a quantised weight may take on average; Linears that suffer most from their scheme get
+            W8A16 instead, as far as this allows. ``None``: every Linear keeps its scheme.
         calibration: a calibration spec such as ``text:notes.txt``; ``None`` leaves the choice to the command.
         samples, seq_len, seed: size of the calibration set and its seed; ``None`` leaves them to the command.
         description: free text, kept in the manifest.
@@ -91,6 +95,7 @@ class Recipe:
     damp_fraction: float = DEFAULT_DAMP_FRACTION
     gptq: GptqSteps = GptqSteps()
     effort: Effort = "standard"
+    target_bits: float | None = None
     calibration: str | None = None
     samples: int | None = None
     seq_len: int | None = None
@@ -184,7 +189,7 @@ class Recipe:
             "damp_fraction": self.damp_fraction,
             "gptq": asdict(self.gptq),
             "effort": self.effort,
-        }
+        } | ({} if self.target_bits is None else {"target_bits": self.target_bits})
 
 
 def default_method(schemes: Sequence[Scheme]) -> Method:
@@ -197,6 +202,29 @@ def method_problem(method: Method, schemes: Sequence[Scheme]) -> str | None:
     floats = sorted({s.name for s in schemes if s.weights.kind == "float"})
     if method == "gptq" and floats:
         return f"method gptq works on integer codes, and scheme {', '.join(floats)} stores floats"
+    return None
+
+
+def wider(scheme: Scheme) -> Scheme | None:
+    """What ``target_bits`` may choose instead: W8A16 with the same groups; ``None`` for 8 bits and more."""
+    w8 = preset(WIDER)
+    if scheme.weights.num_bits >= w8.weights.num_bits:
+        return None
+    return replace(w8, weights=replace(w8.weights, group_size=scheme.weights.group_size))
+
+
+def mixing_problem(schemes: Sequence[Scheme]) -> str | None:
+    """Why ``target_bits`` cannot choose between these schemes and W8A16, or ``None`` when it can.
+
+    transformers reads no asymmetric group beside another, and what quantises activations is not a matter of bits.
+    """
+    w8 = preset(WIDER)
+    strange = [s for s in schemes if s.storage != w8.storage or s.activations is not None or not s.weights.symmetric]
+    if strange:
+        names = ", ".join(sorted({s.name for s in strange}))
+        return f"target_bits mixes symmetric packed integers with W8A16, and {names} is not of that kind"
+    if all(wider(s) is None for s in schemes):
+        return f"target_bits gives some Linears 8 bits, and {schemes[0].name} has them everywhere"
     return None
 
 

@@ -2,7 +2,7 @@
 
 scheme, group_size, targets            the default scheme, and what it applies to (Linear unless given)
 [[groups]] scheme, group_size, targets exceptions to it, first match first
-ignore, method, damp_fraction, effort, description
+ignore, method, damp_fraction, effort, target_bits, description
 [gptq] static_order, scale_search, scale_refit, code_descent, sweeps, true_sequential, smoothing
 [calibration] source, samples, seq_len, seed
 """
@@ -26,6 +26,7 @@ from halfbyte.recipe.model import (
     default_method,
     matches,
     method_problem,
+    mixing_problem,
     pattern_problem,
     target_problem,
 )
@@ -58,6 +59,7 @@ def read_native(root: Node, file: str) -> Recipe:
     method = top.string("method", METHODS)
     damp = top.fraction("damp_fraction")
     effort: Effort = "high" if top.string("effort", EFFORTS) == "high" else "standard"
+    target = top.number("target_bits")
     description = top.string("description")
     steps = _steps(Section(top.get("gptq") or Node(None, top.line), "gptq", problems))
     calibration = Section(top.get("calibration") or Node(None, top.line), "calibration", problems)
@@ -71,6 +73,9 @@ def read_native(root: Node, file: str) -> Recipe:
     chosen = check_method(method, schemes, problems, line=top.line_of("method" if method else "scheme"))
     if effort == "high" and chosen != "gptq":
         problems.add(top.line_of("effort"), "effort high tunes what GPTQ has found, and this is round-to-nearest")
+    unmixable = mixing_problem(schemes) if target is not None and schemes else None
+    if unmixable:
+        problems.add(top.line_of("target_bits"), unmixable, remedy="Use W4A16, or leave target_bits out.")
     raise_all(problems.in_order())
     return Recipe(
         groups=tuple(group for group, _ in placed),
@@ -79,6 +84,7 @@ def read_native(root: Node, file: str) -> Recipe:
         damp_fraction=DEFAULT_DAMP_FRACTION if damp is None else damp,
         gptq=steps,
         effort=effort,
+        target_bits=target,
         calibration=source,
         samples=samples,
         seq_len=seq_len,

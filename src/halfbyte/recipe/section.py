@@ -98,18 +98,22 @@ class Section:
             return None
         return node.value
 
-    def fraction(self, key: str) -> float | None:
-        """A number between 0 and 1."""
+    def number(self, key: str) -> float | None:
         node = self.get(key)
         if node is None:
             return None
         if not isinstance(node.value, int | float) or isinstance(node.value, bool):
             self.wrong(key, "a number")
             return None
-        if not 0 <= node.value <= 1:
-            self.problems.add(node.line, f"{key} must be between 0 and 1, not {node.value}")
-            return None
         return float(node.value)
+
+    def fraction(self, key: str) -> float | None:
+        """A number between 0 and 1."""
+        value = self.number(key)
+        if value is not None and not 0 <= value <= 1:
+            self.problems.add(self.line_of(key), f"{key} must be between 0 and 1, not {self._entries[key].value}")
+            return None
+        return value
 
     def strings(self, key: str) -> list[Node] | None:
         """A list of strings with their lines; a single string counts as a list of one."""
