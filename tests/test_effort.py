@@ -14,7 +14,8 @@ from conftest import Models
 from halfbyte import pipeline
 from halfbyte.activations import fake_quantize_activations
 from halfbyte.errors import UsageError
-from halfbyte.methods.tuning import TuningOptions
+from halfbyte.methods import tuning
+from halfbyte.methods.tuning import TuningOptions, samples_chosen
 from halfbyte.records import Manifest
 from halfbyte.schemes import PRESETS
 
@@ -22,7 +23,7 @@ from halfbyte.schemes import PRESETS
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "TOKENS_PER_BATCH", 80)
-    monkeypatch.setattr(pipeline, "TuningOptions", lambda: TuningOptions(steps=20, code_rate=0.0, scale_rate=0.005))
+    monkeypatch.setattr(tuning, "HIGH", TuningOptions(steps=20, code_rate=0.0, scale_rate=0.005))
 
 
 def run(source: Path, out: Path, text: Path, **options: Any) -> Manifest:
@@ -42,9 +43,9 @@ def test_blocks_are_tuned_and_verify(family: str, tiny_model: Models, text_file:
     assert manifest.recipe["effort"] == "high"
     checked = halfbyte.verify(tmp_path / "high", source=source)
     assert checked.passed, [c for c in checked.checks if c.status == "failed"]
-    standard = run(source, tmp_path / "standard", text_file, effort=None)
-    assert standard.tuning == []
-    before, after = tiny.stored(tmp_path / "standard"), tiny.stored(tmp_path / "high")
+    low = run(source, tmp_path / "low", text_file, effort="low")
+    assert low.tuning == []
+    before, after = tiny.stored(tmp_path / "low"), tiny.stored(tmp_path / "high")
     assert [(n, t.shape, t.dtype) for n, t in before.items()] == [(n, t.shape, t.dtype) for n, t in after.items()]
 
 
@@ -127,4 +128,59 @@ def test_a_recipe_can_ask_for_it(tiny_model: Models, text_file: Path, tmp_path: 
     options: dict[str, Any] = {"scheme": "W4A16", "group_size": None, "effort": None, "recipe": recipe}
     manifest = run(tiny_model("llama"), tmp_path / "out", text_file, **options)
     assert len(manifest.tuning) == 2
-    assert run(tiny_model("llama"), tmp_path / "plain", text_file, **(options | {"effort": "standard"})).tuning == []
+    assert run(tiny_model("llama"), tmp_path / "plain", text_file, **(options | {"effort": "low"})).tuning == []
+
+
+@pytest.mark.parametrize(
+    ("scheme", "effort", "tuned"),
+    [
+        ("W4A16", None, True),
+        ("W4A16", "standard", True),
+        ("W4A16", "low", False),
+        ("W8A8", None, False),
+        ("W8A8", "high", True),
+    ],
+)
+def test_what_is_tuned(
+    scheme: str, effort: str | None, tuned: bool, tiny_model: Models, text_file: Path, tmp_path: Path
+) -> None:
+    group = 32 if scheme == "W4A16" else None
+    manifest = run(
+        tiny_model("llama"), tmp_path / "out", text_file, scheme=scheme, group_size=group, effort=effort, samples=3
+    )
+    assert bool(manifest.tuning) == tuned
+    made = halfbyte.plan(tiny_model("llama"), scheme=scheme, effort=effort, calibration="random-tokens")  # type: ignore[arg-type]
+    assert ("tuning" in made.estimates["time"].parts) == tuned
+
+
+def test_a_short_tuning_looks_at_some_batches_only(
+    tiny_model: Models, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps need three of six batches to learn from and one to judge by: so many are kept in both models."""
+    options = TuningOptions(steps=3, held_out=4)
+    assert [samples_chosen(options, n) for n in (1, 3, 4, 6, 20)] == [
+        [0],
+        [0, 1, 2],
+        [0, 1, 2, 3],
+        [0, 1, 3, 4],
+        [0, 5, 10, 15],
+    ]
+    monkeypatch.setattr(tuning, "STANDARD", options)
+    seen = []
+    tune = pipeline.tune_block
+
+    def looks(block: Any, linears: Any, samples: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append([(s.hidden(), s.target()) for s in samples])
+        return tune(block, linears, samples, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "tune_block", looks)
+    source = tiny_model("llama")
+    run(source, tmp_path / "out", text_file, samples=12, effort="standard", dtype="float32")
+    ids = windows(source, 12)
+    model = tiny.load(source)
+    with torch.no_grad():
+        states = model(torch.stack(ids), output_hidden_states=True).hidden_states
+    for batch, (hidden, target) in zip((0, 1, 3, 4), seen[0], strict=True):
+        rows = slice(2 * batch, 2 * batch + 2)
+        assert torch.equal(hidden, states[0][rows])
+        assert torch.allclose(target, states[1][rows], atol=1e-5)

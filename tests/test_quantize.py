@@ -91,7 +91,7 @@ def run_without(
     steps: tuple[str, ...], source: Path, out: Path, text: Path, *, scheme: str = "W4A16-g32", **options: Any
 ) -> Manifest:
     name, group_size = SCHEMES[scheme]
-    values = {"scheme": name, "group_size": group_size, "gptq": dict.fromkeys(steps, False)}
+    values = {"scheme": name, "group_size": group_size, "effort": "low", "gptq": dict.fromkeys(steps, False)}
     recipe = out.with_name(f"{out.name}-recipe.json")
     recipe.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
     settings: dict[str, Any] = {"calibration": f"text:{text}", "samples": 6, "seq_len": 40, "device": "cpu"}

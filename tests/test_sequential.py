@@ -185,6 +185,13 @@ def test_the_route_of_a_plain_block() -> None:
         lasting=frozenset({"attend.o", "mlp.down"}),
         owners={"attend.o": ("attend", 1), "mlp.down": ("mlp", -1)},
         norms={0: "norm", 2: "norm2"},
+        idle=(
+            frozenset({"norm2"}),
+            frozenset({"norm2"}),
+            frozenset({"norm"}),
+            frozenset({"norm"}),
+            frozenset({"norm", "norm2"}),
+        ),
     )
 
 

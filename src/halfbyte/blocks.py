@@ -25,6 +25,7 @@ from torch import nn
 
 from halfbyte.activations import fake_quantize_activations
 from halfbyte.architectures import NOT_LANGUAGE, find_block_prefix
+from halfbyte.attention import use_products
 from halfbyte.checkpoint.reader import Checkpoint, bytes_of
 from halfbyte.errors import ArchitectureError, CheckpointError, NumericsError
 from halfbyte.gpu import works_ahead
@@ -72,6 +73,8 @@ class StreamedModel:
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else checkpoint.dtype
         model = build_on_meta(checkpoint, dtype)
+        if device.type == "cpu" and dtype == torch.bfloat16:
+            use_products(model)
         expected = checkpoint.text_config.get("num_hidden_layers")
         found = [
             (name, module)

@@ -29,7 +29,7 @@ from halfbyte.calibration import TOKENS_PER_BATCH, available_memory_bytes, self_
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint
 from halfbyte.methods.gptq import DOUBLE_LIMIT
 from halfbyte.methods.scales import CANDIDATES_PER_CALL, SHRINK_FEW_BITS
-from halfbyte.methods.tuning import TuningOptions
+from halfbyte.methods.tuning import TuningOptions, samples_wanted
 from halfbyte.records import Estimate, TensorPlan
 
 # What measured peaks hold besides tensors: imports, the module tree, compiled kernels, the C library's heap.
@@ -62,7 +62,7 @@ class CalibrationWork:
             sensitivities.
         offload: hidden states stay on disk; ``None`` until it is known whether they fit.
         dtype: what blocks compute in.
-        tuned: whether blocks are tuned (effort high).
+        tuning: how blocks are tuned; ``None`` where they are not.
         units, measured_tokens: whose sensitivities are measured, and on how many tokens; 0 where that is not wanted.
         reason: why the spec is not the one that would be taken where memory is plenty; empty mostly.
     """
@@ -73,7 +73,7 @@ class CalibrationWork:
     observed: bool = True
     offload: bool | None = None
     dtype: torch.dtype = torch.float32
-    tuned: bool = False
+    tuning: TuningOptions | None = None
     units: int = 0
     measured_tokens: int = 0
     reason: str = ""
@@ -82,6 +82,14 @@ class CalibrationWork:
     def tokens(self) -> int:
         """What is seen of every block."""
         return self.samples * self.seq_len if self.observed else 0
+
+    @property
+    def taught_tokens(self) -> float:
+        """Those whose hidden states in the original model are kept too, to tune blocks by."""
+        if self.tuning is None or not self.tokens:
+            return 0.0
+        batches = max(1, self.tokens // TOKENS_PER_BATCH)
+        return self.tokens * samples_wanted(self.tuning, batches) / batches
 
     @property
     def compute(self) -> str:
@@ -191,15 +199,15 @@ def _block_moments(
     hidden = int(checkpoint.text_config.get("hidden_size", block[0].width))
     item = float(size.dtype.itemsize)
     upcast = 0.0 if size.dtype == torch.float32 else 4.0
-    label = "hidden states of both models" if size.tuned else "hidden states"
+    label = "hidden states of both models" if size.tuning else "hidden states"
     label += " (on disk: --offload)" if size.offload else ""
     always = {
         f"one block's weights, {size.compute}": item * weights,
-        label: 0.0 if size.offload else item * size.tokens * hidden * (2 if size.tuned else 1),
+        label: 0.0 if size.offload else item * (size.tokens + size.taught_tokens) * hidden,
     }
     batch = min(TOKENS_PER_BATCH, size.tokens)
     moments: list[tuple[str, dict[str, float]]] = []
-    if size.tuned:
+    if size.tuning:
         outputs = sum(shape[0] for s in block for shape in s.shapes)
         tuning = {
             "codes and one Linear's gradient": weights + (item + 2 * upcast) * max(s.largest for s in block),
@@ -281,10 +289,10 @@ def _time(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationW
         "scales and columns": weights * (9e-8 if size.tokens else 5e-9),
         "reading and writing": (checkpoint.size_bytes + after) / DISK_BYTES_PER_S,
     }
-    if size.tuned:
-        steps = TuningOptions()
-        taught = steps.steps * steps.samples_per_step * min(TOKENS_PER_BATCH, size.tokens)
-        parts["tuning"] = (6.0 * taught + 4.0 * size.tokens) * weights / rate
+    if size.tuning:
+        taught = size.tuning.steps * size.tuning.samples_per_step * min(TOKENS_PER_BATCH, size.tokens)
+        passes = size.tokens + size.taught_tokens * (1 + 2 / size.tuning.held_out)
+        parts["tuning"] = (6.0 * taught + 2.0 * passes) * weights / rate
     if size.units:
         head = int(checkpoint.text_config.get("hidden_size") or 0) * int(checkpoint.text_config.get("vocab_size") or 0)
         passes = size.units / 2 + 1
@@ -303,7 +311,7 @@ def _disk(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationW
     if size.tokens:
         hidden = int(checkpoint.text_config.get("hidden_size", 0))
         parts["hidden states, kept for --resume until the end"] = (
-            2.0 * size.dtype.itemsize * size.tokens * hidden * (2 if size.tuned else 1)
+            2.0 * size.dtype.itemsize * (size.tokens + size.taught_tokens) * hidden
         )
         kept = _kept_on_disk(blocks, size, hidden)
         parts |= {"inputs and outputs kept between stages": kept} if kept else {}

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from halfbyte.activations import fake_quantize_activations
-from halfbyte.arithmetic import ComputeDtype
+from halfbyte.arithmetic import ComputeDtype, bfloat16_products
 from halfbyte.blocks import (
     Arguments,
     Interner,
@@ -65,7 +65,7 @@ from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.rtn import quantize_rtn
 from halfbyte.methods.smoothing import STRENGTHS, choose_strength, expressible, factors_of, gain_offset
 from halfbyte.methods.tuned_parts import TunedLinear
-from halfbyte.methods.tuning import Sample, TuningOptions, norm_gain, tune_block
+from halfbyte.methods.tuning import Sample, TuningOptions, norm_gain, samples_chosen, tune_block
 from halfbyte.mixing import Budget, groups_of
 from halfbyte.output import finish_checkpoint
 from halfbyte.packing import pack
@@ -284,7 +284,7 @@ class Job:
                 self.reporter,
                 self.ranks,
                 offload=bool(self.work.calibration.offload),
-                twofold=self.recipe.effort == "high",
+                tuning=self.work.calibration.tuning,
             )
         if self.run.fresh:
             self._save(layout, stream, 0, digests, linears=[], blocks=[])
@@ -446,7 +446,7 @@ class Job:
         with model.block(index) as block:
             modules = {n: m for n, m in model.linears(index).items() if n in names}
             require_finite_weights(modules)
-            if stream.originals is not None:
+            if stream.tuning is not None:
                 self._await_save()
                 stream.aim(block, index)
             formats = self._activation_formats(names)
@@ -460,11 +460,11 @@ class Job:
                     with mapped():
                         results |= self._solve_shared(moment, modules, index)
                     release_freed_memory()
-                if not last and stream.originals is None:
+                if not last and stream.tuning is None:
                     self._await_save()
                     stream.advance(block, index, walk)
             wait_for_copies(self.device)
-            if stream.originals is not None:
+            if stream.tuning is not None:
                 self._tune(block, index, modules, formats, stream, solved)
                 if not last:
                     stream.advance(block, index, stream.at_once(block, index, modules, formats))
@@ -522,7 +522,7 @@ class Job:
         solved: Solved,
     ) -> None:
         """Tune the whole block on its output error against the original model's; the better of the two is kept."""
-        if not modules:
+        if not modules or stream.tuning is None:
             return
         tuned = {}
         for name, module in modules.items():
@@ -540,7 +540,9 @@ class Job:
         if route is not None and 0 in route.norms:
             with stream.model.norm_after(index, route.norms[0]) as norm, torch.no_grad():
                 gain = None if norm is None else norm_gain(norm, width)
-        result = tune_block(block, tuned, stream.samples_of(index), TuningOptions(), gain=gain)
+        # For what autograd multiplies in float32 on the way back, such as attention's scores.
+        with bfloat16_products() if stream.model.dtype == torch.bfloat16 else contextlib.nullcontext():
+            result = tune_block(block, tuned, stream.samples_of(index), stream.tuning, gain=gain, ranks=self.ranks)
         for name, weight in result.weights.items():
             solved.linears[name] = (solved.linears[name][0], weight)
         solved.tuning.append(
@@ -689,8 +691,9 @@ class Job:
 class Stream:
     """This rank's share of the calibration set on its way through the blocks.
 
-    ``states`` is what the quantised model makes of it. Where blocks are tuned, ``originals`` is what the original model
-    makes of it, one block ahead while a block is worked on: the block's target.
+    ``states`` is what the quantised model makes of it. Where blocks are tuned, on the batches ``taught`` (numbers among
+    those of all ranks), ``originals`` is what the original model makes of this rank's part of them, one block ahead
+    while a block is worked on: the block's target.
     """
 
     model: StreamedModel
@@ -700,6 +703,8 @@ class Stream:
     arguments: list[list[Arguments]]
     states: HiddenStates
     ranks: Ranks
+    tuning: TuningOptions | None = None
+    taught: list[int] = field(default_factory=list)
     originals: HiddenStates | None = None
     routes: dict[tuple[type, tuple[str, ...]], Route | None] = field(default_factory=dict)
 
@@ -712,10 +717,10 @@ class Stream:
         ranks: Ranks,
         *,
         offload: bool,
-        twofold: bool,
+        tuning: TuningOptions | None,
     ) -> Stream:
         """Embed every batch and record how blocks are called; on resume the hidden states come from disk."""
-        tokens = tokens_per_batch(model.device, tuned=twofold)
+        tokens = tokens_per_batch(model.device, tuned=tuning is not None)
         everything = calibration.batches(tokens)
         require_batches(len(everything), ranks, tokens)
         batches = ranks.share(everything)
@@ -723,9 +728,12 @@ class Stream:
         width = int(model.weights.checkpoint.text_config["hidden_size"])
         dtype = model.dtype
         states = HiddenStates(run.state_of(ranks.rank), shapes, width, dtype, offload)
-        originals = (
-            HiddenStates(run.state_of(ranks.rank), shapes, width, dtype, offload, "original") if twofold else None
-        )
+        taught = [] if tuning is None else samples_chosen(tuning, len(everything))
+        own = [g // ranks.world for g in taught if g % ranks.world == ranks.rank]
+        originals = None
+        if own:
+            kept_shapes = [shapes[i] for i in own]
+            originals = HiddenStates(run.state_of(ranks.rank), kept_shapes, width, dtype, offload, "original")
         vocabulary = torch.unique(torch.cat([b.token_ids.flatten() for b in batches]))
         interner = Interner()
         arguments = []
@@ -735,9 +743,9 @@ class Stream:
                 hidden, calls = model.embed(batch.token_ids, interner)
                 arguments.append(calls)
                 if run.fresh:
-                    for kept in (states, originals):
-                        if kept is not None:
-                            kept.write(i, hidden, stage=0)
+                    states.write(i, hidden, stage=0)
+                    if originals is not None and i in own:
+                        originals.write(own.index(i), hidden, stage=0)
                 reporter.advance()
         if not run.fresh and int(run.journal["stage"]) < model.num_blocks:
             for kept in (states, originals):
@@ -751,6 +759,8 @@ class Stream:
             arguments,
             states,
             ranks,
+            tuning,
+            taught,
             originals,
         )
 
@@ -769,28 +779,38 @@ class Stream:
             if kept is not None:
                 kept.turn(stage)
 
+    @property
+    def _own(self) -> list[int]:
+        """This rank's batches among those taught, as it numbers them."""
+        return [g // self.ranks.world for g in self.taught if g % self.ranks.world == self.ranks.rank]
+
     def aim(self, block: nn.Module, index: int) -> None:
         """Move the original model's hidden states past a block that still has its own weights."""
-        assert self.originals is not None
-        for i in range(len(self.batches)):
-            hidden = self.originals.read(i).to(self.model.device, self.model.dtype, non_blocking=True)
-            self.originals.write(i, run_block(block, hidden, self.arguments[i][index]), stage=index + 1)
+        if self.originals is None:
+            return
+        for j, i in enumerate(self._own):
+            hidden = self.originals.read(j).to(self.model.device, self.model.dtype, non_blocking=True)
+            self.originals.write(j, run_block(block, hidden, self.arguments[i][index]), stage=index + 1)
         self.originals.turn(index + 1)
 
     def samples_of(self, index: int) -> list[Sample]:
         """What a block is tuned on: its inputs in the quantised model, its outputs in the original one."""
-        assert self.originals is not None
-        device, dtype, originals = self.model.device, self.model.dtype, self.originals
+        device, dtype, own = self.model.device, self.model.dtype, self._own
 
-        def sample(i: int) -> Sample:
+        def sample(number: int) -> Sample:
+            i, owner = divmod(number, self.ranks.world)
+            originals = self.originals
+            if owner != self.ranks.rank or originals is None:
+                return Sample.elsewhere(owner)
             return Sample(
-                hidden=lambda: self.states.read(i).to(device, dtype),
-                target=lambda: originals.read(i).to(device, dtype),
+                hidden=lambda: self.states.read(i).to(device, dtype, non_blocking=True),
+                target=lambda: originals.read(own.index(i)).to(device, dtype, non_blocking=True),
                 arguments=self.arguments[i][index],
                 rows=self.rows[i],
+                owner=owner,
             )
 
-        return [sample(i) for i in range(len(self.batches))]
+        return [sample(g) for g in self.taught]
 
     def at_once(
         self, block: nn.Module, index: int, linears: Mapping[str, nn.Linear], formats: Mapping[str, ActivationFormat]
@@ -894,12 +914,6 @@ def require_work_for_all(size: CalibrationWork, ranks: Ranks, tokens: int) -> No
             f"rounding to nearest needs {needs}, so there is nothing that {ranks.world} processes could share",
             where="--method rtn",
             remedy="Run it without torchrun.",
-        )
-    if size.tuned:
-        raise UsageError(
-            f"effort high tunes each block in one process, and these are {ranks.world}",
-            where="--effort high",
-            remedy="Run it without torchrun, or with --effort standard.",
         )
     require_batches(-(-size.samples // max(1, tokens // size.seq_len)), ranks, tokens, at_most="at most ")
 

@@ -20,6 +20,7 @@ from halfbyte.checkpoint.reader import DTYPES, Checkpoint, TensorInfo
 from halfbyte.checkpoint.source import open_headers
 from halfbyte.errors import ArchitectureError, CheckpointError, HalfbyteError, RecipeError, UsageError
 from halfbyte.estimates import CalibrationWork, estimate, settle_offload
+from halfbyte.methods.tuning import tuning_of
 from halfbyte.mixing import MEASURED_SEQ_LEN, MEASURED_SEQUENCES, Budget, budget_of, measured_sequences
 from halfbyte.packing import stored_tensors
 from halfbyte.recipe import EFFORTS, WIDER, Effort, Recipe, load_recipe, mixing_problem, wider
@@ -188,7 +189,7 @@ def calibration_work(
         observed=observed,
         offload=offload,
         dtype=compute_dtype(dtype, checkpoint.dtype, device, max(s.weights.num_bits for s in schemes)),
-        tuned=recipe.effort == "high",
+        tuning=tuning_of(recipe),
         reason=reason,
     )
 

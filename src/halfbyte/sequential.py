@@ -13,7 +13,8 @@ Nothing of this is read from names. For the first batch a :class:`Route` is lear
   go into the residual stream);
 - with all lasting outputs in place and ones for all others, a stage whose input comes out right is cheap to reach
   (q/k/v and gate/up lie behind a norm); the input of another is *kept* (o's, down's);
-- a module that returns a lasting output as it is (the attention, the MLP) need not run again once that is there.
+- a module that returns a lasting output as it is (the attention, the MLP) need not run again once that is there;
+- a norm that only feeds what a pass does not look at any more is left out of it.
 
 A block whose Linears are not each called once a batch, in one order (experts), is observed at once: :class:`AtOnce`.
 """
@@ -24,6 +25,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -58,6 +60,7 @@ class Route:
         owners: a lasting Linear's outermost module that returns its output as it is (path in the block), and how many
             ``None`` follow it there in a tuple; -1: no tuple.
         norms: for stages whose input is a norm's output that goes nowhere else: the norm's path.
+        idle: for each stage, and at last for the pass that makes the outputs: paths of norms that do not matter there.
     """
 
     stages: tuple[tuple[str, ...], ...]
@@ -65,6 +68,7 @@ class Route:
     lasting: frozenset[str]
     owners: Mapping[str, tuple[str, int]]
     norms: Mapping[int, str] = field(default_factory=dict)
+    idle: tuple[frozenset[str], ...] = ()
 
     def stage_of(self, name: str) -> int:
         return next(i for i, names in enumerate(self.stages) if name in names)
@@ -77,6 +81,7 @@ class Route:
             lasting=frozenset(prefix + n for n in self.lasting),
             owners={prefix + n: owner for n, owner in self.owners.items()},
             norms=self.norms,
+            idle=self.idle,
         )
 
     def kept_bytes(self, linears: Mapping[str, nn.Linear], tokens: int, itemsize: int) -> int:
@@ -149,20 +154,34 @@ def learn_route(block: nn.Module, linears: Mapping[str, nn.Linear], run: Callabl
         return None
     kept = {i for i, names in enumerate(stages) if not right[names[0]]}
     norms = {}
-    for i, names in enumerate(stages):
-        path = next((p for p, y in seen.gains.items() if y is seen.inputs[names[0]]), None)
-        if path is not None:
-            others = [n for n in linears if stage_of[n] != i]
-            right, same_result = _try(linears, run, seen, set(), block.get_submodule(path))
-            if same_result and all(right[n] for n in others):
-                norms[i] = path
+    felt: dict[str, tuple[set[str], bool]] = {}
+    for path, gain in seen.gains.items():
+        right, same_result = _try(linears, run, seen, set(), {path: torch.ones_like}, block)
+        felt[path] = {n for n in linears if not right[n]}, not same_result
+        stage = next((i for i, names in enumerate(stages) if seen.inputs[names[0]] is gain), None)
+        if stage is not None and felt[path][0] <= set(stages[stage]) and same_result:
+            norms[stage] = path
+    idle = []
+    for i in range(len(stages) + 1):
+        # What this pass may look at: its own stage's input, and of Linears whose outputs it may have to compute.
+        wanted = {n for n in linears if stage_of[n] == i}
+        wanted |= {n for n, j in stage_of.items() if j < i and j not in kept and (j == i - 1 or n in lasting)}
+        left_out = {path for path, (at, result) in felt.items() if not (at & wanted or (result and i == len(stages)))}
+        right, same_result = _try(linears, run, seen, set(), dict.fromkeys(left_out, _as_it_is), block)
+        good = all(right[n] for n in wanted) and (same_result or i < len(stages))
+        idle.append(frozenset(left_out) if good else frozenset())
     return Route(
         stages=tuple(tuple(names) for names in stages),
         kept=frozenset(kept),
         lasting=frozenset(lasting),
         owners={name: owner for name, owner in seen.owners.items() if name in lasting},
         norms=norms,
+        idle=tuple(idle),
     )
+
+
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def _record(block: nn.Module, linears: Mapping[str, nn.Linear], run: Callable[[], torch.Tensor]) -> _Recorded:
@@ -208,9 +227,13 @@ def _try(
     run: Callable[[], torch.Tensor],
     seen: _Recorded,
     replaced: set[str],
-    norm: nn.Module | None = None,
+    norms: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = MappingProxyType({}),
+    block: nn.Module | None = None,
 ) -> tuple[dict[str, bool], bool]:
-    """Run with ones for the outputs of ``replaced`` and of ``norm``, and the recorded outputs for all other Linears.
+    """Run with ones for the outputs of ``replaced``, the recorded outputs for all other Linears, and other norms.
+
+    Args:
+        norms: what norms of the block do instead, by path.
 
     Returns:
         for each Linear whether its input was as recorded, and whether the result was.
@@ -225,8 +248,8 @@ def _try(
         return forward
 
     forwards: dict[nn.Module, Callable[..., Any]] = {m: stand_in(n) for n, m in linears.items()}
-    if norm is not None:
-        forwards[norm] = torch.ones_like
+    if block is not None:
+        forwards |= {block.get_submodule(path): forward for path, forward in norms.items()}
     with _forwards(forwards):
         result = run()
     return right, torch.equal(result, seen.result)
@@ -452,6 +475,7 @@ class Sequential:
         for name, (path, nones) in self.route.owners.items():
             module = self.block.get_submodule(path)
             replaced[module] = self._owner(name, module.forward, nones)
+        replaced |= {self.block.get_submodule(path): _as_it_is for path in self.route.idle[self._stage]}
         with _forwards(replaced):
             yield
 

@@ -59,8 +59,8 @@ def scheme_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--effort",
-            type=click.Choice(["standard", "high"]),
-            help="high tunes each block on its output after GPTQ: slower, more accurate.  [default: standard]",
+            type=click.Choice(["low", "standard", "high"]),
+            help="How long each block is tuned on its output after GPTQ: low is not at all.  [default: standard]",
         ),
     ]
     return _with(function, options)

@@ -31,7 +31,7 @@ def command(
     method: Literal["gptq", "rtn"] | None,
     ignore: tuple[str, ...],
     recipe: Path | None,
-    effort: Literal["standard", "high"] | None,
+    effort: Literal["low", "standard", "high"] | None,
     target_bits: float | None,
     calibration: str | None,
     samples: int | None,

@@ -23,6 +23,7 @@ from torch import nn
 from halfbyte.methods.result import STRIP_ELEMENTS, QuantizedWeight
 from halfbyte.methods.scales import LEAST_SCALE
 from halfbyte.packing import dequantize
+from halfbyte.ranks import Ranks
 from halfbyte.schemes import WeightFormat
 
 BORDER = 0.49
@@ -208,6 +209,26 @@ def differentiated(parts: Sequence[LinearState | VectorState]) -> Iterator[None]
             handle.remove()
         for p, old in zip(parameters, before, strict=True):
             p.requires_grad_(old)
+
+
+@contextlib.contextmanager
+def told_by(ranks: Ranks, owner: int, parts: Sequence[LinearState | VectorState]) -> Iterator[None]:
+    """What one rank adds to the gradients inside, all add."""
+    if ranks.world == 1:
+        yield
+        return
+    before = [part.ratio.grad for part in parts]
+    for part in parts:
+        part.ratio.grad = None
+        if isinstance(part, LinearState) and part.latent is not None:
+            raise ValueError("codes are tuned in one process only")
+    yield
+    for part, sum_before in zip(parts, before, strict=True):
+        own = part.ratio.grad
+        told = ranks.spread(None if own is None else own.cpu(), owner)
+        part.ratio.grad = sum_before
+        if told is not None:
+            _add_gradient(part.ratio, told.to(part.ratio.device))
 
 
 @contextlib.contextmanager

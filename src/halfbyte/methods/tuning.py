@@ -38,7 +38,10 @@ from halfbyte.methods.tuned_parts import (
     VectorState,
     differentiated,
     input_quantization,
+    told_by,
 )
+from halfbyte.ranks import Ranks
+from halfbyte.recipe import Recipe
 
 BETAS = (0.9, 0.99)
 
@@ -52,12 +55,23 @@ class Sample:
         target: gives ``f_W(x)``, the original block's output in the original model, of the same shape.
         arguments: what the block is called with besides, positional and by keyword.
         rows: bool ``[batch * tokens]``, true where a position is a token and not padding; ``None`` when all are.
+        owner: the rank that has it; the others cannot read it.
     """
 
     hidden: Callable[[], torch.Tensor]
     target: Callable[[], torch.Tensor]
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     rows: torch.Tensor | None = None
+    owner: int = 0
+
+    @staticmethod
+    def elsewhere(owner: int) -> Sample:
+        """One that another rank has."""
+
+        def missing() -> torch.Tensor:
+            raise AssertionError(f"rank {owner} has this sample")
+
+        return Sample(hidden=missing, target=missing, arguments=((), {}), owner=owner)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +95,34 @@ class TuningOptions:
     vector_rate: float = 1e-3
     held_out: int = 8
     seed: int = 0
+
+
+STANDARD = TuningOptions(steps=16, scale_rate=1e-2)
+HIGH = TuningOptions()
+
+
+def tuning_of(recipe: Recipe) -> TuningOptions | None:
+    """How blocks are tuned; ``None``: not at all.
+
+    Codes of 8 bits leave a block so little error that only ``high`` tunes them.
+    """
+    if recipe.method != "gptq" or recipe.effort == "low":
+        return None
+    if recipe.effort == "high":
+        return HIGH
+    return STANDARD if any(group.scheme.weights.num_bits < 8 for group in recipe.groups) else None
+
+
+def samples_wanted(options: TuningOptions, available: int) -> int:
+    """How many of the samples there are one tuning looks at, those held out included."""
+    taught = options.steps * options.samples_per_step
+    return min(available, -(-taught * options.held_out // (options.held_out - 1)))
+
+
+def samples_chosen(options: TuningOptions, available: int) -> list[int]:
+    """Which samples: the same for all blocks, spread evenly."""
+    wanted = samples_wanted(options, available)
+    return [i * available // wanted for i in range(wanted)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +150,7 @@ def tune_block(
     options: TuningOptions,
     vectors: Mapping[str, TunedVector] | None = None,
     gain: torch.Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> TuningResult:
     """Tune a block's quantised Linears together, see the module's docstring.
 
@@ -121,10 +164,13 @@ def tune_block(
         options: how long and how fast.
         vectors: small dense parameters to tune along, by the caller's names.
         gain: ``g [hidden]`` float32, of the norm that reads the block's output; ``None`` is 1.
+        ranks: the processes that share the samples. Each step is taken by the one that has its sample, and told to the
+            others, so that all end with what one process would.
 
     Returns:
         the better of start and outcome on the held-out samples; the same for the same arguments.
     """
+    ranks = ranks or Ranks()
     taught, judges = divide(samples, options.held_out)
     states = {name: LinearState.of(spec, tune_codes=options.code_rate > 0) for name, spec in linears.items()}
     moving = {name: VectorState.of(spec) for name, spec in (vectors or {}).items()}
@@ -132,10 +178,10 @@ def tune_block(
     with input_quantization(linears.values()):
         for part in parts:
             part.place()
-        before = mean_loss(block, judges, gain)
+        before = mean_loss(block, judges, gain, ranks)
         if taught and judges and options.steps:
-            _descend(block, states, moving, taught, options, gain)
-            after = mean_loss(block, judges, gain)
+            _descend(block, states, moving, taught, options, gain, ranks)
+            after = mean_loss(block, judges, gain, ranks)
         else:
             after = before
     if after < before:
@@ -196,9 +242,13 @@ def loss_of(block: nn.Module, sample: Sample, gain: torch.Tensor | None = None) 
 
 
 @torch.no_grad()
-def mean_loss(block: nn.Module, samples: Sequence[Sample], gain: torch.Tensor | None = None) -> float:
+def mean_loss(
+    block: nn.Module, samples: Sequence[Sample], gain: torch.Tensor | None = None, ranks: Ranks | None = None
+) -> float:
     """Mean of L over samples; 0 of none."""
-    return sum(float(loss_of(block, s, gain)) for s in samples) / max(1, len(samples))
+    ranks = ranks or Ranks()
+    losses = [ranks.decide(lambda s=s: float(loss_of(block, s, gain)), s.owner) for s in samples]  # type: ignore[misc]
+    return sum(losses) / max(1, len(samples))
 
 
 def _descend(
@@ -208,6 +258,7 @@ def _descend(
     samples: Sequence[Sample],
     options: TuningOptions,
     gain: torch.Tensor | None,
+    ranks: Ranks,
 ) -> None:
     generator = torch.Generator().manual_seed(options.seed)
     waiting: list[int] = []
@@ -226,8 +277,10 @@ def _descend(
             for _ in range(options.samples_per_step):
                 if not waiting:
                     waiting = torch.randperm(len(samples), generator=generator).tolist()
-                with torch.enable_grad():
-                    loss_of(block, samples[waiting.pop()], gain).backward()  # type: ignore[no-untyped-call]
+                sample = samples[waiting.pop()]
+                with told_by(ranks, sample.owner, parts), torch.enable_grad():
+                    if sample.owner == ranks.rank:
+                        loss_of(block, sample, gain).backward()  # type: ignore[no-untyped-call]
             for group in adam.param_groups:
                 group["lr"] = group["rate"] * left
             adam.step()

@@ -41,8 +41,8 @@ class SchemeGroup:
         return any(matches(target, name) for target in self.targets)
 
 
-Effort = Literal["standard", "high"]
-EFFORTS: tuple[Effort, ...] = ("standard", "high")
+Effort = Literal["low", "standard", "high"]
+EFFORTS: tuple[Effort, ...] = ("low", "standard", "high")
 # What target_bits may give a Linear instead of its scheme.
 WIDER = "W8A16"
 
@@ -80,7 +80,7 @@ class Recipe:
         method: how codes are chosen. ``gptq`` needs integer schemes.
         damp_fraction: share of the Hessian's mean diagonal that GPTQ adds to it before factoring.
         gptq: which of its steps GPTQ takes.
-        effort: ``high`` tunes each block on its output after GPTQ.
+        effort: how long each block is tuned on its output after GPTQ: not at all, a little, or until little is gained.
         target_bits: stored bits a quantised weight may take on average; Linears that suffer most from their scheme get
             W8A16 instead, as far as this allows. ``None``: every Linear keeps its scheme.
         calibration: a calibration spec such as ``text:notes.txt``; ``None`` leaves the choice to the command.

@@ -58,7 +58,8 @@ def read_native(root: Node, file: str) -> Recipe:
     ignore = check_ignore(top.strings("ignore"), problems)
     method = top.string("method", METHODS)
     damp = top.fraction("damp_fraction")
-    effort: Effort = "high" if top.string("effort", EFFORTS) == "high" else "standard"
+    said = top.string("effort", EFFORTS)
+    effort: Effort = next((e for e in EFFORTS if e == said), "standard")
     target = top.number("target_bits")
     description = top.string("description")
     steps = _steps(Section(top.get("gptq") or Node(None, top.line), "gptq", problems))
