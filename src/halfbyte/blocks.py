@@ -25,6 +25,7 @@ from torch import nn
 
 from halfbyte.activations import fake_quantize_activations
 from halfbyte.architectures import NOT_LANGUAGE, find_block_prefix
+from halfbyte.attention import NAME as PRODUCTS
 from halfbyte.attention import use_products
 from halfbyte.checkpoint.reader import Checkpoint, bytes_of
 from halfbyte.errors import ArchitectureError, CheckpointError, NumericsError
@@ -258,7 +259,7 @@ class StreamedModel:
         """
         mask = kwargs.get("attention_mask")
         config = getattr(self.decoder, "config", None)
-        if not isinstance(mask, torch.Tensor) or getattr(config, "_attn_implementation", "") != "sdpa":
+        if not isinstance(mask, torch.Tensor) or getattr(config, "_attn_implementation", "") not in ("sdpa", PRODUCTS):
             return kwargs
         return kwargs | {"attention_mask": None} if is_plain_causal(mask) else kwargs
 

@@ -97,8 +97,8 @@ class TuningOptions:
     seed: int = 0
 
 
-STANDARD = TuningOptions(steps=16, scale_rate=1e-2)
-HIGH = TuningOptions()
+STANDARD = TuningOptions(steps=12, scale_rate=1e-2)
+HIGH = TuningOptions(steps=100)
 
 
 def tuning_of(recipe: Recipe) -> TuningOptions | None:
