@@ -250,7 +250,8 @@ def test_no_calibration_costs_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("dtype", "item"), [("float32", 4), ("bfloat16", 2)])
 def test_offloaded_hidden_states_take_no_memory(dtype: str, item: int, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "tiny", TINY, config(2, 256))
-    options: dict[str, Any] = {"calibration": "random-tokens", "samples": 100, "seq_len": 1000, "dtype": dtype}
+    options: dict[str, Any] = {"calibration": "random-tokens", "samples": 100, "seq_len": 1000}
+    options |= {"dtype": dtype, "effort": "low"}
     held = plan(source, **options, offload=False).estimates["peak_memory"]
     spilt = plan(source, **options, offload=True).estimates["peak_memory"]
     kept = held.parts["inputs and outputs kept between stages"]
@@ -263,6 +264,7 @@ def test_what_waits_between_stages_goes_to_disk_past_a_gibibyte(tmp_path: Path) 
     source = write_checkpoint(tmp_path / "tiny", TINY, config(2, 256))
     for samples, on_disk in ((340, False), (360, True)):  # 1000 tokens each, 3072 bytes for one
         options: dict[str, Any] = {"samples": samples, "seq_len": 1000, "offload": False, "dtype": "float32"}
+        options["effort"] = "low"
         found = plan(source, calibration="random-tokens", **options).estimates
         kept = 4.0 * samples * 1000 * (256 + 512)
         assert found["peak_memory"].parts["inputs and outputs kept between stages"] == (0 if on_disk else kept)
