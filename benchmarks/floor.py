@@ -2,8 +2,9 @@
 
     python benchmarks/floor.py --model DIR --calibration-text FILE [--samples 64] [--seq-len 512] [--runs 3]
 
-The floor counts what cannot be left out, at this machine's float32 matmul rate: the Linears' products, attention over
-the causal half or the window, and second moments over one triangle, one for each distinct input. Norms, activations,
+The floor counts what cannot be left out, at this machine's matmul rates in the dtype that blocks compute in: the
+Linears' products, attention over the causal half or the window, and second moments over one triangle, one for each
+distinct input (summed in float32). The run is ``--effort low``: tuning is no part of the floor. Norms, activations,
 softmax, the solver, reading, writing and start-up count as zero. It is given twice: for two passes through every block
 (observe, then move its inputs on; in the first without the last Linear, and the last block has no second), as GPTQ is
 mostly done, and for the one pass that halfbyte takes. The rate is measured before and after each run, and the better
@@ -64,17 +65,18 @@ def one_run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     out = scratch / "out"
     command = [sys.executable, "-m", "halfbyte", "quantize", options.model, out, "--json"]
     command += ["--group-size", str(options.group_size), "--calibration", f"text:{options.calibration_text}"]
-    command += ["--samples", str(options.samples), "--seq-len", str(options.seq_len)]
+    command += ["--effort", "low", "--samples", str(options.samples), "--seq-len", str(options.seq_len)]
     measured = harness.plain(harness.measure(command, scratch / "log"))
     after = harness.json_from(count)
     manifest = json.loads((out / "halfbyte.json").read_text(encoding="utf-8"))
     shutil.rmtree(out)
-    rate = max(before["rate"], after["rate"])
+    rates = {kind: max(before["rates"][kind], after["rates"][kind]) for kind in before["rates"]}
     operations = before["operations"]
     return {
         "operations": operations,
-        "matmul_rate": rate,
-        "floor_s": {name: sum(parts.values()) / rate for name, parts in operations.items()},
+        "dtype": before["dtype"],
+        "rates": rates,
+        "floor_s": {name: sum(n / rates[kind] for kind, n in parts.items()) for name, parts in operations.items()},
         "blocks_s": sum(b["seconds"] for b in manifest["run"]["blocks"]),
         **measured,
     }
@@ -83,12 +85,21 @@ def one_run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 def render(result: dict[str, Any]) -> str:
     """The result as a Markdown table; uses nothing but the result."""
     names = list(result["runs"][0]["floor_s"])
-    head = ["run", "matmul rate (GFLOP/s)", *(f"floor, {n} (s)" for n in names), "blocks (s)", "wall (s)", "CPU (s)"]
+    head = [
+        "run",
+        "Linears (GFLOP/s)",
+        "moments (GFLOP/s)",
+        *(f"floor, {n} (s)" for n in names),
+        "blocks (s)",
+        "wall (s)",
+        "CPU (s)",
+    ]
     rows = [[*head, *(f"wall / floor, {n}" for n in names)]]
     for i, r in enumerate(result["runs"]):
         times = (*r["floor_s"].values(), r["blocks_s"], r["wall_s"], r["cpu_s"])
         shares = [f"{r['wall_s'] / r['floor_s'][n]:.2f}" for n in names]
-        rows.append([str(i + 1), f"{r['matmul_rate'] / 1e9:.0f}", *(f"{t:.0f}" for t in times), *shares])
+        rates = [f"{r['rates'][kind] / 1e9:.0f}" for kind in ("linears", "second moments")]
+        rows.append([str(i + 1), *rates, *(f"{t:.0f}" for t in times), *shares])
     m = result["machine"]
     lines = [harness.table(rows), "", f"{m['cpu']}, {m['cores']} cores; {result['date']}"]
     return "\n".join(lines)

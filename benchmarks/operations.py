@@ -1,14 +1,18 @@
-"""Print as JSON how many operations a GPTQ run cannot do without, and this machine's matmul rate (see floor.py).
+"""Print as JSON how many operations a GPTQ run cannot do without, and this machine's matmul rates (see floor.py).
 
 python benchmarks/operations.py MODEL SAMPLES SEQ_LEN
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
 
+import torch
+
+from halfbyte.arithmetic import bfloat16_products, compute_dtype
 from halfbyte.checkpoint.reader import open_checkpoint
 from halfbyte.estimates import matmul_rate, shared_inputs
 from halfbyte.planner import plan
@@ -47,5 +51,10 @@ def operations(model: Path, samples: int, seq_len: int, *, passes: int) -> dict[
 if __name__ == "__main__":
     work = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     counted = {name: operations(*work, passes=n) for name, n in (("one pass", 1), ("two passes", 2))}
+    dtype = compute_dtype("auto", open_checkpoint(work[0]).dtype, "cpu", 4)
     # The best of many: a rate that is too low would make the floor too easy.
-    print(json.dumps({"operations": counted, "rate": max(matmul_rate() for _ in range(10))}))
+    blocks = max(matmul_rate(dtype) for _ in range(10))
+    with bfloat16_products() if dtype == torch.bfloat16 else contextlib.nullcontext():
+        moments = max(matmul_rate() for _ in range(10))
+    rates = {"linears": blocks, "attention": blocks, "second moments": moments}
+    print(json.dumps({"operations": counted, "dtype": str(dtype).removeprefix("torch."), "rates": rates}))

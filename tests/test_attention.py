@@ -71,13 +71,20 @@ def test_a_query_that_sees_nothing_stays_finite() -> None:
     assert bool(torch.isfinite(attend(q, k, v, mask, causal=False)).all())
 
 
-@pytest.mark.parametrize("unusual", [{"dropout": 0.5}, {"position_bias": torch.ones(1, 4, 6, 6).bfloat16()}])
+@pytest.mark.parametrize(
+    "unusual",
+    [
+        {"dropout": 0.5},
+        {"position_bias": torch.ones(1, 4, 6, 6).bfloat16()},
+        {"attention_mask": torch.ones(1, 1, 1, 6)},
+    ],
+)
 def test_what_is_unusual_is_left_to_transformers(unusual: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers.integrations.sdpa_attention as theirs
 
     called = []
     monkeypatch.setattr(theirs, "sdpa_attention_forward", lambda *a, **k: called.append(1) or (a[1], None))
-    attention_forward(torch.nn.Module(), *tensors(6, 4, 4), None, **unusual)
+    attention_forward(torch.nn.Module(), *tensors(6, 4, 4), **({"attention_mask": None} | unusual))
     assert called == [1]
 
 

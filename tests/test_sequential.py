@@ -73,6 +73,28 @@ class Parallel(nn.Module):
         return y
 
 
+class Gated(nn.Module):
+    """A norm with a gate of its own, as in Qwen 3.5's linear attention, behind a plain one."""
+
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 8))
+
+        def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+            return x / x.norm(dim=-1, keepdim=True) * self.weight * torch.sigmoid(gate)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(6), self.Norm()
+        self.q, self.z, self.o = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        y: torch.Tensor = x + self.o(self.inner(self.q(h), self.z(h)))
+        return y
+
+
 class Chain(nn.Module):
     """Low-rank queries beside low-rank keys, as in DeepSeek's attention: the second pair waits for the first."""
 
@@ -170,7 +192,7 @@ def made(kind: type[nn.Module], count: int) -> Callable[[], tuple[nn.Module, Cal
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-@pytest.mark.parametrize("kind", [Plain, Parallel, Chain])
+@pytest.mark.parametrize("kind", [Plain, Parallel, Gated, Chain])
 def test_a_walk_sees_what_a_plain_run_would(kind: type[nn.Module], on_disk: bool, tmp_path: Path) -> None:
     mask = torch.tensor([True] * 8 + [False] * 2)
     check_walk(made(kind, 3), 3, [None, mask, None], Shelf(tmp_path if on_disk else None))
@@ -185,6 +207,7 @@ def test_the_route_of_a_plain_block() -> None:
         lasting=frozenset({"attend.o", "mlp.down"}),
         owners={"attend.o": ("attend", 1), "mlp.down": ("mlp", -1)},
         norms={0: "norm", 2: "norm2"},
+        reads="norm",
         idle=(
             frozenset({"norm2"}),
             frozenset({"norm2"}),
@@ -193,6 +216,19 @@ def test_the_route_of_a_plain_block() -> None:
             frozenset({"norm", "norm2"}),
         ),
     )
+
+
+def test_the_norm_that_reads_the_block_s_input_is_known_whatever_is_quantised() -> None:
+    block = Plain()
+    x = torch.randn(2, 5, 6)
+    with torch.no_grad():
+        route = learn_route(block, {"mlp.down": block.mlp.down}, lambda: block(x))
+        assert route is not None
+        assert (route.reads, route.norms) == ("norm", {})
+        chain = Chain()
+        without = learn_route(chain, linears_of(chain), lambda: chain(x))
+    assert without is not None
+    assert without.reads is None
 
 
 def test_the_route_of_a_parallel_block() -> None:

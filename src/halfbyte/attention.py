@@ -7,7 +7,7 @@ two bfloat16 numbers are exact, see ``arithmetic.bfloat16_products``), the softm
 rounded to bfloat16 before they weigh the values, as that kernel does too. Queries go in strips, and a strip looks only
 at the keys that it may see: half of the work where all is causal.
 
-What is not plain attention (dropout, position biases, attention sinks, caches) is left to transformers.
+What is not plain attention (dropout, position biases, sinks, caches, masks that broadcast) is left to transformers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def use_products(model: nn.Module) -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    if getattr(model.config, "_attn_implementation", None) != "sdpa":
+    configs = [m.config for m in model.modules() if hasattr(m, "config") and hasattr(m.config, "_attn_implementation")]
+    if any(config._attn_implementation != "sdpa" for config in configs):
         return
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -53,7 +54,9 @@ def attention_forward(
     Returns:
         ``[batch, tokens, heads, d_v]``, and no probabilities.
     """
-    if dropout or any(others.get(name) is not None for name in UNUSUAL):
+    shape = (query.shape[2], key.shape[2])
+    unusual = attention_mask is not None and (attention_mask.dim() != 4 or attention_mask.shape[2:] != shape)
+    if dropout or unusual or any(others.get(name) is not None for name in UNUSUAL):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(  # type: ignore[no-any-return]

@@ -191,6 +191,9 @@ class StreamedModel:
         """The norm that reads what block ``index`` leaves behind, loaded: the next block's at ``path``, or the last one
         of the decoder; ``None`` where there is no such."""
         if index + 1 < self.num_blocks:
+            if path not in dict(self.layers[index + 1].named_modules()):
+                yield None
+                return
             norm, name = self.layers[index + 1].get_submodule(path), self.disk_name(index + 1, path)
         else:
             parent = self.disk_prefix.rpartition(".")[0]

@@ -84,11 +84,16 @@ class CalibrationWork:
         return self.samples * self.seq_len if self.observed else 0
 
     @property
+    def batch_tokens(self) -> int:
+        """Tokens in one batch: whole samples, at least one."""
+        return min(self.tokens, max(1, TOKENS_PER_BATCH // max(1, self.seq_len)) * self.seq_len)
+
+    @property
     def taught_tokens(self) -> float:
         """Those whose hidden states in the original model are kept too, to tune blocks by."""
         if self.tuning is None or not self.tokens:
             return 0.0
-        batches = max(1, self.tokens // TOKENS_PER_BATCH)
+        batches = -(-self.samples // max(1, TOKENS_PER_BATCH // self.seq_len))
         return self.tokens * samples_wanted(self.tuning, batches) / batches
 
     @property
@@ -205,13 +210,16 @@ def _block_moments(
         f"one block's weights, {size.compute}": item * weights,
         label: 0.0 if size.offload else item * (size.tokens + size.taught_tokens) * hidden,
     }
-    batch = min(TOKENS_PER_BATCH, size.tokens)
+    batch = size.batch_tokens
+    heads = int(checkpoint.text_config.get("num_attention_heads") or 1)
+    # What attention by products keeps for the way back: half of all scores' probabilities, in float32 and in bfloat16.
+    scores = 3.0 * heads * batch * size.seq_len if size.dtype == torch.bfloat16 else 0.0
     moments: list[tuple[str, dict[str, float]]] = []
     if size.tuning:
         outputs = sum(shape[0] for s in block for shape in s.shapes)
         tuning = {
             "codes and one Linear's gradient": weights + (item + 2 * upcast) * max(s.largest for s in block),
-            "one batch's graph": item * batch * (3 * outputs + 12 * hidden),
+            "one batch's graph": item * batch * (3 * outputs + 12 * hidden) + scores,
         }
         moments.append(("a block is tuned", always | tuning))
     for s in block:
@@ -290,7 +298,7 @@ def _time(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationW
         "reading and writing": (checkpoint.size_bytes + after) / DISK_BYTES_PER_S,
     }
     if size.tuning:
-        taught = size.tuning.steps * size.tuning.samples_per_step * min(TOKENS_PER_BATCH, size.tokens)
+        taught = size.tuning.steps * size.tuning.samples_per_step * size.batch_tokens
         passes = size.tokens + size.taught_tokens * (1 + 2 / size.tuning.held_out)
         parts["tuning"] = (6.0 * taught + 2.0 * passes) * weights / rate
     if size.units:
@@ -301,7 +309,9 @@ def _time(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationW
         parts["measuring sensitivities"] = flops / rate + 9e-8 * weights
     if size.spec == "self":
         parameters = sum(t.size_bytes // DTYPES[t.dtype].itemsize for t in checkpoint.tensors.values())
-        parts["writing the calibration text"] = 2.0 * size.samples * size.seq_len * parameters / (SAMPLING_SHARE * rate)
+        parts["writing the calibration text"] = (
+            2.0 * size.samples * size.seq_len * parameters / (SAMPLING_SHARE * matmul_rate(torch.float32))
+        )
     how = f"arithmetic at this machine's {size.compute} matmul rate, measured now: {rate / 1e9:.0f} GFLOP/s"
     return Estimate(value=sum(parts.values()), unit="seconds", how=how, parts=parts)
 

@@ -226,8 +226,12 @@ def groups_of(blocks: BlockMap, schemes: Mapping[str, Scheme]) -> tuple[SchemeGr
 
 
 def tail_pattern(tail: str) -> str:
-    """A module's name in its block as a regular expression, with any number for a number."""
-    return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in tail.split("."))
+    """A module's name in its block as a regular expression, with any number for an expert's."""
+    parts = tail.split(".")
+    return r"\.".join(
+        r"\d+" if part.isdigit() and i and parts[i - 1] == "experts" else re.escape(part)
+        for i, part in enumerate(parts)
+    )
 
 
 def _patterns(blocks: BlockMap, tails: Mapping[str, set[int]]) -> list[str]:

@@ -133,7 +133,8 @@ def quantize(
         samples, seq_len: sequences and tokens in each (128 x 512).
         ignore: Linears to leave alone, exact names or ``re:`` patterns.
         recipe: a recipe file instead of scheme, group size, method and ignore.
-        effort: ``standard``, or ``high`` to tune each block on its output after GPTQ; ``None`` is the recipe's.
+        effort: how long each block is tuned on its output after GPTQ: ``low`` is not at all, ``standard`` a little,
+            ``high`` longer; ``None`` is the recipe's.
         target_bits: stored bits a quantised weight, at most, on average: Linears that suffer most from the scheme get
             W8A16, see ``sensitivity``; ``None`` is the recipe's, which is none unless it says so.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -177,7 +178,7 @@ def quantize(
     work = make_plan(checkpoint, chosen, size)
     raise_all(work.problems)
     work = replace(work, calibration=ranks.decide(lambda: work.calibration))
-    require_work_for_all(size, ranks, tokens_per_batch(target))
+    require_work_for_all(size, ranks, tokens_per_batch(target, tuned=size.tuning is not None))
     if work.calibration.offload and offload is None:
         reporter.say("note: hidden states stay on disk, because they would not fit in memory beside the rest")
     for note in (*work.plan.notes, *chosen.notes):
@@ -537,14 +538,16 @@ class Job:
         width = int(self.checkpoint.text_config["hidden_size"])
         route = stream.routes.get(kind_of(block, stream.model, index, modules))
         gain = None
-        if route is not None and 0 in route.norms:
-            with stream.model.norm_after(index, route.norms[0]) as norm, torch.no_grad():
+        if route is not None and route.reads is not None:
+            with stream.model.norm_after(index, route.reads) as norm, torch.no_grad():
                 gain = None if norm is None else norm_gain(norm, width)
         # For what autograd multiplies in float32 on the way back, such as attention's scores.
         with bfloat16_products() if stream.model.dtype == torch.bfloat16 else contextlib.nullcontext():
             result = tune_block(block, tuned, stream.samples_of(index), stream.tuning, gain=gain, ranks=self.ranks)
         for name, weight in result.weights.items():
             solved.linears[name] = (solved.linears[name][0], weight)
+        if len(stream.taught) < 2:  # nothing to judge by, so nothing was tuned
+            return
         solved.tuning.append(
             TuningRecord(block=index, loss_before=result.loss_before, loss_after=result.loss_after, kept=result.kept)
         )

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from halfbyte.architectures import FUSED, KEPT_MODULES, KNOWN_ARCHITECTURES, NOT_LANGUAGE, BlockMap, map_blocks
 from halfbyte.arithmetic import COMPUTE_DTYPES, ComputeDtype, compute_dtype
 from halfbyte.calibration import default_spec, parse_spec
@@ -170,6 +172,8 @@ def calibration_work(
 
     Rounding to nearest needs none, or with a target for bits the few that sensitivities are measured on.
     """
+    if dtype not in COMPUTE_DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}", where="--dtype", remedy=f"Use {', '.join(COMPUTE_DTYPES)}.")
     observed = recipe.method != "rtn"
     if not observed and recipe.target_bits is None:
         return CalibrationWork(spec=None, samples=0, seq_len=0, observed=False)
@@ -179,8 +183,6 @@ def calibration_work(
     spec, reason = calibration or recipe.calibration, ""
     if spec is None:
         spec, reason = default_spec(checkpoint.size_bytes, checkpoint.text_config, count, length, device)
-    if dtype not in COMPUTE_DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}", where="--dtype", remedy=f"Use {', '.join(COMPUTE_DTYPES)}.")
     schemes = [group.scheme for group in recipe.groups] + ([] if recipe.target_bits is None else [preset(WIDER)])
     return CalibrationWork(
         spec=spec,
@@ -188,10 +190,16 @@ def calibration_work(
         seq_len=length,
         observed=observed,
         offload=offload,
-        dtype=compute_dtype(dtype, checkpoint.dtype, device, max(s.weights.num_bits for s in schemes)),
+        dtype=compute_dtype(dtype, stored_dtype(checkpoint, device), device, max(s.weights.num_bits for s in schemes)),
         tuning=tuning_of(recipe),
         reason=reason,
     )
+
+
+def stored_dtype(checkpoint: Checkpoint, device: str) -> torch.dtype:
+    """What engines compute in; on a CPU bfloat16 only where all matrices are stored so."""
+    matrices = {t.dtype for t in checkpoint.tensors.values() if len(t.shape) > 1}
+    return checkpoint.dtype if device != "cpu" or matrices <= {"BF16"} else torch.float32
 
 
 def make_plan(

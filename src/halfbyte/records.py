@@ -166,13 +166,13 @@ class SmoothingRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuningRecord:
-    """How the tuning of one block went (effort high).
+    """How the tuning of one block went (effort standard or high).
 
     Attributes:
         block: its index.
         loss_before, loss_after: the block's relative output error on calibration samples that it was not tuned on, see
             :mod:`halfbyte.methods.tuning`.
-        kept: whether the tuned codes and scales are the ones written.
+        kept: whether the tuned scales are the ones written.
     """
 
     block: int

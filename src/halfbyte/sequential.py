@@ -60,6 +60,7 @@ class Route:
         owners: a lasting Linear's outermost module that returns its output as it is (path in the block), and how many
             ``None`` follow it there in a tuple; -1: no tuple.
         norms: for stages whose input is a norm's output that goes nowhere else: the norm's path.
+        reads: path of the norm that reads what enters the block; ``None`` where there is none.
         idle: for each stage, and at last for the pass that makes the outputs: paths of norms that do not matter there.
     """
 
@@ -68,6 +69,7 @@ class Route:
     lasting: frozenset[str]
     owners: Mapping[str, tuple[str, int]]
     norms: Mapping[int, str] = field(default_factory=dict)
+    reads: str | None = None
     idle: tuple[frozenset[str], ...] = ()
 
     def stage_of(self, name: str) -> int:
@@ -81,6 +83,7 @@ class Route:
             lasting=frozenset(prefix + n for n in self.lasting),
             owners={prefix + n: owner for n, owner in self.owners.items()},
             norms=self.norms,
+            reads=self.reads,
             idle=self.idle,
         )
 
@@ -104,6 +107,7 @@ class _Recorded:
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     owners: dict[str, tuple[str, int]] = field(default_factory=dict)
     gains: dict[str, torch.Tensor] = field(default_factory=dict)
+    reads: str | None = None
     result: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
@@ -176,6 +180,7 @@ def learn_route(block: nn.Module, linears: Mapping[str, nn.Linear], run: Callabl
         lasting=frozenset(lasting),
         owners={name: owner for name, owner in seen.owners.items() if name in lasting},
         norms=norms,
+        reads=seen.reads,
         idle=tuple(idle),
     )
 
@@ -187,7 +192,8 @@ def _as_it_is(x: torch.Tensor) -> torch.Tensor:
 def _record(block: nn.Module, linears: Mapping[str, nn.Linear], run: Callable[[], torch.Tensor]) -> _Recorded:
     seen = _Recorded()
     returned: dict[str, torch.Tensor] = {}
-    handles = []
+    entering: list[Any] = []
+    handles = [block.register_forward_pre_hook(lambda _, given: entering.extend(given[:1]))]
 
     def recorder(name: str, original: Callable[..., torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(x: torch.Tensor) -> torch.Tensor:
@@ -199,16 +205,21 @@ def _record(block: nn.Module, linears: Mapping[str, nn.Linear], run: Callable[[]
         return forward
 
     def owner(path: str, module: nn.Module) -> None:
-        def look(_: nn.Module, __: Any, out: Any) -> None:
+        def look(_: nn.Module, given: tuple[Any, ...], more: dict[str, Any], out: Any) -> None:
             weight = module._parameters.get("weight")
-            if weight is not None and weight.dim() == 1 and isinstance(out, torch.Tensor):
+            plain = (
+                len(given) == 1 and not more and isinstance(given[0], torch.Tensor) and isinstance(out, torch.Tensor)
+            )
+            if weight is not None and weight.dim() == 1 and plain and out.shape == given[0].shape:
                 seen.gains[path] = out
+                if entering and given[0] is entering[0]:
+                    seen.reads = path
             first, rest = (out[0], out[1:]) if isinstance(out, tuple) and out else (out, None)
             for name, y in returned.items():
                 if y is first and all(r is None for r in rest or ()):
                     seen.owners[name] = (path, -1 if rest is None else len(rest))  # outer modules end later
 
-        handles.append(module.register_forward_hook(look))
+        handles.append(module.register_forward_hook(look, with_kwargs=True))
 
     for path, module in block.named_modules():
         if module is not block and not isinstance(module, nn.Linear):
