@@ -64,12 +64,17 @@ def test_equally_strong_columns_keep_their_order() -> None:
     assert factor_hessian(torch.eye(6), 0.01, where="w").order.tolist() == list(range(6))
 
 
-def test_large_hessians_are_factored_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("damping", "limit"), [(0.01, 4096), (0.0005, 32)])
+def test_well_damped_and_large_hessians_are_factored_in_float32(
+    damping: float, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     x = inputs(64)
     hessian = x.T @ x
-    exact = factor_hessian(hessian, 0.01, where="w")
-    monkeypatch.setattr("halfbyte.methods.gptq.DOUBLE_LIMIT", 32)
-    single = factor_hessian(hessian, 0.01, where="w")
+    monkeypatch.setattr("halfbyte.methods.gptq.ENOUGH_FOR_SINGLE", 1.0)
+    exact = factor_hessian(hessian, damping, where="w")
+    monkeypatch.undo()
+    monkeypatch.setattr("halfbyte.methods.gptq.DOUBLE_LIMIT", limit)
+    single = factor_hessian(hessian, damping, where="w")
     assert torch.equal(single.order, exact.order)
     assert not torch.equal(single.upper, exact.upper)
     assert torch.allclose(single.upper, exact.upper, rtol=1e-3, atol=1e-4 * float(exact.upper.abs().max()))

@@ -5,8 +5,8 @@ Memory is what the pipeline holds at its fullest moment. Five kinds of moment co
 - the model writes its own calibration text (``self`` only): the whole model in float32, its key-value cache, logits;
 - its tokenizer is loaded: more than a block, for small models with large vocabularies;
 - a Hessian of width ``n`` is factored: the block's weights, codes so far, what waits for the stages to come (see
-  ``sequential``), H (4 n^2 bytes) and its factor with room to work: 12 n^2 in float64, 6 n^2 in float32 above
-  :data:`DOUBLE_LIMIT`;
+  ``sequential``), H (4 n^2 bytes) and its factor with room to work (6 n^2 in float32; twice as much in the float64 that
+  little damping asks for);
 - sensitivities are measured (``target_bits`` only): a block, a hidden state for each unit, then the output head;
 - a Linear of N weights is solved: the same with H and R instead (8 n^2), two copies of the weight and its codes (9 N)
   and the scale search's candidates.
@@ -27,7 +27,6 @@ from halfbyte.architectures import FUSED
 from halfbyte.arithmetic import bfloat16_products
 from halfbyte.calibration import TOKENS_PER_BATCH, available_memory_bytes, self_writing_bytes
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint
-from halfbyte.methods.gptq import DOUBLE_LIMIT
 from halfbyte.methods.scales import CANDIDATES_PER_CALL, SHRINK_FEW_BITS
 from halfbyte.methods.tuning import TuningOptions, samples_wanted
 from halfbyte.records import Estimate, TensorPlan
@@ -230,7 +229,7 @@ def _block_moments(
             "codes found so far": float(weights - s.weights),
         }
         square = float(s.width**2)
-        factoring = (16.0 if s.width <= DOUBLE_LIMIT else 10.0) * square
+        factoring = 10.0 * square
         candidates = 28.0 * min(CANDIDATES_PER_CALL, s.scales * len(SHRINK_FEW_BITS))
         observed = {
             f"second moment of width {s.width}, float32": 4.0 * square,

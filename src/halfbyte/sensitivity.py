@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -293,6 +293,7 @@ def _divergences(
     sums = torch.zeros(units, dtype=torch.float64)
     chunks = torch.split(text.positions, max(1, LOGITS_BYTES // (4 * vocabulary)))
     reporter.start("measuring sensitivities: predictions", len(chunks) * units)
+    model = replace(model, dtype=torch.float32)  # logits rounded to bfloat16 would drown small divergences
     with model.head():
         for chunk in chunks:
             p = _logits(model, states, 0, chunk)

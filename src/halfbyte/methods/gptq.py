@@ -29,7 +29,7 @@ import torch
 
 from halfbyte.errors import NumericsError
 from halfbyte.kernels.dispatch import solve_columns
-from halfbyte.methods.refine import refine
+from halfbyte.methods.refine import output_energy, refine
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.scales import minmax, searched
 from halfbyte.recipe import GptqSteps
@@ -37,6 +37,9 @@ from halfbyte.schemes import WeightFormat
 
 MAX_RAISES = 4
 LEAST_RAISED = 1e-3
+# With so much damping a float32 factor gives the same errors as a float64 one to four digits (docs/log.md), in half the
+# time. With less, float64 is used up to a width where its memory still does no harm.
+ENOUGH_FOR_SINGLE = 1e-3
 DOUBLE_LIMIT = 4096
 DIRECTLY = 256
 DIRECTLY_ON_GPU = 1024  # there a small factorisation takes as long as a larger one
@@ -97,9 +100,9 @@ def factor_hessian(hessian: torch.Tensor, damp_fraction: float, *, where: str, s
         if static_order
         else torch.arange(n, device=hessian.device)
     )
-    dtype = torch.float64 if n <= DOUBLE_LIMIT else torch.float32
     for raises in range(MAX_RAISES + 1):
         fraction = max(damp_fraction, LEAST_RAISED) * 10**raises if raises else damp_fraction
+        dtype = torch.float64 if n <= DOUBLE_LIMIT and fraction < ENOUGH_FOR_SINGLE else torch.float32
         matrix = hessian[order.unsqueeze(1), order.unsqueeze(0)].to(dtype)
         matrix.diagonal().add_(torch.where(dead, mean, fraction * mean)[order])
         if factor_upper(matrix):
@@ -174,11 +177,6 @@ def invert_upper(matrix: torch.Tensor) -> None:
     invert_upper(c)
     torch.mm(a @ b, c, out=b)
     b.neg_()
-
-
-def output_energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:
-    """``tr(W H W^T)``: the squared outputs of a Linear, summed over tokens; what relative errors are relative to."""
-    return sum(float(torch.mm(w, hessian).mul_(w).sum(dtype=torch.float64)) for w in torch.split(weight, STRIP))
 
 
 def quantize_gptq(

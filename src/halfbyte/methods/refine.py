@@ -8,10 +8,17 @@ GPTQ goes through the columns once and never looks back. The objective stays its
 - **descent** (coordinate descent on codes; QuantEase, arXiv 2309.01885): each code goes to the grid point nearest to
   where its own parabola is least.
 
-Neither can raise the error. ``E H`` is kept up to date, so a sweep costs one matrix product of the weight with H.
+Neither can raise the error. Columns are taken in panels from the left, and a panel's part of ``E H`` is computed when
+its turn comes, from what E is then. So a sweep costs one matrix product of the weight with H, and nothing of the
+weight's size is held besides E. In the last sweep, all that is left of a panel is final, and the error that remains
+comes without another product::
+
+    tr(E H E^T) = sum_p E_p (2 sum_{l left of p} E_l H_lp + E_p H_pp)^T
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 
@@ -21,6 +28,21 @@ from halfbyte.packing import dequantize
 from halfbyte.schemes import WeightFormat
 
 STRIP = 1024
+
+
+def output_energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    """``tr(W H W^T)``: the squared outputs of a Linear, summed over tokens; what relative errors are relative to.
+
+    H is symmetric, so half of its products are enough: ``sum_p W_p (2 sum_{r right of p} W_r H_rp + W_p H_pp)^T``.
+    """
+    n, total = weight.shape[1], 0.0
+    for start in range(0, n, PANEL):
+        own = slice(start, min(start + PANEL, n))
+        product = torch.mm(weight[:, own], hessian[own, own])
+        if own.stop < n:
+            product.addmm_(weight[:, own.stop :], hessian[own.stop :, own], alpha=2.0)
+        total += float(product.mul_(weight[:, own]).sum(dtype=torch.float64))
+    return total
 
 
 def refine(
@@ -49,40 +71,72 @@ def refine(
         refit, descent: which of the two to do.
 
     Returns:
-        the error left, ``tr(E H E^T)`` without damping; infinite, and nothing changed, where it overflows float32.
+        the error left, ``tr(E H E^T)`` without damping; infinite, and nothing changed, where it could overflow float32.
     """
-    columns, groups = weight.shape[1], scales.shape[1]
-    width = columns // groups
-    step = min(width, PANEL)
+    n = weight.shape[1]
+    width = n // scales.shape[1]
     error = dequantize(codes, scales, None if fmt.symmetric else zeros).neg_().add_(weight)
-    gradient = torch.addmm(error, error, hessian, beta=damping)
-    if not bool(torch.isfinite(gradient.sum())):  # nothing to go by; what made it so is found in the activations
+    most = float(error.abs().max()) * float(hessian.diagonal().max()) * n
+    if not most < torch.finfo(torch.float32).max:  # what made it so is found in the activations
         return float("inf")
-    for _ in range(sweeps):
-        for g in range(groups):
-            whole = slice(g * width, (g + 1) * width)
-            moved = _refit(gradient, hessian, damping, codes, scales, zeros, g, scale_dtype) if refit else None
-            if moved is not None and (width > PANEL or not descent):
-                _move(gradient, error, hessian, damping, moved, whole)
-                moved = None
-            for start in range(whole.start, whole.stop, step) if descent else ():
-                panel = slice(start, min(start + step, whole.stop))
-                square = _damped(hessian, damping, panel)
-                slope = gradient[:, panel].clone()
-                if moved is not None:
-                    slope.addmm_(moved, square, alpha=-1.0)
-                steps = torch.zeros_like(slope) if moved is None else moved
-                scale, zero = scales[:, g].contiguous(), zeros[:, g].contiguous()
-                descend(slope, square, codes[:, panel], scale, zero, fmt.q_min, fmt.q_max, steps)
-                _move(gradient, error, hessian, damping, steps, panel)
-    # gradient = E (H + damping I)
-    gradient.sub_(error, alpha=damping)
-    strips = zip(torch.split(gradient, STRIP), torch.split(error, STRIP), strict=True)
-    return max(0.0, sum(float(g.mul(e).sum(dtype=torch.float64)) for g, e in strips))
+    if not (refit or descent) or sweeps < 1:
+        return max(0.0, output_energy(error, hessian))
+    remaining = 0.0
+    for sweep in range(sweeps):
+        for panel in _panels(n, width):
+            if refit and width > PANEL and panel.start % width == 0:
+                _refit_wide(error, hessian, damping, codes, scales, zeros, panel.start // width, scale_dtype)
+            left = torch.mm(error[:, : panel.start], hessian[: panel.start, panel])
+            slope = torch.addmm(left, error[:, panel.start :], hessian[panel.start :, panel])
+            slope.add_(error[:, panel], alpha=damping)
+            for g in range(panel.start // width, -(-panel.stop // width)):
+                part = slice(max(panel.start, g * width), min(panel.stop, (g + 1) * width))
+                square = hessian[part, part].clone()
+                square.diagonal().add_(damping)
+                here = slope[:, part.start - panel.start : part.stop - panel.start].clone()
+                steps = torch.zeros_like(here)
+                if refit and width <= PANEL:
+                    v = codes[:, part].to(torch.float32) - zeros[:, g, None]
+                    product = torch.mm(v, square)
+                    change = _refit((v * here).sum(dim=1), (v * product).sum(dim=1), scales[:, g], scale_dtype)
+                    steps = v.mul_(change[:, None])
+                    here.sub_(product.mul_(change[:, None]))
+                if descent:
+                    scale, zero = scales[:, g].contiguous(), zeros[:, g].contiguous()
+                    descend(here, square, codes[:, part], scale, zero, fmt.q_min, fmt.q_max, steps)
+                error[:, part].sub_(steps)
+                if part.stop < panel.stop:
+                    later = slice(part.stop, panel.stop)
+                    slope[:, later.start - panel.start :].addmm_(steps, hessian[part, later], alpha=-1.0)
+            if sweep == sweeps - 1:
+                own = error[:, panel]
+                left.mul_(2.0).addmm_(own, hessian[panel, panel])
+                remaining += float(left.mul_(own).sum(dtype=torch.float64))
+    return max(0.0, remaining)
 
 
-def _refit(
-    gradient: torch.Tensor,
+def _panels(n: int, width: int) -> Iterator[slice]:
+    """Columns ``0 .. n`` in panels of whole groups, or of parts of one group where groups are wider than a panel."""
+    whole = width if width > PANEL else n
+    step = PANEL if width > PANEL else PANEL // width * width
+    for first in range(0, n, whole):
+        for start in range(first, first + whole, step):
+            yield slice(start, min(start + step, first + whole))
+
+
+def _refit(slope: torch.Tensor, curve: torch.Tensor, scales: torch.Tensor, scale_dtype: torch.dtype) -> torch.Tensor:
+    """Move one group's scales ``[rows]``, each to the least of its parabola; returns by how much they moved."""
+    wanted = scales + torch.where(curve > 0, slope / curve, 0.0)
+    new = wanted.to(scale_dtype).to(torch.float32).clamp(min=LEAST_SCALE[scale_dtype])
+    change = new - scales
+    gains = (2 * change * slope > change.square() * curve) & torch.isfinite(new)
+    change = torch.where(gains, change, 0.0)
+    scales += change
+    return change
+
+
+def _refit_wide(
+    error: torch.Tensor,
     hessian: torch.Tensor,
     damping: float,
     codes: torch.Tensor,
@@ -90,38 +144,15 @@ def _refit(
     zeros: torch.Tensor,
     group: int,
     scale_dtype: torch.dtype,
-) -> torch.Tensor:
-    """Move one group's scales, all rows at once; returns what its weights moved by, ``[rows, width]``."""
+) -> None:
+    """Refit a group of more columns than a panel has; ``v H_g`` gives slope and curve alike."""
     width = codes.shape[1] // scales.shape[1]
     columns = slice(group * width, (group + 1) * width)
-    v = codes[:, columns].to(torch.float32) - zeros[:, group, None]
-    slope = (v * gradient[:, columns]).sum(dim=1)
-    curve = (torch.addmm(v, v, hessian[columns, columns], beta=damping) * v).sum(dim=1)
-    old = scales[:, group]
-    wanted = old + torch.where(curve > 0, slope / curve, 0.0)
-    new = wanted.to(scale_dtype).to(torch.float32).clamp(min=LEAST_SCALE[scale_dtype])
-    change = new - old
-    gains = (2 * change * slope > change.square() * curve) & torch.isfinite(new)
-    change = torch.where(gains, change, 0.0)
-    scales[:, group] += change
-    return v.mul_(change[:, None])
-
-
-def _move(
-    gradient: torch.Tensor,
-    error: torch.Tensor,
-    hessian: torch.Tensor,
-    damping: float,
-    steps: torch.Tensor,
-    columns: slice,
-) -> None:
-    """Bring ``E`` and ``E (H + damping I)`` up to date after quantised weights moved by ``steps [rows, width]``."""
-    error[:, columns].sub_(steps)
-    gradient.addmm_(steps, hessian[columns], alpha=-1.0)
-    gradient[:, columns].sub_(steps, alpha=damping)
-
-
-def _damped(hessian: torch.Tensor, damping: float, columns: slice) -> torch.Tensor:
-    square = hessian[columns, columns].clone()
-    square.diagonal().add_(damping)
-    return square
+    for start in range(0, codes.shape[0], STRIP):
+        rows = slice(start, start + STRIP)
+        v = codes[rows, columns].to(torch.float32) - zeros[rows, group, None]
+        product = torch.mm(v, hessian[columns])
+        product[:, columns].add_(v, alpha=damping)
+        slope, curve = (product * error[rows]).sum(dim=1), (product[:, columns] * v).sum(dim=1)
+        change = _refit(slope, curve, scales[rows, group], scale_dtype)
+        error[rows, columns] -= v.mul_(change[:, None])
