@@ -148,7 +148,7 @@ def test_a_70b_checkpoint_is_planned_from_its_headers(tmp_path: Path) -> None:
     assert memory.parts["one block's weights, float32"] == 4 * a_block
     # The fullest moment: down_proj is solved, with all other codes found (one byte each).
     assert memory.parts[f"Hessian of width {intermediate} and its factor"] == 8 * intermediate**2
-    assert memory.parts["solving the largest Linear"] >= 9 * hidden * intermediate
+    assert memory.parts["solving the largest Linear"] >= 6 * hidden * intermediate
     assert memory.parts["codes found so far"] == a_block - hidden * intermediate
     assert "a Linear is solved" in memory.how
     # Of 64 batches (two samples each), 12 teach and two in 14 are held out: their original hidden states are kept too.

@@ -10,6 +10,7 @@
     |-- OutputError                   the output folder exists, cannot be written or does not fit on the disk
     |-- NumericsError                 NaN or infinity in weights or activations, or a matrix that cannot be factored
     |-- RankError                     another process of a run on several ended, or failed without a message
+    |-- MemoryShortage              the system or the device gave no more memory
     |-- MissingDependencyError        an optional package is needed; the message says which to install
     `-- GateFailed                    exit status 1: the work was done, and a check on its result failed
 
@@ -80,6 +81,10 @@ class NumericsError(HalfbyteError):
 
 class RankError(HalfbyteError):
     """Another process of a run on several has ended, or failed in a way that has no message of its own."""
+
+
+class MemoryShortage(HalfbyteError):
+    """The system or the device gave no more memory."""
 
 
 class MissingDependencyError(HalfbyteError):

@@ -8,8 +8,8 @@ Memory is what the pipeline holds at its fullest moment. Five kinds of moment co
   ``sequential``), H (4 n^2 bytes) and its factor with room to work (6 n^2 in float32; twice as much in the float64 that
   little damping asks for);
 - sensitivities are measured (``target_bits`` only): a block, a hidden state for each unit, then the output head;
-- a Linear of N weights is solved: the same with H and R instead (8 n^2), two copies of the weight and its codes (9 N)
-  and the scale search's candidates.
+- a Linear of N weights is solved: the same with H and R instead (8 n^2), the weight in the order of its columns or its
+  error, codes in both orders (6 N in all), a strip of rows three times and the scale search's candidates.
 
 Time is arithmetic at a rate measured now. Peaks stand beside measured ones in docs/benchmarks.md; times do not yet.
 """
@@ -27,6 +27,7 @@ from halfbyte.architectures import FUSED
 from halfbyte.arithmetic import bfloat16_products
 from halfbyte.calibration import TOKENS_PER_BATCH, available_memory_bytes, self_writing_bytes
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint
+from halfbyte.methods.refine import STRIP
 from halfbyte.methods.scales import CANDIDATES_PER_CALL, SHRINK_FEW_BITS
 from halfbyte.methods.tuning import TuningOptions, samples_wanted
 from halfbyte.records import Estimate, TensorPlan
@@ -237,7 +238,9 @@ def _block_moments(
         }
         held = {
             f"Hessian of width {s.width} and its factor": 8.0 * square,
-            "solving the largest Linear": (9.0 + upcast) * s.largest + candidates,
+            "solving the largest Linear": (6.0 + upcast) * s.largest
+            + 12.0 * min(STRIP * s.width, s.largest)
+            + candidates,
         }
         moments += [
             ("a block's inputs are observed", rest | observed),

@@ -49,6 +49,15 @@ def mapped() -> Iterator[None]:
         _set(M_MMAP_THRESHOLD, LARGEST_IN_HEAP)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory was refused: Python's own, torch's on a device, and on the CPU, where torch
+    raises a plain ``RuntimeError`` that only its text tells from others."""
+    names = {t.__name__ for t in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
 def _set(parameter: int, value: int) -> None:
     library = _glibc()
     if library is not None and not any(name.startswith("MALLOC_") for name in os.environ):

@@ -49,6 +49,7 @@ from halfbyte.checkpoint.source import resolve
 from halfbyte.errors import (
     ArchitectureError,
     HalfbyteError,
+    MemoryShortage,
     NumericsError,
     OutputError,
     RankError,
@@ -58,7 +59,7 @@ from halfbyte.errors import (
 )
 from halfbyte.estimates import KEPT_IN_MEMORY, CalibrationWork
 from halfbyte.gpu import full_float32, to_host, wait_for_copies, works_ahead
-from halfbyte.heap import mapped, release_freed_memory, reuse_freed_memory
+from halfbyte.heap import is_out_of_memory, mapped, release_freed_memory, reuse_freed_memory
 from halfbyte.kernels.dispatch import gpu_problem
 from halfbyte.methods.gptq import factor_hessian, quantize_gptq
 from halfbyte.methods.result import QuantizedWeight
@@ -84,6 +85,7 @@ from halfbyte.records import (
     CalibrationRecord,
     LinearRecord,
     Manifest,
+    Plan,
     Sensitivity,
     SmoothingRecord,
     TuningRecord,
@@ -213,11 +215,26 @@ def quantize(
     except HalfbyteError:
         run.discard()
         raise
-    except BaseException:
+    except BaseException as e:
         run.leave()
+        if is_out_of_memory(e):
+            raise memory_shortage(work.plan, run) from e
         raise
     run.publish()
     return manifest
+
+
+def memory_shortage(planned: Plan, run: RunFolder) -> MemoryShortage:
+    """What to say when memory was refused in the middle of a run."""
+    peak = planned.estimates["peak_memory"]
+    return MemoryShortage(
+        f"no more memory was to be had after {max(0, run.journal['stage'])} finished blocks",
+        where=str(run.out),
+        why=f"the plan expects a peak of {peak.value / 2**30:.2f} GiB, {peak.how}, and other programs or a limit "
+        "may leave less",
+        remedy="Free memory or raise the limit, then go on with --resume; or start again with --offload, fewer "
+        "--samples, a shorter --seq-len or --effort low.",
+    )
 
 
 @dataclass(slots=True)

@@ -207,7 +207,7 @@ def quantize_gptq(
     columns = torch.arange(weight.shape[1], device=weight.device)
     group_of = (columns // (weight.shape[1] // scales.shape[1]))[factor.order]
     permuted_codes, _ = solve_columns(
-        alive[:, factor.order].contiguous(), factor.upper, scales, zeros, group_of, fmt.q_min, fmt.q_max
+        alive.index_select(1, factor.order), factor.upper, scales, zeros, group_of, fmt.q_min, fmt.q_max
     )
     codes = torch.empty_like(permuted_codes)
     codes[:, factor.order] = permuted_codes

@@ -75,8 +75,13 @@ def refine(
     """
     n = weight.shape[1]
     width = n // scales.shape[1]
-    error = dequantize(codes, scales, None if fmt.symmetric else zeros).neg_().add_(weight)
-    most = float(error.abs().max()) * float(hessian.diagonal().max()) * n
+    error = torch.empty_like(weight)
+    for start in range(0, weight.shape[0], STRIP):
+        rows = slice(start, start + STRIP)
+        dense = dequantize(codes[rows], scales[rows], None if fmt.symmetric else zeros[rows])
+        torch.sub(weight[rows], dense, out=error[rows])
+    lowest, highest = error.aminmax()
+    most = max(-float(lowest), float(highest)) * float(hessian.diagonal().max()) * n
     if not most < torch.finfo(torch.float32).max:  # what made it so is found in the activations
         return float("inf")
     if not (refit or descent) or sweeps < 1:

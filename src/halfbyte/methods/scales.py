@@ -26,7 +26,7 @@ from halfbyte.schemes import WeightFormat
 SHRINK = torch.linspace(0.40, 1.05, 66)
 # Codes of 2 and 3 bits pay for a long tail with more of the middle: their best shares go down to half of that.
 SHRINK_FEW_BITS = torch.linspace(0.15, 1.05, 91)
-CANDIDATES_PER_CALL = 1 << 23
+CANDIDATES_PER_CALL = 1 << 19
 LEAST_SCALE = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126}
 
 

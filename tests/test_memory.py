@@ -1,0 +1,54 @@
+"""Memory that the kernel refuses in the middle of a run: a message, and nothing is lost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import Models
+from halfbyte.heap import is_out_of_memory
+
+# The limit comes after the imports, and leaves too little for a Hessian of width 6,144 (151 MB).
+LIMITED = """
+import resource, sys
+import halfbyte.pipeline
+from halfbyte.cli.main import entry_point
+
+status = open("/proc/self/status").read()
+used = 1024 * int(status.split("VmData:")[1].split()[0])
+resource.setrlimit(resource.RLIMIT_DATA, (used + 128 * 2**20, resource.RLIM_INFINITY))
+entry_point()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit is Linux's RLIMIT_DATA")
+def test_a_run_that_gets_no_memory_says_so_and_can_be_resumed(
+    tiny_model: Models, text_file: Path, tmp_path: Path
+) -> None:
+    source, out = tiny_model("llama", intermediate_size=6144, num_hidden_layers=1), tmp_path / "out"
+    words = ["quantize", str(source), str(out), "--group-size", "32", "--calibration", f"text:{text_file}"]
+    words += ["--samples", "2", "--seq-len", "32", "--effort", "low"]
+    limited = subprocess.run([sys.executable, "-c", LIMITED, *words], capture_output=True, text=True)
+    assert limited.returncode == 2, limited.stderr
+    last = limited.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"halfbyte: {out}: no more memory was to be had after 0 finished blocks (the plan expects")
+    assert "--resume" in last
+    assert "Traceback" not in limited.stderr
+    free = subprocess.run([sys.executable, "-m", "halfbyte", *words, "--resume"], capture_output=True, text=True)
+    assert free.returncode == 0, free.stderr
+    assert (out / "halfbyte.json").exists()
+
+
+def test_refusals_are_told_from_other_errors() -> None:
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(refused.value)
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.OutOfMemoryError())
+    with pytest.raises(RuntimeError) as other:
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    assert not is_out_of_memory(other.value)
