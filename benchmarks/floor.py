@@ -1,6 +1,6 @@
 """The least time that GPTQ's arithmetic can take here, and how close halfbyte comes to it.
 
-    python benchmarks/floor.py --model DIR --calibration-text FILE [--samples 64] [--seq-len 512] [--runs 3]
+    python benchmarks/floor.py --model DIR --calibration-text FILE [--samples 64] [--seq-len 512] [--dtype D] [--runs 3]
 
 The floor counts what cannot be left out, at this machine's matmul rates in the dtype that blocks compute in: the
 Linears' products, attention over the causal half or the window, and second moments over one triangle, one for each
@@ -8,7 +8,7 @@ distinct input (summed in float32). The run is ``--effort low``: tuning is no pa
 softmax, the solver, reading, writing and start-up count as zero. It is given twice: for two passes through every block
 (observe, then move its inputs on; in the first without the last Linear, and the last block has no second), as GPTQ is
 mostly done, and for the one pass that halfbyte takes. The rate is measured before and after each run, and the better
-one counts. Writes benchmarks/results/DATE-floor-MODEL.json.
+one counts. Writes benchmarks/results/DATE-floor-MODEL-DTYPE.json.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="what blocks compute in"
+    )
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--result", type=Path)
     options = parser.parse_args()
@@ -53,22 +56,25 @@ def main() -> None:
         "versions": harness.versions(sys.executable, ("halfbyte", "torch", "transformers", "numpy", "numba")),
         "runs": runs,
     }
-    path = options.result or harness.RESULTS / f"{result['date']}-floor-{options.model.name}.json"
+    name = f"{result['date']}-floor-{options.model.name}-{runs[0]['dtype']}.json"
+    path = options.result or harness.RESULTS / name
     harness.write_result(path, result)
     print(render(result))
 
 
 def one_run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """One quantisation between two measurements of the rate."""
-    count = [sys.executable, COUNT, options.model, str(options.samples), str(options.seq_len)]
+    count = [sys.executable, COUNT, options.model, str(options.samples), str(options.seq_len), options.dtype]
     before = harness.json_from(count)
     out = scratch / "out"
     command = [sys.executable, "-m", "halfbyte", "quantize", options.model, out, "--json"]
     command += ["--group-size", str(options.group_size), "--calibration", f"text:{options.calibration_text}"]
-    command += ["--effort", "low", "--samples", str(options.samples), "--seq-len", str(options.seq_len)]
+    command += ["--effort", "low", "--dtype", options.dtype]
+    command += ["--samples", str(options.samples), "--seq-len", str(options.seq_len)]
     measured = harness.plain(harness.measure(command, scratch / "log"))
     after = harness.json_from(count)
     manifest = json.loads((out / "halfbyte.json").read_text(encoding="utf-8"))
+    assert manifest["run"]["dtype"] == before["dtype"]
     shutil.rmtree(out)
     rates = {kind: max(before["rates"][kind], after["rates"][kind]) for kind in before["rates"]}
     operations = before["operations"]
@@ -78,6 +84,7 @@ def one_run(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "rates": rates,
         "floor_s": {name: sum(n / rates[kind] for kind, n in parts.items()) for name, parts in operations.items()},
         "blocks_s": sum(b["seconds"] for b in manifest["run"]["blocks"]),
+        "solver_s": sum(b["solver_seconds"] for b in manifest["run"]["blocks"]),
         **measured,
     }
 
@@ -91,12 +98,13 @@ def render(result: dict[str, Any]) -> str:
         "moments (GFLOP/s)",
         *(f"floor, {n} (s)" for n in names),
         "blocks (s)",
+        "of it solver (s)",
         "wall (s)",
         "CPU (s)",
     ]
     rows = [[*head, *(f"wall / floor, {n}" for n in names)]]
     for i, r in enumerate(result["runs"]):
-        times = (*r["floor_s"].values(), r["blocks_s"], r["wall_s"], r["cpu_s"])
+        times = (*r["floor_s"].values(), r["blocks_s"], r["solver_s"], r["wall_s"], r["cpu_s"])
         shares = [f"{r['wall_s'] / r['floor_s'][n]:.2f}" for n in names]
         rates = [f"{r['rates'][kind] / 1e9:.0f}" for kind in ("linears", "second moments")]
         rows.append([str(i + 1), *rates, *(f"{t:.0f}" for t in times), *shares])

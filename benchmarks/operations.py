@@ -1,6 +1,6 @@
 """Print as JSON how many operations a GPTQ run cannot do without, and this machine's matmul rates (see floor.py).
 
-python benchmarks/operations.py MODEL SAMPLES SEQ_LEN
+python benchmarks/operations.py MODEL SAMPLES SEQ_LEN DTYPE
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def operations(model: Path, samples: int, seq_len: int, *, passes: int) -> dict[
 if __name__ == "__main__":
     work = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     counted = {name: operations(*work, passes=n) for name, n in (("one pass", 1), ("two passes", 2))}
-    dtype = compute_dtype("auto", open_checkpoint(work[0]).dtype, "cpu", 4)
+    dtype = compute_dtype(sys.argv[4], open_checkpoint(work[0]).dtype, "cpu", 4)  # type: ignore[arg-type]
     # The best of many: a rate that is too low would make the floor too easy.
     blocks = max(matmul_rate(dtype) for _ in range(10))
     with bfloat16_products() if dtype == torch.bfloat16 else contextlib.nullcontext():

@@ -245,6 +245,7 @@ class Solved:
     rewritten: dict[str, torch.Tensor] = field(default_factory=dict)
     smoothing: list[SmoothingRecord] = field(default_factory=list)
     tuning: list[TuningRecord] = field(default_factory=list)
+    solver_seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -320,7 +321,14 @@ class Job:
                 tuning += solved.tuning
                 seconds = time.monotonic() - clock
                 release_freed_memory()
-                timings.append({"block": index, "seconds": round(seconds, 3), "peak_bytes": peak_bytes()})
+                timings.append(
+                    {
+                        "block": index,
+                        "seconds": round(seconds, 3),
+                        "solver_seconds": round(solved.solver_seconds, 3),
+                        "peak_bytes": peak_bytes(),
+                    }
+                )
                 self._report(index, [r for r, _ in solved.linears.values()], timings)
                 self._await_save()
                 self.ranks.agree()  # whoever fails from here on, all are saving
@@ -475,8 +483,10 @@ class Job:
                         raise stream.overflow(block, index, moment.names[0])
                     if self.recipe.gptq.smoothing:
                         self._smooth(walk.outliers(), moment, modules, block, index, solved)
+                    clock = time.monotonic()
                     with mapped():
                         results |= self._solve_shared(moment, modules, index)
+                    solved.solver_seconds += time.monotonic() - clock
                     release_freed_memory()
                 if not last and stream.tuning is None:
                     self._await_save()
