@@ -253,7 +253,7 @@ def render(result: dict[str, Any]) -> str:
     order = [name for name in VARIANTS[result["work"]["scheme"]] if name in result["variants"]]
     variants = {name: result["variants"][name] for name in order}
     head = ("variant", "", "KL (nats)", "KL less the default's", "perplexity ratio", "top-1 agreement")
-    rows = [[*head, "wall time (s)", "CPU time (s)", "peak memory (GiB)"]]
+    rows = [[*head, "wall time (s)", "CPU time (s)", "peak memory (GiB)", "other work"]]
     for name, v in variants.items():
         m = v["score"]["metrics"]
         scored = [
@@ -262,9 +262,9 @@ def render(result: dict[str, Any]) -> str:
             peers.plus_minus(m, "perplexity_ratio", "perplexity_ratio_se"),
             peers.plus_minus(m, "top1_agreement", "top1_agreement_se"),
         ]
-        rows.append(
-            [name, v["what"], *scored, f"{v['wall_s']:.0f}", f"{v['cpu_s']:.0f}", f"{v['peak_rss_bytes'] / 2**30:.2f}"]
-        )
+        others = "" if v["other_cpu_share"] is None else f"{v['other_cpu_share']:.0%}"
+        cost = [f"{v['wall_s']:.0f}", f"{v['cpu_s']:.0f}", f"{v['peak_rss_bytes'] / 2**30:.2f}", others]
+        rows.append([name, v["what"], *scored, *cost])
     windows = {len(v["score"]["by_window"]) for v in variants.values()}
     scored_on = peers.scored_on({n: {"halfbyte_compare": v["score"]} for n, v in variants.items()})
     in_windows = f" in {' or '.join(map(str, sorted(windows)))} windows" if windows else ""
