@@ -113,6 +113,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--score-tokens", type=int, default=0, help="score the first N validation tokens (0: all)")
+    parser.add_argument(
+        "--threads", type=int, help="OMP_NUM_THREADS, e.g. 1 on a busy machine (default: halfbyte's choice)"
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these variants (default: all of the scheme)")
     parser.add_argument("--again", action="store_true", help="measure variants anew that the result has already")
     parser.add_argument("--result", type=Path, help="result file (default: results/DATE-parts-MODEL-SCHEME.json)")
@@ -159,6 +162,7 @@ def begun(options: argparse.Namespace) -> dict[str, Any]:
             "samples": options.samples,
             "seq_len": options.seq_len,
             "score_tokens": options.score_tokens,
+            "threads": options.threads,
         },
         "machine": harness.machine(),
         "versions": harness.versions(sys.executable, peers.OUR_PACKAGES),
@@ -188,6 +192,7 @@ def halfbyte_folder() -> Path:
 def measured(options: argparse.Namespace, work: Mapping[str, Any], variant: Variant) -> dict[str, Any]:
     """Quantise and score once; the checkpoint is not kept."""
     recipe = variant.recipe(work["scheme"], work["group_size"])
+    env = {"HF_HUB_OFFLINE": "1", **({"OMP_NUM_THREADS": str(options.threads)} if options.threads else {})}
     with tempfile.TemporaryDirectory(prefix="halfbyte-bench-") as scratch:
         folder = Path(scratch)
         out, file, log = folder / "checkpoint", folder / "recipe.toml", folder / "log"
@@ -196,7 +201,7 @@ def measured(options: argparse.Namespace, work: Mapping[str, Any], variant: Vari
         if variant.keys.get("method") != "rtn":
             command += ["--calibration", f"text:{options.calibration_text}"]
             command += ["--samples", str(options.samples), "--seq-len", str(options.seq_len)]
-        figures = harness.plain(harness.measure([*command, *variant.words], log, {"HF_HUB_OFFLINE": "1"}))
+        figures = harness.plain(harness.measure([*command, *variant.words], log, env))
         manifest = json.loads((out / "halfbyte.json").read_text(encoding="utf-8"))
         return {
             "what": variant.what,
@@ -206,7 +211,7 @@ def measured(options: argparse.Namespace, work: Mapping[str, Any], variant: Vari
             "checkpoint_sha256": peers.file_digest(sorted(out.glob("*.safetensors"))),
             "calibration_sha256": manifest["calibration"] and manifest["calibration"]["sha256"],
             "inside": manifest["run"],
-            "score": harness.compared(options.model, out, options.validation_text, options.score_tokens, log),
+            "score": harness.compared(options.model, out, options.validation_text, options.score_tokens, log, env),
         }
 
 
@@ -266,9 +271,11 @@ def render(result: dict[str, Any]) -> str:
         cost = [f"{v['wall_s']:.0f}", f"{v['cpu_s']:.0f}", f"{v['peak_rss_bytes'] / 2**30:.2f}", others]
         rows.append([name, v["what"], *scored, *cost])
     windows = {len(v["score"]["by_window"]) for v in variants.values()}
-    scored_on = peers.scored_on({n: {"halfbyte_compare": v["score"]} for n, v in variants.items()})
-    in_windows = f" in {' or '.join(map(str, sorted(windows)))} windows" if windows else ""
-    return f"{harness.table(rows)}\n\n{peers.where(result, scored_on + in_windows, list(variants.values()))}"
+    said = peers.scored_on({n: {"halfbyte_compare": v["score"]} for n, v in variants.items()})
+    said += f" in {' or '.join(map(str, sorted(windows)))} windows" if windows else ""
+    threads = result["work"]["threads"]
+    said += f", {threads} thread{'s' * (threads > 1)}" if threads else ""
+    return f"{harness.table(rows)}\n\n{peers.where(result, said, list(variants.values()))}"
 
 
 def difference(found: Mapping[str, float | None] | None) -> str:

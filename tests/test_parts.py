@@ -100,7 +100,7 @@ def result() -> dict[str, Any]:
     return {
         "benchmark": "parts",
         "date": "2026-01-02",
-        "work": {"model": "m", "scheme": "W4A16", "group_size": 64, "samples": 4, "seq_len": 8},
+        "work": {"model": "m", "scheme": "W4A16", "group_size": 64, "samples": 4, "seq_len": 8, "threads": 3},
         "machine": {"cpu": "a CPU", "cores": 2, "memory_bytes": 2**33},
         "commit": {"commit": "0123456789abcdef", "modified": []},
         "versions": {},
@@ -118,7 +118,7 @@ def test_the_table(result: dict[str, Any]) -> None:
         f"effort=low | so | 0.3000 ± 0.0500 | +0.0450 ± 0.0050 | {rest} | 70 | 140 | 1.00 | 2%",
     ]
     assert where == (
-        "m, W4A16 g64, 4 x 8 tokens, scored on 20 in 2 windows; a CPU, 2 cores, 8.00 GiB; 2026-01-02, "
+        "m, W4A16 g64, 4 x 8 tokens, scored on 20 in 2 windows, 3 threads; a CPU, 2 cores, 8.00 GiB; 2026-01-02, "
         "commit 0123456789ab; other work used 2% to 2% of the processors meanwhile"
     )
 
@@ -148,7 +148,7 @@ def test_it_measures_goes_on_and_refuses_what_does_not_belong(
 ) -> None:
     path = tmp_path / "result.json"
     given = ["--model", tiny_model("llama"), "--calibration-text", text_file, "--result", path, "--scheme", "W8A8"]
-    usual = [*given, "--validation-text", text_file, "--samples", 4, "--seq-len", 32]
+    usual = [*given, "--validation-text", text_file, "--samples", 4, "--seq-len", 32, "--threads", 1]
     command(*usual, "--only", "rtn")
     command(*usual, "--only", "default", "rtn")
     output = capfd.readouterr()
