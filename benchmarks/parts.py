@@ -257,7 +257,7 @@ def render(result: dict[str, Any]) -> str:
     """The result as a Markdown table with a line about where it was measured. Uses nothing but the result."""
     order = [name for name in VARIANTS[result["work"]["scheme"]] if name in result["variants"]]
     variants = {name: result["variants"][name] for name in order}
-    head = ("variant", "", "KL (nats)", "KL less the default's", "perplexity ratio", "top-1 agreement")
+    head = ("variant", "KL (nats)", "KL less the default's", "perplexity ratio", "top-1 agreement")
     rows = [[*head, "wall time (s)", "CPU time (s)", "peak memory (GiB)", "other work"]]
     for name, v in variants.items():
         m = v["score"]["metrics"]
@@ -269,7 +269,7 @@ def render(result: dict[str, Any]) -> str:
         ]
         others = "" if v["other_cpu_share"] is None else f"{v['other_cpu_share']:.0%}"
         cost = [f"{v['wall_s']:.0f}", f"{v['cpu_s']:.0f}", f"{v['peak_rss_bytes'] / 2**30:.2f}", others]
-        rows.append([name, v["what"], *scored, *cost])
+        rows.append([f"{name}: {v['what']}", *scored, *cost])
     windows = {len(v["score"]["by_window"]) for v in variants.values()}
     said = peers.scored_on({n: {"halfbyte_compare": v["score"]} for n, v in variants.items()})
     said += f" in {' or '.join(map(str, sorted(windows)))} windows" if windows else ""

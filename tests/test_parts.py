@@ -114,8 +114,8 @@ def test_the_table(result: dict[str, Any]) -> None:
     rows = [" | ".join(cell.strip() for cell in line.split("|")[1:-1]) for line in table.splitlines()]
     rest = "1.2500 ± 0.0200 | 0.8000 ± 0.0100"
     assert rows[2:] == [
-        f"default | so | 0.2550 ± 0.0500 |  | {rest} | 100 | 200 | 1.00 | 2%",
-        f"effort=low | so | 0.3000 ± 0.0500 | +0.0450 ± 0.0050 | {rest} | 70 | 140 | 1.00 | 2%",
+        f"default: so | 0.2550 ± 0.0500 |  | {rest} | 100 | 200 | 1.00 | 2%",
+        f"effort=low: so | 0.3000 ± 0.0500 | +0.0450 ± 0.0050 | {rest} | 70 | 140 | 1.00 | 2%",
     ]
     assert where == (
         "m, W4A16 g64, 4 x 8 tokens, scored on 20 in 2 windows, 3 threads; a CPU, 2 cores, 8.00 GiB; 2026-01-02, "
