@@ -123,6 +123,17 @@ class _AnonymousPeak:
         self._thread.join()
 
 
+def compared(
+    model: Path, checkpoint: Path, text: Path, tokens: int, log: Path, env: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """What ``halfbyte compare`` says, scoring the first ``tokens`` of a text (0: all), less this machine's paths."""
+    limit = ["--tokens", str(tokens)] if tokens else []
+    judge = [sys.executable, "-m", "halfbyte", "compare", model, checkpoint, "--json", "--text", text, *limit]
+    measure(judge, log, env)
+    record = last_json(log)
+    return {key: record[key] for key in ("text_sha256", "tokens", "window", "metrics", "versions", "by_window")}
+
+
 def last_json(log: Path) -> Any:
     """The JSON that a command printed on stdout."""
     return json.loads(log.read_text(encoding="utf-8"))

@@ -383,9 +383,10 @@ def score(job: Job, competitor: Competitor) -> dict[str, Any]:
         return harness.last_json(log)
 
     text = options.validation_text
-    record = output("compare", ["-m", "halfbyte", "compare", *judged, "--json", "--text", text, *tokens])
-    kept = ("text_sha256", "tokens", "window", "metrics", "versions")  # not the paths of this machine
-    found: dict[str, Any] = {"halfbyte_compare": {key: record[key] for key in kept}}
+    log = job.work / f"{checkpoint.name}.compare.log"
+    found: dict[str, Any] = {
+        "halfbyte_compare": harness.compared(job.model, checkpoint, text, options.score_tokens, log)
+    }
     limit = str(min(options.score_tokens or LAYER_TOKENS, LAYER_TOKENS))
     found["layer_errors"] = output("layers", [HELPERS / "layer_errors.py", *judged, text, "--tokens", limit])
     if options.cross_check:
@@ -423,10 +424,10 @@ def title(result: dict[str, Any], name: str) -> str:
     return f"{c['tool']} {version}, {c['how']}"
 
 
-def plus_minus(metrics: Mapping[str, float], key: str, error: str) -> str:
+def plus_minus(metrics: Mapping[str, float], key: str, error: str, sign: str = "") -> str:
     """A metric and its standard error with four decimals, or with more, so that the error keeps two digits."""
     decimals = max(4, 1 - math.floor(math.log10(metrics[error]))) if metrics[error] else 4
-    return f"{metrics[key]:.{decimals}f} ± {metrics[error]:.{decimals}f}"
+    return f"{metrics[key]:{sign}.{decimals}f} ± {metrics[error]:.{decimals}f}"
 
 
 def mean_layer_error(scores: Mapping[str, Any]) -> float | None:
@@ -473,16 +474,21 @@ def render(result: dict[str, Any]) -> str:
             keys = (("kl", "kl_se"), ("perplexity_ratio", "perplexity_ratio_se"), ("top1", "top1_se"))
             rows.append([title(result, name), *(plus_minus(m, key, error) for key, error in keys)])
         parts.append(harness.table(rows))
+    parts.append(where(result, scored_on(scores), result["runs"]))
+    return "\n\n".join(parts)
+
+
+def where(result: Mapping[str, Any], scored: str, runs: list[dict[str, Any]]) -> str:
+    """A line about what was measured, and on what."""
     machine, work = result["machine"], result["work"]
     group = f" g{work['group_size']}" if work["group_size"] else ""
-    parts.append(
-        f"{work['model']}, {work['scheme']}{group}, {work['samples']} x {work['seq_len']} tokens{scored_on(scores)}; "
+    return (
+        f"{work['model']}, {work['scheme']}{group}, {work['samples']} x {work['seq_len']} tokens{scored}; "
         f"{machine['cpu']}, {machine['cores']} cores, {harness.gib(machine['memory_bytes'])}; {result['date']}, "
         f"commit {(result['commit']['commit'] or 'unknown')[:12]}"
         + (" with changes" if result["commit"]["modified"] else "")
-        + others(result["runs"])
+        + others(runs)
     )
-    return "\n\n".join(parts)
 
 
 def without_empty_columns(rows: list[list[str]]) -> list[list[str]]:

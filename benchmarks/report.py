@@ -16,6 +16,7 @@ import floor
 import gpu
 import memory
 import peers
+from parts import render as render_parts
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -65,9 +66,13 @@ def page() -> str:
         parts += [f"## Peak memory: `{path.name}`\n", block(memory.render(result))]
         if path.with_suffix(".png").exists():
             parts.append(f"![peak memory against depth](../benchmarks/results/{path.stem}.png)\n")
+    for path in newest("parts"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        parts += [f"## What each part is worth for the whole model: `{path.name}`\n", block(render_parts(result))]
     for path in newest("ablation"):
         result = json.loads(path.read_text(encoding="utf-8"))
-        parts += [f"## What each part of the solver is worth: `{path.name}`\n", block(ablation(result))]
+        title = f"## What each part of the solver is worth, Linear by Linear: `{path.name}`\n"
+        parts += [title, block(ablation(result))]
     return "\n".join(parts)
 
 

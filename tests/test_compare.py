@@ -109,6 +109,26 @@ def check(record: CompareRecord, expected: dict[str, float], tokens: int, tolera
     assert record.metrics.keys() == expected.keys()
     for name, value in expected.items():
         assert record.metrics[name] == pytest.approx(value, rel=tolerance, abs=1e-6), name
+    check_windows(record)
+
+
+def check_windows(record: CompareRecord) -> None:
+    """The sums are those that the metrics and, since these depend on what is where, their standard errors come from."""
+    full, rest = divmod(record.tokens, WINDOW - 1)
+    assert [w.tokens for w in record.by_window] == [WINDOW - 1] * full + [rest] * (rest > 0)
+    count, m = len(record.by_window), record.metrics
+    columns = {
+        (m["kl_mean"], m["kl_se"]): [w.kl for w in record.by_window],
+        (math.log(m["perplexity"]), None): [w.nll for w in record.by_window],
+        (math.log(m["perplexity_ratio"]), m["perplexity_ratio_se"] / m["perplexity_ratio"]): [
+            w.nll - w.nll_base for w in record.by_window
+        ],
+        (m["top1_agreement"], m["top1_agreement_se"]): [w.agreements for w in record.by_window],
+    }
+    for (mean, se), sums in columns.items():
+        assert sum(sums) / record.tokens == pytest.approx(mean)
+        squares = sum((x - w.tokens * mean) ** 2 for x, w in zip(sums, record.by_window, strict=True))
+        assert se is None or math.sqrt(squares * count / (count - 1)) / record.tokens == pytest.approx(se)
 
 
 @pytest.mark.parametrize(

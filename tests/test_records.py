@@ -28,6 +28,7 @@ from halfbyte.records import (
     TuningRecord,
     UnitSensitivity,
     VerifyRecord,
+    WindowSums,
     read_json,
     read_record,
     to_json,
@@ -75,6 +76,7 @@ UNIT = UnitSensitivity(
     linears=["a.q", "a.k"], block=1, kl_nats=1e-5, scheme="W8A16", group_size=None, bits_per_weight=8.125
 )
 SENSITIVITY = Sensitivity(target_bits=4.5, bits_per_weight=4.49, sequences=4, tokens=1000, positions=256, units=[UNIT])
+WINDOW_SUMS = WindowSums(tokens=100, kl=0.5, nll_base=300.0, nll=310.5, agreements=90)
 CHECK = Check(name="names", status="failed", detail="1 of 2", problems=["model.norm.weight: absent"])
 EVERY: list[Any] = [
     TENSOR,
@@ -147,7 +149,9 @@ EVERY: list[Any] = [
         window=512,
         metrics={"kl_mean_nats": 1e-300, "ratio": 1.0},
         versions={},
+        by_window=[WINDOW_SUMS],
     ),
+    WINDOW_SUMS,
 ]
 
 

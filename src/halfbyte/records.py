@@ -284,8 +284,31 @@ class VerifyRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WindowSums:
+    """Sums over the scored tokens of one window: all that the standard error of a difference needs.
+
+    Attributes:
+        tokens: how many were scored.
+        kl: KL(P || Q), in nats.
+        nll_base, nll: negative log-likelihoods under P and Q, in nats.
+        agreements: tokens at which both predict the same.
+    """
+
+    tokens: int
+    kl: float
+    nll_base: float
+    nll: float
+    agreements: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CompareRecord:
-    """``compare.json``: divergence of Q (``checkpoint``) from P (``base``) on the same tokens, in nats."""
+    """``compare.json``: divergence of Q (``checkpoint``) from P (``base``) on the same tokens, in nats.
+
+    ``by_window`` is in the text's order. Two checkpoints that were compared with one base on one text met the same
+    tokens, so the difference between the two has an error of its own, far smaller than either's: text that is hard for
+    one is hard for the other. Empty in records of versions that did not keep it.
+    """
 
     base: str
     checkpoint: str
@@ -295,6 +318,7 @@ class CompareRecord:
     window: int
     metrics: dict[str, float]
     versions: dict[str, str]
+    by_window: list[WindowSums] = field(default_factory=list)
 
 
 def to_json(record: Any) -> str:

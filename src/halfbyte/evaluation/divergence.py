@@ -32,7 +32,7 @@ from halfbyte.errors import CheckpointError, UsageError
 from halfbyte.evaluation.windows import Window, windows_of
 from halfbyte.heap import reuse_freed_memory
 from halfbyte.progress import Reporter, Silent
-from halfbyte.records import COMPARE_NAME, CompareRecord, write_json
+from halfbyte.records import COMPARE_NAME, CompareRecord, WindowSums, write_json
 from halfbyte.weights import Weights
 
 LOGITS_BYTES = 128 << 20
@@ -90,6 +90,7 @@ def compare(
         window=window,
         metrics=scores.metrics(),
         versions={p: version(p) for p in ("halfbyte", "torch", "transformers")},
+        by_window=scores.by_window(),
     )
     try:
         write_json(folders[1] / COMPARE_NAME, record)
@@ -179,6 +180,16 @@ class Scores:
             "top1_agreement_se": top1_se,
             "rms_probability_change": float(self.change.square().mean().sqrt()),
         }
+
+    def by_window(self) -> list[WindowSums]:
+        """Each window's sums, in the order of the windows."""
+        counts = torch.bincount(self.window_of)
+        columns = torch.stack([self.kl, self.nll_base, self.nll, self.agrees])
+        sums = torch.zeros(4, len(counts), dtype=torch.float64).index_add_(1, self.window_of, columns)
+        return [
+            WindowSums(tokens=n, kl=kl, nll_base=nll_base, nll=nll, agreements=round(agrees))
+            for n, (kl, nll_base, nll, agrees) in zip(counts.tolist(), sums.T.tolist(), strict=True)
+        ]
 
 
 def mean_and_se(values: torch.Tensor, clusters: torch.Tensor) -> tuple[float, float]:
