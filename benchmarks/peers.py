@@ -404,19 +404,6 @@ def file_digest(paths: list[Path]) -> str:
     return sha.hexdigest()
 
 
-def current(result: dict[str, Any]) -> dict[str, Any]:
-    """A result in today's shape: those named peer-gptq had llm-compressor and halfbyte only, and one set of ratios."""
-    if result["benchmark"] == "peers":
-        return result
-    tools = list(result["versions"])
-    how = {"llmcompressor": "GPTQ", OURS: "defaults"}
-    summed = dict(result["summary"])
-    ratios = summed.pop("paired_ratios", None)
-    summed["paired_ratios"] = {"llmcompressor": {OURS: ratios}} if ratios else {}
-    parts = {t: {"tool": t, "how": how[t], "words": []} for t in tools}
-    return {**result, "competitors": parts, "summary": summed}
-
-
 def title(result: dict[str, Any], name: str) -> str:
     """A competitor with its version and setting."""
     c = result["competitors"][name]
@@ -437,7 +424,6 @@ def mean_layer_error(scores: Mapping[str, Any]) -> float | None:
 
 def render(result: dict[str, Any]) -> str:
     """The result as Markdown tables with a line about where it was measured. Uses nothing but the result."""
-    result = current(result)
     names, scores = list(result["competitors"]), result["scores"]
     times = ["wall time (s)", "CPU time (s)", "peak memory (GiB)", "of it anonymous"]
     rows = [["", "runs", *times, "KL (nats)", "perplexity ratio", "top-1 agreement", "mean layer error"]]
@@ -511,7 +497,6 @@ def others(runs: list[dict[str, Any]]) -> str:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """KL against wall time, and the error of each decoder layer, as PNG; nothing is drawn where nothing was scored."""
-    result = current(result)
     scores, work = result["scores"], result["work"]
     names = [n for n in result["competitors"] if n in scores]
     if not names:

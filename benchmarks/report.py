@@ -14,12 +14,14 @@ from typing import Any
 
 import floor
 import gpu
+import harness
 import memory
 import peers
 from parts import render as render_parts
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+BASELINE = "llmcompressor"
 PAGE = HERE.parent / "docs" / "benchmarks.md"
 
 HEAD = """# Benchmarks
@@ -48,9 +50,46 @@ def ablation(result: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def beside(kind: str) -> str:
+    """One table of all paired runs: every tool's divergence, and its cost as a share of the baseline tool's.
+
+    A tool that was run by itself on the same model, tokens and text stands beside them, without shares of time.
+    """
+    results = [json.loads(p.read_text(encoding="utf-8")) for p in newest(kind)]
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for r in results:
+        work = r["work"]
+        score = next((s["halfbyte_compare"] for s in r["scores"].values() if "halfbyte_compare" in s), {})
+        key = (work["model"], work["scheme"], work["group_size"], work["windows_sha256"])
+        groups.setdefault((*key, score.get("text_sha256"), score.get("tokens")), []).append(r)
+    rows = [["model, scheme, tool", "KL (nats)", f"of {BASELINE}'s", "wall time", "CPU time", "peak memory"]]
+    for (model, scheme, size, *_), members in groups.items():
+        paired = [r for r in members if BASELINE in r["summary"]["paired_ratios"]]
+        if not paired:
+            continue
+        metrics = {
+            name: s["halfbyte_compare"]["metrics"]
+            for r in [*paired, *members]
+            for name, s in r["scores"].items()
+            if "halfbyte_compare" in s
+        }
+        ratios = paired[0]["summary"]["paired_ratios"][BASELINE]
+        for name, m in metrics.items():
+            owner = next(r for r in [*paired, *members] if name in r["competitors"])
+            shares = [
+                f"{ratios[name][f]['median']:.2f}" if name in ratios else "1" if name == BASELINE else ""
+                for f in ("wall_s", "cpu_s", "peak_rss_bytes")
+            ]
+            of_baseline = f"{m['kl_mean'] / metrics[BASELINE]['kl_mean']:.2f}" if BASELINE in metrics else ""
+            scheme_size = f"{scheme} g{size}" if size else scheme
+            title = f"{model} {scheme_size}, {peers.title(owner, name)}"
+            rows.append([title, peers.plus_minus(m, "kl_mean", "kl_se"), of_baseline, *shares])
+    return harness.table(rows) + "\n"
+
+
 def page() -> str:
-    parts = [HEAD]
-    for path in newest("peers") + newest("peer-gptq"):
+    parts = [HEAD, f"## All paired runs, as shares of {BASELINE}'s\n", beside("peers")]
+    for path in newest("peers"):
         result = json.loads(path.read_text(encoding="utf-8"))
         parts += [f"## Against other quantisers: `{path.name}`\n", block(peers.render(result))]
         if path.with_suffix(".png").exists():
