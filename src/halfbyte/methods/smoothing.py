@@ -4,12 +4,15 @@ A norm's gain and the Linears behind it can trade a factor for each channel with
 
     (x / s) (W diag(s))^T = x W^T,    s_j = max|x_j|^a / max_i |W_ij|^(1-a)
 
-Rounding x (one scale a token) and W (one a row) both profit where s evens them out. Where we differ from the paper:
+Rounding x (one scale a token) and W (one a row) both profit where s evens them out. An earlier Linear, quantised
+already, can take the norm's place where x is linear in its output, channel by channel (up and v, see ``pairs``): its
+scales are divided by s and its codes stay. Where we differ from the paper:
 
 - the strength ``a`` is not given but tried, for each norm: the one whose rounded product is nearest to the exact one
   on a sample of calibration tokens, with 0 (no smoothing at all) among the candidates;
-- s is what the norm's stored dtype can express: the new gain is rounded first, and the Linears get the exact quotient
-  of the old gain and the new one. Only their rounding is left as an error.
+- s is what the stored dtype can express: the new gain (or scale) is rounded first, and the Linears get the exact
+  quotient of the old one and the new one. Only their rounding is left as an error;
+- the paper smooths behind norms only.
 """
 
 from __future__ import annotations
@@ -91,6 +94,42 @@ def expressible(
     sound = torch.isfinite(new) & (new * gain > 0)
     weight = torch.where(sound, weight, (gain - offset).to(dtype).float())
     return weight, torch.where(sound, gain / torch.where(sound, new, 1.0), 1.0)
+
+
+def nearest_powers(values: torch.Tensor) -> torch.Tensor:
+    """The nearest power of two by ratio, exactly; for positive float32 values in the normal range."""
+    mantissa, _ = torch.frexp(values)  # 0.5 to 1
+    above = values / mantissa
+    return torch.where(mantissa < 0.5**0.5, above / 2, above)
+
+
+def divided_scales(
+    scales: torch.Tensor, factors: torch.Tensor, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest factors by which a quantised Linear's output channels can be divided, codes staying as they are.
+
+    Args:
+        scales: ``[out, groups]``, in the dtype that is stored.
+        factors: what is wished for ``[out]`` float32, positive.
+        bias: the Linear's ``[out]``, in the dtype that is stored, where it has one.
+
+    Returns:
+        the new scales, in the same dtype, and the factors ``s / s'`` float32. Rows with several scales, and Linears
+        with a bias, are divided by powers of two, of which all quotients are exact. Where a scale would leave the
+        dtype's normal range, or a bias could not be divided exactly, the row stays and the factor is 1.
+    """
+    old = scales.float()
+    powers = scales.shape[1] > 1 or bias is not None
+    wished = nearest_powers(factors) if powers else factors
+    new = (old / wished[:, None]).to(scales.dtype).float()
+    limits = torch.finfo(scales.dtype)
+    sound = ((new >= limits.tiny) & (new <= limits.max)).all(dim=1)
+    if powers:
+        sound &= (new * wished[:, None] == old).all(dim=1)
+    if bias is not None:
+        sound &= (bias.float() / wished).to(bias.dtype).float() * wished == bias.float()
+    quotients = wished if powers else old[:, 0] / new[:, 0]
+    return torch.where(sound[:, None], new, old).to(scales.dtype), torch.where(sound, quotients, 1.0)
 
 
 def choose_strength(
