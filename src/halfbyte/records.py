@@ -343,7 +343,7 @@ def numbers_of(ranges: str, most: int) -> list[int]:
         if found is None:
             raise ValueError(f"{part!r} is no range of channels")
         count, first, last = (None if g is None else int(g) for g in found.groups())
-        length = (count or 1) if first is None else (first if last is None else last) - first + 1
+        length = (1 if count is None else count) if first is None else (first if last is None else last) - first + 1
         if length < 1 or len(numbers) + length > most:
             raise ValueError(f"there are other than {most} channels")
         numbers += [-1] * length if first is None else range(first, first + length)

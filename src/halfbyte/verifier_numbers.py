@@ -215,7 +215,7 @@ def pair_factors(
     for record in pairs:
         weights = [source.get(f"{n}.weight") for n in (record.source, *record.linears)]
         shapes = [w.shape for w in weights if w is not None and len(w.shape) == 2]
-        if len(shapes) != len(weights):
+        if not record.linears or len(shapes) != len(weights):
             problems.append(f"{record.source} is recorded as divided, but the source has no such weights")
             continue
         try:
