@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -26,7 +25,7 @@ from halfbyte.methods.rtn import quantize_rtn
 from halfbyte.methods.smoothing import divided_scales, nearest_powers
 from halfbyte.pairs import Pair, find_pairs
 from halfbyte.ranks import Ranks
-from halfbyte.records import LinearRecord, Manifest, PairRecord, numbers_of, ranges_of, read_record, write_json
+from halfbyte.records import LinearRecord, Manifest, numbers_of, ranges_of, read_record, write_json
 from halfbyte.schemes import PRESETS, WeightFormat
 from halfbyte.sequential import Outliers, Sequential, Shelf, learn_route
 from halfbyte.smoother import Smoother, Solved
@@ -35,6 +34,7 @@ from halfbyte.weights import Weights
 from interrupted import finish, finish_ranks, start, start_ranks
 from test_resume import KILLED, contents, stage_of
 from test_sequential import CPU, Gated, Parallel, Plain, linears_of, looks
+from test_smoothing import factors_in
 
 GROUPS_OF_8 = WeightFormat(num_bits=4, group_size=8)
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -264,7 +264,7 @@ def test_scales_stay_in_the_normal_range() -> None:
 def test_heads_that_share_values_share_factors() -> None:
     pair = Pair("v", (0, 1, 0, 1, -1))
     assert pair.to_columns(torch.tensor([2.0, 4.0]), 1.0).tolist() == [2, 4, 2, 4, 1]
-    assert pair.to_source(torch.tensor([1.0, 5.0, 3.0, 2.0, 9.0]), 3).tolist() == [3, 5, 0]
+    assert pair.to_source(torch.tensor([1.0, 5.0, 3.0, 2.0, 9.0]), 3).tolist() == [4, 7, 0]
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_trading_alone_changes_nothing(fmt: WeightFormat, exact: bool) -> None:
         for stage in (1, 3):
             (name,) = route.stages[stage]
             rows = seen[name].reshape(-1, seen[name].shape[-1])
-            outliers = Outliers(pairs[stage], rows.abs().amax(0), [rows])
+            outliers = Outliers(pairs[stage], rows.double().pow(4).sum(0), [rows])
             moment = SecondMoment.empty(rows.shape[1], CPU)
             moment.names.append(name)
             moment.add(rows)
@@ -358,10 +358,6 @@ def record_of(name: str) -> LinearRecord:
 
 def inputs_of(block: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: seen[0] for name, seen in looks(block, lambda _: block(x), 1).items()}
-
-
-def factors_in(record: PairRecord) -> np.ndarray[Any, Any]:
-    return np.frombuffer(base64.b64decode(record.factors), "<f4")
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -464,7 +460,7 @@ def test_inner_outliers_move_into_the_weights(
         for name in norm.linears:
             weights[f"{name}.weight"] *= s
     for record in manifest.pairs:
-        f = torch.from_numpy(factors_in(record).copy())
+        f = factors_in(record)
         columns = f[numbers_of(record.channels, before[f"{record.linears[0]}.weight"].shape[1])]
         limit = 0.03 if not recipe else 0.3
         for name, wanted in (
@@ -482,7 +478,7 @@ def test_inner_outliers_move_into_the_weights(
         a, b = tiny.stored(tmp_path / "pairs"), tiny.stored(tmp_path / "plain")
         assert torch.equal(a[f"{first.source}.weight"], b[f"{first.source}.weight"])
         scales = [t[f"{first.source}.weight_scale"][:, 0].float() for t in (b, a)]
-        assert torch.equal(scales[0] / scales[1], torch.from_numpy(factors_in(first).copy()))
+        assert torch.equal(scales[0] / scales[1], factors_in(first))
 
 
 def test_without_smoothing_nothing_is_traded(text_file: Path, tmp_path: Path) -> None:
@@ -523,7 +519,7 @@ def test_two_ranks_trade_as_one_does(text_file: Path, tmp_path: Path) -> None:
     one, two = (read_record(Manifest, o / "halfbyte.json").pairs for o in outs[:2])
     assert [(r.source, r.channels) for r in one] == [(r.source, r.channels) for r in two]
     assert len(one) == 4
-    assert np.allclose(factors_in(one[0]), factors_in(two[0]), rtol=1e-2)
+    assert torch.allclose(factors_in(one[0]), factors_in(two[0]), rtol=1e-2)
     assert halfbyte.verify(outs[1], source=source).passed
 
 
@@ -571,7 +567,7 @@ def test_divided_biases_are_the_source_s_over_the_factors(
     source, out = traded
     (record,) = [r for r in read_record(Manifest, out / "halfbyte.json").pairs if r.source == V]
     old, new = tiny.stored(source)[f"{V}.bias"].float(), tiny.stored(out)[f"{V}.bias"].float()
-    assert torch.equal(new * torch.from_numpy(factors_in(record).copy()), old)
+    assert torch.equal(new * factors_in(record), old)
     assert not torch.equal(new, old)
 
     assert spoil(lambda tensors, manifest: None) == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import halfbyte
 import tiny
 from conftest import Models
 from halfbyte.methods.smoothing import STRENGTHS, choose_strength, expressible, factors_of, gain_offset
-from halfbyte.records import Manifest
+from halfbyte.records import Manifest, PairRecord
 from halfbyte.schemes import ActivationFormat, WeightFormat
 
 INT8 = ActivationFormat(num_bits=8, kind="int")
@@ -32,6 +33,10 @@ class Rms(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (self.offset + self.weight)
         return y if self.bias is None else y + self.bias
+
+
+def factors_in(pair: PairRecord) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(pair.factors)), dtype=torch.float32)
 
 
 def test_factors_are_the_papers() -> None:
@@ -131,6 +136,8 @@ def test_outliers_move_into_the_weights(family: str, offset: float, text_file: P
     assert {r.offset for r in manifest.smoothing} == {offset}
     assert len(manifest.smoothing) == 4  # two norms in each of two blocks
     before, after, dense = tiny.stored(source), tiny.stored(tmp_path / "smooth"), tiny.decoded(tmp_path / "smooth")
+    for pair in manifest.pairs:  # v and up have norms before them and may have given factors to o and down
+        dense[f"{pair.source}.weight"] *= factors_in(pair)[:, None]
     for record in manifest.smoothing:
         s = (offset + before[record.norm].float()) / (offset + after[record.norm].float())
         assert s.max() / s.min() > 2

@@ -55,10 +55,10 @@ class Pair:
         return torch.where(index < 0, torch.full_like(of_source[:1], fill), of_source[index.clamp(min=0)])
 
     def to_source(self, of_columns: torch.Tensor, width: int) -> torch.Tensor:
-        """For each output channel the largest value ``[width]``, no less than 0, of the input channels behind it."""
+        """For each output channel the sum ``[width]`` over the input channels behind it."""
         index = torch.tensor(self.channels, device=of_columns.device)
         read = index >= 0
-        return of_columns.new_zeros(width).scatter_reduce(0, index[read], of_columns[read], "amax")
+        return of_columns.new_zeros(width).index_add(0, index[read], of_columns[read])
 
 
 def find_pairs(

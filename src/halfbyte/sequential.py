@@ -330,22 +330,22 @@ class Outliers:
 
     Attributes:
         origin: where it comes from: the norm, by its path in the block, or the Linear that it is linear in.
-        largest: ``max|x_j| [in]``.
+        fourth: ``sum_t x_tj^4 [in]`` float64.
         sample: some tokens ``[tokens, in]``, spread over the batches.
     """
 
     origin: str | Pair
-    largest: torch.Tensor
+    fourth: torch.Tensor
     sample: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, x: torch.Tensor, batches: int) -> None:
-        self.largest = torch.maximum(self.largest, x.abs().amax(0).float())
+        self.fourth += x.float().square().square_().sum(0)
         wanted = max(1, SAMPLED_TOKENS // batches)
         self.sample.append(x[:: max(1, x.shape[0] // wanted)][:wanted].float().cpu())
 
     def unite(self, ranks: Ranks) -> None:
         """Make it that of all ranks' batches, in the order that one process would have."""
-        ranks.largest_(self.largest)
+        ranks.add_(self.fourth)
         self.sample = ranks.whole(self.sample)
 
 
@@ -462,7 +462,7 @@ class Sequential:
             origin = self._origin(stage)
             if origin is not None and all(n in self.formats for n in names):
                 width = self.linears[names[0]].in_features
-                self._outliers = Outliers(origin, torch.zeros(width, device=self.device))
+                self._outliers = Outliers(origin, torch.zeros(width, dtype=torch.float64, device=self.device))
             with self._active():
                 for batch in range(len(self.rows)):
                     self._run_to_stage(batch, names[0])

@@ -7,7 +7,7 @@ tensors and the records that are written.
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,6 +18,7 @@ from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.smoothing import (
     STRENGTHS,
     choose_strength,
+    column_energies,
     divided_scales,
     expressible,
     factors_of,
@@ -29,6 +30,9 @@ from halfbyte.records import LinearRecord, PairRecord, SmoothingRecord, TuningRe
 from halfbyte.schemes import Scheme
 from halfbyte.sequential import Outliers, Walk
 from halfbyte.statistics import SecondMoment
+
+# What the source of a stage's input will have stored, and the exact factors of its channels.
+Candidate = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -80,17 +84,19 @@ class Smoother:
         tensor = f"{self.prefix}{path}.weight"
         stored = self.dtypes[tensor]
         gain = norm.get_parameter("weight").detach().float().cpu() + offset
-        largest, largest_weight = outliers.largest.cpu(), self._largest_weight(moment.names)
-        candidates = [expressible(gain, factors_of(largest, largest_weight, a), offset, stored) for a in STRENGTHS]
-        best = self._best(moment.names, outliers, [f for _, f in candidates])
-        if STRENGTHS[best] == 0:
+
+        def candidates(x: torch.Tensor, w: torch.Tensor) -> list[Candidate]:
+            return [expressible(gain, factors_of(x, w, a), offset, stored) for a in STRENGTHS]
+
+        chosen = self._chosen(moment.names, outliers, candidates, lambda of_columns: of_columns, lambda f: f)
+        if chosen is None:
             return
-        weight, factors = candidates[best]
+        strength, weight, factors = chosen
         norm.get_parameter("weight").data.copy_(weight)
         self._multiply(moment, factors)
         solved.rewritten[tensor] = weight.to(stored)
         solved.smoothing.append(
-            SmoothingRecord(norm=tensor, offset=offset, linears=list(moment.names), strength=STRENGTHS[best])
+            SmoothingRecord(norm=tensor, offset=offset, linears=list(moment.names), strength=strength)
         )
 
     def _through_linear(self, outliers: Outliers, pair: Pair, walk: Walk, moment: SecondMoment, solved: Solved) -> None:
@@ -103,13 +109,20 @@ class Smoother:
         bias, tensor = None, f"{pair.source}.bias"
         if module.bias is not None:
             bias = module.bias.detach().to("cpu", self.dtypes[tensor])
-        largest = pair.to_source(outliers.largest.cpu(), rows)
-        largest_weight = pair.to_source(self._largest_weight(moment.names), rows)
-        candidates = [divided_scales(result.scales, factors_of(largest, largest_weight, a), bias) for a in STRENGTHS]
-        best = self._best(moment.names, outliers, [pair.to_columns(f, 1.0) for _, f in candidates])
-        if STRENGTHS[best] == 0:
+
+        def candidates(x: torch.Tensor, w: torch.Tensor) -> list[Candidate]:
+            return [divided_scales(result.scales, factors_of(x, w, a), bias) for a in STRENGTHS]
+
+        chosen = self._chosen(
+            moment.names,
+            outliers,
+            candidates,
+            lambda of_columns: pair.to_source(of_columns, rows),
+            lambda f: pair.to_columns(f, 1.0),
+        )
+        if chosen is None:
             return
-        scales, factors = candidates[best]
+        strength, scales, factors = chosen
         result = replace(result, scales=scales)
         solved.linears[pair.source] = (record, result)
         module.weight.data.copy_(result.dense())
@@ -123,29 +136,47 @@ class Smoother:
             PairRecord(
                 source=pair.source,
                 linears=list(moment.names),
-                strength=STRENGTHS[best],
+                strength=strength,
                 channels=ranges_of(pair.channels),
                 factors=base64.b64encode(factors.numpy().astype("<f4").tobytes()).decode(),
             )
         )
 
-    def _largest_weight(self, names: Sequence[str]) -> torch.Tensor:
-        """``max_i |W_ij|`` over all rows of Linears with the same input, ``[in]`` float32."""
-        return torch.stack([self.modules[n].weight.detach().float().abs().amax(0) for n in names]).amax(0).cpu()
+    def _chosen(
+        self,
+        names: Sequence[str],
+        outliers: Outliers,
+        candidates: Callable[[torch.Tensor, torch.Tensor], list[Candidate]],
+        to_source: Callable[[torch.Tensor], torch.Tensor],
+        to_columns: Callable[[torch.Tensor], torch.Tensor],
+    ) -> tuple[float, torch.Tensor, torch.Tensor] | None:
+        """The first rank's choice: a strength with its candidate, ``None`` where no smoothing is best.
 
-    def _best(self, names: Sequence[str], outliers: Outliers, factors: Sequence[torch.Tensor]) -> int:
-        """Which factors ``[in]`` leave the least output error."""
+        Args:
+            names: the Linears with this input.
+            candidates: for each strength, from how large inputs and weights are for each channel of the source: what
+                the source will have stored, and the factors.
+            to_source: sums over columns, for the source's channels; to_columns: its factors, for columns.
+        """
         activations = self.schemes[names[0]].activations
         assert activations is not None
-        weights = [self.modules[n].weight.detach().float().cpu() for n in names]
-        formats = [self.schemes[n].weights for n in names]
-        scale_dtype, sample = self.dtypes[f"{names[0]}.weight"], torch.cat(outliers.sample)
-        return self.ranks.decide(lambda: choose_strength(weights, formats, activations, scale_dtype, sample, factors))
+
+        def choose() -> tuple[float, torch.Tensor, torch.Tensor] | None:
+            weights = [self.modules[n].weight.detach().float().cpu() for n in names]
+            formats = [self.schemes[n].weights for n in names]
+            sample = torch.cat(outliers.sample)
+            x = to_source(outliers.fourth.cpu()) ** 0.25
+            found = candidates(x, to_source(column_energies(weights, sample)).sqrt())
+            factors = [to_columns(f) for _, f in found]
+            best = choose_strength(weights, formats, activations, self.dtypes[f"{names[0]}.weight"], sample, factors)
+            return None if STRENGTHS[best] == 0 else (STRENGTHS[best], *found[best])
+
+        return self.ranks.decide(choose)
 
     def _multiply(self, moment: SecondMoment, factors: torch.Tensor) -> None:
         """Multiply the columns of the Linears by factors ``[in]``, their input being divided."""
         factors = factors.to(moment.hessian.device)
         for name in moment.names:
             weight = self.modules[name].weight
-            weight.data.mul_(factors.to(weight.dtype))
+            weight.data.copy_(weight.data.float() * factors)
         moment.hessian.div_(factors).div_(factors[:, None])
