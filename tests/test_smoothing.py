@@ -15,7 +15,7 @@ from torch import nn
 import halfbyte
 import tiny
 from conftest import Models
-from halfbyte.methods.smoothing import STRENGTHS, choose_strength, expressible, factors_of, gain_offset
+from halfbyte.methods.smoothing import STRENGTHS, choose_strength, column_energies, expressible, factors_of, gain_offset
 from halfbyte.records import Manifest, PairRecord
 from halfbyte.schemes import ActivationFormat, WeightFormat
 
@@ -47,6 +47,32 @@ def test_factors_are_the_papers() -> None:
     assert torch.equal(factors_of(x, w, 0.0), torch.ones(3))
     all_of_it = factors_of(x, w, 1.0)
     assert torch.allclose((x / all_of_it) / (x / all_of_it)[0], torch.ones(3))
+
+
+def test_columns_count_by_what_their_error_does_to_the_output() -> None:
+    """White noise on channel j of the input comes out, relative to each Linear's output, with column j's energy."""
+    torch.manual_seed(0)
+    weights, x = [torch.randn(9, 5), 100 * torch.randn(3, 5)], torch.randn(40, 5)
+    energies = column_energies(weights, x)
+    for j in range(5):
+        noise = torch.zeros_like(x)
+        noise[:, j] = 1.0
+        share = sum(float((noise @ w.T).double().square().sum() / (x @ w.T).double().square().sum()) for w in weights)
+        assert float(energies[j]) * len(x) == pytest.approx(share, rel=1e-5)
+
+
+def test_half_strength_is_the_least_product_of_energies() -> None:
+    """What the docstring says of root mean squares: (sum x^2 / s^2)(sum s^2 w^2) is least for s^2 = x / w."""
+    torch.manual_seed(0)
+    x, w = torch.rand(30) + 0.01, torch.rand(30) + 0.01
+
+    def product(s: torch.Tensor) -> float:
+        return float((x / s).square().sum() * (s * w).square().sum())
+
+    best = factors_of(x, w, 0.5)
+    assert product(best) == pytest.approx(float((x * w).sum()) ** 2, rel=1e-5)
+    assert all(product(best) < product(factors_of(x, w, a)) for a in STRENGTHS if a != 0.5)
+    assert product(best) < product(best * (1 + 0.1 * torch.randn(30)))
 
 
 def test_channels_that_are_always_zero_stay() -> None:

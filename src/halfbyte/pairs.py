@@ -75,21 +75,17 @@ def find_pairs(
         by stage, the pair that covers most of its input channels.
     """
     noise = _Trial(linears, stages, run, _noise)
+    names = [name for stage in stages[:-1] for name in stage]
+    candidates = [c for name in names if (c := _pair_from(name, linears[name].out_features, noise)) is not None]
+    del noise
+    if not candidates:
+        return {}
     found: dict[int, Pair] = {}
-    real: _Trial | None = None
-    for names in stages[:-1]:
-        for name in names:
-            stage, pair = _pair_from(name, linears[name].out_features, noise)
-            if pair is None or _covered(pair) <= _covered(found.get(stage)):
-                continue
-            real = real or _Trial(linears, stages, run, _product)
-            if _holds(pair, stage, linears[name].out_features, real):
-                found[stage] = pair
+    real = _Trial(linears, stages, run, _product)
+    for stage, pair in sorted(candidates, key=lambda c: -sum(channel >= 0 for channel in c[1].channels)):
+        if stage not in found and _holds(pair, stage, linears[pair.source].out_features, real):
+            found[stage] = pair
     return found
-
-
-def _covered(pair: Pair | None) -> int:
-    return 0 if pair is None else sum(c >= 0 for c in pair.channels)
 
 
 def _noise(number: int, module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
@@ -188,27 +184,21 @@ def _is_multiple(after: torch.Tensor, before: torch.Tensor, exponents: torch.Ten
     return torch.allclose(after.float(), expected, rtol=2 * torch.finfo(before.dtype).eps, atol=0.0)
 
 
-def _pair_from(name: str, width: int, noise: _Trial) -> tuple[int, Pair | None]:
-    """Where a Linear's output goes, channel by channel."""
+def _pair_from(name: str, width: int, noise: _Trial) -> tuple[int, Pair] | None:
+    """The stage that a Linear's output goes into, channel by channel; ``None`` where it does not, or not alone."""
     first = _first_channel(name, width, noise)
     if first is None:
-        return -1, None
-    stage, channels = -1, torch.zeros(0, dtype=torch.int64)
+        return None
     numbers = (torch.arange(width) - first + 1).clamp(min=0)
-    place = 1
+    stage, found, place = -1, torch.zeros(1, dtype=torch.int64), 1
     while place <= width - first:
         seen = noise.changed(name, numbers // place % DIGIT)
-        if seen is None:
-            return -1, None
-        stage, digits = seen
-        if bool(((digits < 0) | (digits >= DIGIT)).any()):
-            return -1, None
-        channels = digits * place if place == 1 else channels + digits * place
+        if seen is None or bool(((seen[1] < 0) | (seen[1] >= DIGIT)).any()):
+            return None
+        stage, found = seen[0], found + seen[1] * place
         place *= DIGIT
-    found = torch.where(channels == 0, -1, channels - 1 + first)
-    if not bool((found < width).all()):
-        return -1, None
-    return stage, Pair(name, tuple(found.tolist()))
+    channels = torch.where(found == 0, -1, found - 1 + first)
+    return (stage, Pair(name, tuple(channels.tolist()))) if bool((channels < width).all()) else None
 
 
 def _first_channel(name: str, width: int, noise: _Trial) -> int | None:

@@ -177,6 +177,5 @@ class Smoother:
         """Multiply the columns of the Linears by factors ``[in]``, their input being divided."""
         factors = factors.to(moment.hessian.device)
         for name in moment.names:
-            weight = self.modules[name].weight
-            weight.data.copy_(weight.data.float() * factors)
+            self.modules[name].weight.data.mul_(factors)  # in float32, rounded once
         moment.hessian.div_(factors).div_(factors[:, None])

@@ -13,7 +13,7 @@ scales are divided by s and its codes stay. Where we differ from the paper:
   goes through every row, as ``s_j^2 sum_i W_ij^2``; that of rounding W likewise, the other way round. Were maxima
   proportional to root mean squares, the output's error would be ``c (sum_j E x_j^2 / s_j^2)(sum_j s_j^2 |W_j|^2)``,
   which is least for ``s_j^2 = rms x_j / |W_j|``: root mean squares and a = 0.5. So |W_j| is the norm of a column, and
-  |x_j| the fourth root of the mean fourth power, which hears of rare outliers ([log](docs/log.md) has the numbers);
+  |x_j| the fourth root of the mean fourth power, which hears of rare outliers (docs/log.md has the numbers);
 - the strength a is not given but tried, for each norm or Linear: the one whose rounded product is nearest to the exact
   one on a sample of calibration tokens, with 0 (no smoothing at all) among the candidates;
 - s is what the stored dtype can express: the new gain (or scale) is rounded first, and the Linears get the exact
