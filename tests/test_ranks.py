@@ -341,9 +341,6 @@ class Canned:
     def add_(self, value: torch.Tensor) -> None:
         value += self.others.pop(0)
 
-    def largest_(self, value: torch.Tensor) -> None:
-        torch.maximum(value, self.others.pop(0), out=value)
-
     def whole(self, items: list[Any]) -> list[Any]:
         parts = self.gather(items)
         return [parts[i % 2][i // 2] for i in range(sum(map(len, parts)))]
@@ -366,16 +363,20 @@ def test_a_linear_that_only_another_ranks_batches_reach() -> None:
 
 def test_outliers_are_sampled_in_the_order_of_one_process() -> None:
     x = torch.randn(3, 100, 4)
-    one = Outliers("norm", torch.zeros(4))
+    one = Outliers("norm", torch.zeros(4, dtype=torch.float64))
     for batch in x:
         one.add(batch, 3)
-    even, odd = Outliers("norm", torch.zeros(4)), Outliers("norm", torch.zeros(4))
+    even, odd = (
+        Outliers("norm", torch.zeros(4, dtype=torch.float64)),
+        Outliers("norm", torch.zeros(4, dtype=torch.float64)),
+    )
     for batch in x[::2]:
         even.add(batch, 3)
     odd.add(x[1], 3)
-    even.unite(Canned(0, [odd.largest, odd.sample]))  # type: ignore[arg-type]
+    even.unite(Canned(0, [odd.fourth, odd.sample]))  # type: ignore[arg-type]
     assert torch.equal(torch.cat(even.sample), torch.cat(one.sample))
-    assert torch.equal(even.largest, one.largest)
+    assert torch.allclose(even.fourth, one.fourth, rtol=1e-12)
+    assert torch.allclose(one.fourth, x.double().pow(4).sum((0, 1)), rtol=1e-5)
 
 
 def test_one_process_exchanges_nothing() -> None:

@@ -21,6 +21,7 @@ from halfbyte.records import (
     LinearRecord,
     Manifest,
     MixedPlan,
+    PairRecord,
     Plan,
     Sensitivity,
     SmoothingRecord,
@@ -68,6 +69,7 @@ CALIBRATION = CalibrationRecord(
     spec="text:fähre.txt", samples=8, tokens=4096, seq_len=512, seed=7, sha256="ab" * 32, description="“prose”"
 )
 SMOOTHED = SmoothingRecord(norm="a.norm.weight", offset=1.0, linears=["a.q", "a.k"], strength=0.5)
+PAIR = PairRecord(source="a.up", linears=["a.down"], strength=0.5, channels="0-1", factors="AACAPwAAAEA=")
 TUNED = TuningRecord(block=3, loss_before=0.25, loss_after=0.125, kept=True)
 MIXED = MixedPlan(
     target_bits=4.5, lowest_bits=4.125, highest_bits=8.125, wider="W8A16", units=4, sequences=4, tokens=1024
@@ -85,6 +87,7 @@ EVERY: list[Any] = [
     LINEAR,
     CALIBRATION,
     SMOOTHED,
+    PAIR,
     TUNED,
     MIXED,
     UNIT,
@@ -121,6 +124,7 @@ EVERY: list[Any] = [
         files={"model.safetensors": "11" * 32},
         versions={"torch": "2.13.0"},
         smoothing=[SMOOTHED],
+        pairs=[PAIR],
         tuning=[TUNED],
         sensitivity=SENSITIVITY,
         run={"seconds": 1.5, "hosts": ["a"]},

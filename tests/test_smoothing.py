@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from torch import nn
 import halfbyte
 import tiny
 from conftest import Models
-from halfbyte.methods.smoothing import STRENGTHS, choose_strength, expressible, factors_of, gain_offset
-from halfbyte.records import Manifest
+from halfbyte.methods.smoothing import STRENGTHS, choose_strength, column_energies, expressible, factors_of, gain_offset
+from halfbyte.records import Manifest, PairRecord
 from halfbyte.schemes import ActivationFormat, WeightFormat
 
 INT8 = ActivationFormat(num_bits=8, kind="int")
@@ -34,6 +35,10 @@ class Rms(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+def factors_in(pair: PairRecord) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(pair.factors)), dtype=torch.float32)
+
+
 def test_factors_are_the_papers() -> None:
     x, w = torch.tensor([4.0, 1.0, 16.0]), torch.tensor([1.0, 4.0, 1.0])
     s = factors_of(x, w, 0.5)
@@ -42,6 +47,32 @@ def test_factors_are_the_papers() -> None:
     assert torch.equal(factors_of(x, w, 0.0), torch.ones(3))
     all_of_it = factors_of(x, w, 1.0)
     assert torch.allclose((x / all_of_it) / (x / all_of_it)[0], torch.ones(3))
+
+
+def test_columns_count_by_what_their_error_does_to_the_output() -> None:
+    """White noise on channel j of the input comes out, relative to each Linear's output, with column j's energy."""
+    torch.manual_seed(0)
+    weights, x = [torch.randn(9, 5), 100 * torch.randn(3, 5)], torch.randn(40, 5)
+    energies = column_energies(weights, x)
+    for j in range(5):
+        noise = torch.zeros_like(x)
+        noise[:, j] = 1.0
+        share = sum(float((noise @ w.T).double().square().sum() / (x @ w.T).double().square().sum()) for w in weights)
+        assert float(energies[j]) * len(x) == pytest.approx(share, rel=1e-5)
+
+
+def test_half_strength_is_the_least_product_of_energies() -> None:
+    """What the docstring says of root mean squares: (sum x^2 / s^2)(sum s^2 w^2) is least for s^2 = x / w."""
+    torch.manual_seed(0)
+    x, w = torch.rand(30) + 0.01, torch.rand(30) + 0.01
+
+    def product(s: torch.Tensor) -> float:
+        return float((x / s).square().sum() * (s * w).square().sum())
+
+    best = factors_of(x, w, 0.5)
+    assert product(best) == pytest.approx(float((x * w).sum()) ** 2, rel=1e-5)
+    assert all(product(best) < product(factors_of(x, w, a)) for a in STRENGTHS if a != 0.5)
+    assert product(best) < product(best * (1 + 0.1 * torch.randn(30)))
 
 
 def test_channels_that_are_always_zero_stay() -> None:
@@ -131,6 +162,8 @@ def test_outliers_move_into_the_weights(family: str, offset: float, text_file: P
     assert {r.offset for r in manifest.smoothing} == {offset}
     assert len(manifest.smoothing) == 4  # two norms in each of two blocks
     before, after, dense = tiny.stored(source), tiny.stored(tmp_path / "smooth"), tiny.decoded(tmp_path / "smooth")
+    for pair in manifest.pairs:  # v and up have norms before them and may have given factors to o and down
+        dense[f"{pair.source}.weight"] *= factors_in(pair)[:, None]
     for record in manifest.smoothing:
         s = (offset + before[record.norm].float()) / (offset + after[record.norm].float())
         assert s.max() / s.min() > 2

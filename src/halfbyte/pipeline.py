@@ -64,12 +64,12 @@ from halfbyte.kernels.dispatch import gpu_problem
 from halfbyte.methods.gptq import factor_hessian, quantize_gptq
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.rtn import quantize_rtn
-from halfbyte.methods.smoothing import STRENGTHS, choose_strength, expressible, factors_of, gain_offset
 from halfbyte.methods.tuned_parts import TunedLinear
 from halfbyte.methods.tuning import Sample, TuningOptions, norm_gain, samples_chosen, tune_block
 from halfbyte.mixing import Budget, groups_of
 from halfbyte.output import finish_checkpoint
 from halfbyte.packing import pack
+from halfbyte.pairs import Pair, find_pairs
 from halfbyte.planner import (
     GroupSize,
     WorkPlan,
@@ -85,6 +85,7 @@ from halfbyte.records import (
     CalibrationRecord,
     LinearRecord,
     Manifest,
+    PairRecord,
     Plan,
     Sensitivity,
     SmoothingRecord,
@@ -94,7 +95,8 @@ from halfbyte.records import (
 )
 from halfbyte.schemes import ActivationFormat
 from halfbyte.sensitivity import deal_out
-from halfbyte.sequential import AtOnce, Outliers, Route, Sequential, Shelf, Walk, learn_route
+from halfbyte.sequential import AtOnce, Route, Sequential, Shelf, Walk, learn_route
+from halfbyte.smoother import Smoother, Solved
 from halfbyte.state import HiddenStates, RunFolder, already_published
 from halfbyte.statistics import SecondMoment
 from halfbyte.tokens import load_calibration, save_calibration
@@ -238,17 +240,6 @@ def memory_shortage(planned: Plan, run: RunFolder) -> MemoryShortage:
 
 
 @dataclass(slots=True)
-class Solved:
-    """What became of a block: its Linears, and norms that are no longer the source's."""
-
-    linears: dict[str, tuple[LinearRecord, QuantizedWeight]]
-    rewritten: dict[str, torch.Tensor] = field(default_factory=dict)
-    smoothing: list[SmoothingRecord] = field(default_factory=list)
-    tuning: list[TuningRecord] = field(default_factory=list)
-    solver_seconds: float = 0.0
-
-
-@dataclass(slots=True)
 class Job:
     """One quantisation: the stages, in order, each ended by an entry in the journal."""
 
@@ -292,6 +283,7 @@ class Job:
             self.reporter.say(f"resuming: {facts['stage']} of {blocks.num_blocks} blocks are done")
         records = [from_plain(LinearRecord, r) for r in facts.get("linears", [])]
         smoothing = [from_plain(SmoothingRecord, r) for r in facts.get("smoothing", [])]
+        pairs = [from_plain(PairRecord, r) for r in facts.get("pairs", [])]
         tuning = [from_plain(TuningRecord, r) for r in facts.get("tuning", [])]
         timings = list(facts.get("blocks", []))
         stream = None
@@ -318,6 +310,7 @@ class Job:
                     write = write()
                 records += [r for r, _ in solved.linears.values()]
                 smoothing += solved.smoothing
+                pairs += solved.pairs
                 tuning += solved.tuning
                 seconds = time.monotonic() - clock
                 release_freed_memory()
@@ -335,6 +328,7 @@ class Job:
                 stage = {
                     "linears": [asdict(r) for r in records],
                     "smoothing": [asdict(r) for r in smoothing],
+                    "pairs": [asdict(r) for r in pairs],
                     "tuning": [asdict(r) for r in tuning],
                     "blocks": list(timings),
                 }
@@ -344,7 +338,7 @@ class Job:
                 self._saving = saver.submit(self._save, layout, stream, index + 1, written, write, **stage)
             self._await_save()
         self.reporter.finish()
-        return self.ranks.decide(lambda: self._finish(calibration, records, smoothing, tuning, digests, timings))
+        return self.ranks.decide(lambda: self._finish(calibration, records, smoothing, pairs, tuning, digests, timings))
 
     def _choose_solver(self) -> torch.device:
         """The GPU, where its kernels work; what keeps them from it is said."""
@@ -360,6 +354,7 @@ class Job:
         calibration: Calibration | None,
         records: list[LinearRecord],
         smoothing: list[SmoothingRecord],
+        pairs: list[PairRecord],
         tuning: list[TuningRecord],
         digests: dict[str, str],
         timings: list[dict[str, Any]],
@@ -374,6 +369,7 @@ class Job:
             calibration=None if calibration is None else calibration.record,
             linears=records,
             smoothing=smoothing,
+            pairs=pairs,
             tuning=tuning,
             sensitivity=self.sensitivity,
             source_sha256=combined_digest(digests),
@@ -476,13 +472,14 @@ class Job:
                 self._await_save()
                 stream.aim(block, index)
             formats = self._activation_formats(names)
+            smoother = self._smoother(block, modules, index)
             with stream.walk(block, index, modules, formats, self.recipe.gptq) as walk:
                 for moment in walk.moments():
                     release_freed_memory()
                     if not bool(torch.isfinite(moment.hessian.diagonal()).all()):
                         raise stream.overflow(block, index, moment.names[0])
                     if self.recipe.gptq.smoothing:
-                        self._smooth(walk.outliers(), moment, modules, block, index, solved)
+                        smoother.smooth(walk, moment, solved)
                     clock = time.monotonic()
                     with mapped():
                         results |= self._solve_shared(moment, modules, index)
@@ -499,46 +496,10 @@ class Job:
         solved.linears = {n: results[n] for n in names}
         return solved
 
-    def _smooth(
-        self,
-        outliers: Outliers | None,
-        moment: SecondMoment,
-        modules: Mapping[str, nn.Linear],
-        block: nn.Module,
-        index: int,
-        solved: Solved,
-    ) -> None:
-        """Move outliers from a norm's output into its Linears' weights, where that lowers their output error."""
-        norm = None if outliers is None else block.get_submodule(outliers.norm)
-        offset = None if norm is None else gain_offset(norm, moment.hessian.shape[0])
-        activations = self.work.schemes[moment.names[0]].activations
-        if outliers is None or norm is None or offset is None or activations is None or activations.kind != "int":
-            return
-        tensor = f"{self.work.blocks.prefix}.{index}.{outliers.norm}.weight"
-        stored = DTYPES[self.checkpoint.tensors[tensor].dtype]
-        weights = [modules[n].weight.detach().float().cpu() for n in moment.names]
-        largest_weight = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
-        gain = norm.weight.detach().float().cpu() + offset  # type: ignore[operator]
-        candidates = [
-            expressible(gain, factors_of(outliers.largest.cpu(), largest_weight, a), offset, stored) for a in STRENGTHS
-        ]
-        formats = [self.work.schemes[n].weights for n in moment.names]
-        scale_dtype = DTYPES[self.checkpoint.tensors[f"{moment.names[0]}.weight"].dtype]
-        sample = torch.cat(outliers.sample)
-        factors = [f for _, f in candidates]
-        best = self.ranks.decide(lambda: choose_strength(weights, formats, activations, scale_dtype, sample, factors))
-        if STRENGTHS[best] == 0:
-            return
-        weight, chosen = candidates[best]
-        norm.weight.data.copy_(weight)  # type: ignore[operator]
-        chosen = chosen.to(moment.hessian.device)
-        for name in moment.names:
-            modules[name].weight.data.mul_(chosen.to(modules[name].weight.dtype))
-        moment.hessian.div_(chosen).div_(chosen[:, None])
-        solved.rewritten[tensor] = weight.to(stored)
-        solved.smoothing.append(
-            SmoothingRecord(norm=tensor, offset=offset, linears=list(moment.names), strength=STRENGTHS[best])
-        )
+    def _smoother(self, block: nn.Module, modules: Mapping[str, nn.Linear], index: int) -> Smoother:
+        dtypes = {n: DTYPES[t.dtype] for n, t in self.checkpoint.tensors.items() if t.dtype in DTYPES}
+        prefix = f"{self.work.blocks.prefix}.{index}."
+        return Smoother(block, modules, prefix, self.work.schemes, dtypes, self.ranks)
 
     def _tune(
         self,
@@ -737,6 +698,7 @@ class Stream:
     taught: list[int] = field(default_factory=list)
     originals: HiddenStates | None = None
     routes: dict[tuple[type, tuple[str, ...]], Route | None] = field(default_factory=dict)
+    pairs: dict[tuple[type, tuple[str, ...]], dict[int, Pair]] = field(default_factory=dict)
 
     @staticmethod
     def begin(
@@ -873,8 +835,12 @@ class Stream:
         kept = route.kept_bytes(linears, tokens, self.states.dtype.itemsize)
         room = room_for_kept(self.model.device)
         shelf = Shelf(self.states.folder if self.states.offload or kept > room else None)
+        smooth = steps.smoothing and any(f.kind == "int" for f in formats.values())
+        pairs = self._pairs(block, index, linears, route, run) if smooth else {}
         try:
-            yield Sequential(block, linears, route, run, self.rows, self.model.device, shelf, formats, self.ranks)
+            yield Sequential(
+                block, linears, route, run, self.rows, self.model.device, shelf, formats, self.ranks, pairs
+            )
         finally:
             shelf.clear()
 
@@ -888,6 +854,22 @@ class Stream:
             self.routes[kind] = self.ranks.decide(lambda: learn_route(block, short, lambda: run(0)))
         known = self.routes[kind]
         return None if known is None else known.renamed(prefix)
+
+    def _pairs(
+        self,
+        block: nn.Module,
+        index: int,
+        linears: Mapping[str, nn.Linear],
+        route: Route,
+        run: Callable[[int], torch.Tensor],
+    ) -> dict[int, Pair]:
+        """Found once for all blocks of a kind, and spelt with this block's names."""
+        kind, prefix = kind_of(block, self.model, index, linears), f"{self.model.disk_prefix}.{index}."
+        if kind not in self.pairs:
+            short = {n.removeprefix(prefix): m for n, m in linears.items()}
+            stages = [[n.removeprefix(prefix) for n in names] for names in route.stages]
+            self.pairs[kind] = self.ranks.decide(lambda: find_pairs(short, stages, lambda: run(0)))
+        return {stage: pair.renamed(prefix) for stage, pair in self.pairs[kind].items()}
 
     def overflow(self, block: nn.Module, index: int, where: str) -> NumericsError:
         """What to say of a second moment that is not finite: which module and sample made it so, if they show."""

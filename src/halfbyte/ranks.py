@@ -152,10 +152,6 @@ class Ranks:
         """Replace a tensor by its sum over all ranks; the same bits on each."""
         self._reduce(value, dist.ReduceOp.SUM)
 
-    def largest_(self, value: torch.Tensor) -> None:
-        """Replace a tensor by its elementwise maximum over all ranks."""
-        self._reduce(value, dist.ReduceOp.MAX)
-
     def share(self, items: Sequence[T]) -> list[T]:
         """This rank's part of a list that all have: every ``world``-th."""
         return list(items[self.rank :: self.world])

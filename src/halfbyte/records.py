@@ -15,8 +15,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -165,6 +167,25 @@ class SmoothingRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PairRecord:
+    """A Linear whose output channels were divided, the columns that read them making up for it.
+
+    Attributes:
+        source: the module whose rows (and bias) were divided.
+        linears: modules whose columns were multiplied.
+        strength: how much of the outliers moved into their weights, 0 to 1.
+        channels: for each column, in order, the row that it reads, see :func:`ranges_of`.
+        factors: by what row after row was divided when its codes were chosen: float32, little-endian, in base64.
+    """
+
+    source: str
+    linears: list[str]
+    strength: float
+    channels: str
+    factors: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TuningRecord:
     """How the tuning of one block went (effort standard or high).
 
@@ -240,8 +261,9 @@ class Manifest:
     ``source`` holds ``name``, ``architecture`` and ``sha256`` (over the sorted names and contents of all its tensors,
     see :func:`halfbyte.checkpoint.reader.combined_digest`). ``recipe`` holds every option that shaped the output.
     ``files`` maps each written safetensors file to its sha256. ``smoothing`` lists the norms that are not the source's:
-    a Linear behind one holds ``W diag(s)``, with ``s`` the old gain over the new. ``sensitivity`` says how bits were
-    dealt out where the recipe has ``target_bits``. ``run`` alone varies between equal runs.
+    a Linear behind one holds ``W diag(s)``, with ``s`` the old gain over the new. ``pairs`` lists Linears that took
+    such factors from a Linear before them, which holds ``diag(1/s) W``. ``sensitivity`` says how bits were dealt out
+    where the recipe has ``target_bits``. ``run`` alone varies between equal runs.
     """
 
     format_version: int
@@ -255,6 +277,7 @@ class Manifest:
     files: dict[str, str]
     versions: dict[str, str]
     smoothing: list[SmoothingRecord] = field(default_factory=list)
+    pairs: list[PairRecord] = field(default_factory=list)
     tuning: list[TuningRecord] = field(default_factory=list)
     sensitivity: Sensitivity | None = None
     run: dict[str, Any] = field(default_factory=dict)
@@ -319,6 +342,36 @@ class CompareRecord:
     metrics: dict[str, float]
     versions: dict[str, str]
     by_window: list[WindowSums] = field(default_factory=list)
+
+
+def ranges_of(channels: Sequence[int]) -> str:
+    """Numbers as ranges, such as ``0-63 0-63 64-127``; ``none`` for -1, ``none*12`` for twelve in a row."""
+    parts: list[list[int]] = []  # first, count
+    for c in channels:
+        last = parts[-1] if parts else None
+        if last is not None and c == (-1 if last[0] < 0 else last[0] + last[1]):
+            last[1] += 1
+        else:
+            parts.append([c, 1])
+    return " ".join(
+        (f"none*{n}" if n > 1 else "none") if first < 0 else f"{first}-{first + n - 1}" if n > 1 else str(first)
+        for first, n in parts
+    )
+
+
+def numbers_of(ranges: str, most: int) -> list[int]:
+    """The numbers that :func:`ranges_of` has written; :class:`ValueError` for anything else, or more than ``most``."""
+    numbers: list[int] = []
+    for part in ranges.split(" "):
+        found = re.fullmatch(r"none(?:\*(\d+))?|(\d+)(?:-(\d+))?", part)
+        if found is None:
+            raise ValueError(f"{part!r} is no range of channels")
+        count, first, last = (None if g is None else int(g) for g in found.groups())
+        length = (1 if count is None else count) if first is None else (first if last is None else last) - first + 1
+        if length < 1 or len(numbers) + length > most:
+            raise ValueError(f"there are other than {most} channels")
+        numbers += [-1] * length if first is None else range(first, first + length)
+    return numbers
 
 
 def to_json(record: Any) -> str:

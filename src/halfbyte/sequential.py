@@ -35,6 +35,8 @@ from halfbyte.activations import fake_quantize_activations
 from halfbyte.checkpoint.layout import write_error
 from halfbyte.checkpoint.reader import bytes_of
 from halfbyte.errors import ArchitectureError, ResumeError
+from halfbyte.forwards import replaced_forwards
+from halfbyte.pairs import Pair
 from halfbyte.ranks import Ranks
 from halfbyte.schemes import ActivationFormat
 from halfbyte.statistics import Collector, SecondMoment
@@ -109,18 +111,6 @@ class _Recorded:
     gains: dict[str, torch.Tensor] = field(default_factory=dict)
     reads: str | None = None
     result: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-
-
-@contextlib.contextmanager
-def _forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Give modules another ``forward`` for a while."""
-    try:
-        for module, forward in replaced.items():
-            module.forward = forward
-        yield
-    finally:
-        for module in replaced:
-            module.__dict__.pop("forward", None)
 
 
 def learn_route(block: nn.Module, linears: Mapping[str, nn.Linear], run: Callable[[], torch.Tensor]) -> Route | None:
@@ -225,7 +215,7 @@ def _record(block: nn.Module, linears: Mapping[str, nn.Linear], run: Callable[[]
         if module is not block and not isinstance(module, nn.Linear):
             owner(path, module)
     try:
-        with _forwards({m: recorder(n, m.forward) for n, m in linears.items()}):
+        with replaced_forwards({m: recorder(n, m.forward) for n, m in linears.items()}):
             seen.result = run()
     finally:
         for handle in handles:
@@ -261,7 +251,7 @@ def _try(
     forwards: dict[nn.Module, Callable[..., Any]] = {m: stand_in(n) for n, m in linears.items()}
     if block is not None:
         forwards |= {block.get_submodule(path): forward for path, forward in norms.items()}
-    with _forwards(forwards):
+    with replaced_forwards(forwards):
         result = run()
     return right, torch.equal(result, seen.result)
 
@@ -279,6 +269,7 @@ class Shelf:
     folder: Path | None
     _held: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
     _filed: dict[tuple[str, int], tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
+    _divisors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def put(self, key: str, batch: int, value: torch.Tensor) -> None:
         if self.folder is None:
@@ -293,6 +284,17 @@ class Shelf:
         self._filed[key, batch] = (value.shape, value.dtype)
 
     def get(self, key: str, batch: int) -> torch.Tensor | None:
+        value = self._get(key, batch)
+        if value is None or key not in self._divisors:
+            return value
+        return (value.float() / self._divisors[key].to(value.device)).to(value.dtype)
+
+    def divide(self, key: str, by: torch.Tensor) -> None:
+        """Divide what is there under a key, all batches or none, by a value for each channel ``[channels]`` float32."""
+        if any(k == key for k, _ in (*self._held, *self._filed)):
+            self._divisors[key] = by
+
+    def _get(self, key: str, batch: int) -> torch.Tensor | None:
         if (key, batch) in self._held:
             return self._held[key, batch]
         if (key, batch) not in self._filed:
@@ -306,6 +308,7 @@ class Shelf:
 
     def drop(self, key: str) -> None:
         """Forget all batches of a key."""
+        self._divisors.pop(key, None)
         for k, batch in [i for i in self._held if i[0] == key]:
             del self._held[k, batch]
         for k, batch in [i for i in self._filed if i[0] == key]:
@@ -326,23 +329,23 @@ class Outliers:
     """What smoothing needs to know of a stage's input.
 
     Attributes:
-        norm: path in the block of the norm that it comes from.
-        largest: ``max|x_j| [in]``.
+        origin: where it comes from: the norm, by its path in the block, or the Linear that it is linear in.
+        fourth: ``sum_t x_tj^4 [in]`` float64.
         sample: some tokens ``[tokens, in]``, spread over the batches.
     """
 
-    norm: str
-    largest: torch.Tensor
+    origin: str | Pair
+    fourth: torch.Tensor
     sample: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, x: torch.Tensor, batches: int) -> None:
-        self.largest = torch.maximum(self.largest, x.abs().amax(0).float())
+        self.fourth += x.float().square().square_().sum(0)
         wanted = max(1, SAMPLED_TOKENS // batches)
         self.sample.append(x[:: max(1, x.shape[0] // wanted)][:wanted].float().cpu())
 
     def unite(self, ranks: Ranks) -> None:
         """Make it that of all ranks' batches, in the order that one process would have."""
-        ranks.largest_(self.largest)
+        ranks.add_(self.fourth)
         self.sample = ranks.whole(self.sample)
 
 
@@ -356,6 +359,11 @@ class Walk(Protocol):
 
     def outliers(self) -> Outliers | None:
         """Of the input whose moment was given last; ``None`` where nothing can be smoothed."""
+        ...
+
+    def divided(self, pair: Pair, by: torch.Tensor) -> None:
+        """Learn that the output channels of a pair's source were divided by ``[out]``, the columns that read them in
+        the Linears whose moment was given last being multiplied."""
         ...
 
     def outputs(self) -> Iterator[torch.Tensor]:
@@ -401,9 +409,12 @@ class AtOnce:
     def outliers(self) -> Outliers | None:
         return None
 
+    def divided(self, pair: Pair, by: torch.Tensor) -> None:
+        """Nothing: what is computed later is computed from the weights there are then."""
+
     def outputs(self) -> Iterator[torch.Tensor]:
         for i in range(len(self.rows)):
-            with _forwards({m: self._quantized(n) for n, m in self.linears.items() if n in self.formats}):
+            with replaced_forwards({m: self._quantized(n) for n, m in self.linears.items() if n in self.formats}):
                 output = self.run(i)
             yield output
 
@@ -422,6 +433,7 @@ class Sequential:
         shelf: where inputs and outputs wait.
         formats: Linears whose input an engine will quantise: once solved, they see it so here.
         ranks: who has the other batches.
+        pairs: stages whose input is linear in an earlier Linear's output, where that is wanted.
     """
 
     block: nn.Module
@@ -433,6 +445,7 @@ class Sequential:
     shelf: Shelf
     formats: Mapping[str, ActivationFormat]
     ranks: Ranks = field(default_factory=Ranks)
+    pairs: Mapping[int, Pair] = field(default_factory=dict)
     _batches: int = 0
     _stage: int = 0
     _batch: int = 0
@@ -446,10 +459,10 @@ class Sequential:
             self._moment = SecondMoment.empty(self.linears[names[0]].in_features, self.device)
             self._moment.names.extend(names)
             self._outliers = None
-            behind_norm = stage in self.route.norms and stage not in self.route.kept
-            if behind_norm and all(n in self.formats for n in names):
+            origin = self._origin(stage)
+            if origin is not None and all(n in self.formats for n in names):
                 width = self.linears[names[0]].in_features
-                self._outliers = Outliers(self.route.norms[stage], torch.zeros(width, device=self.device))
+                self._outliers = Outliers(origin, torch.zeros(width, dtype=torch.float64, device=self.device))
             with self._active():
                 for batch in range(len(self.rows)):
                     self._run_to_stage(batch, names[0])
@@ -463,6 +476,10 @@ class Sequential:
     def outliers(self) -> Outliers | None:
         return self._outliers
 
+    def divided(self, pair: Pair, by: torch.Tensor) -> None:
+        self.shelf.divide(f"out-{pair.source}", by)
+        self.shelf.divide(f"in-{self._stage}", pair.to_columns(by, 1.0))
+
     def outputs(self) -> Iterator[torch.Tensor]:
         self._stage = len(self.route.stages)
         for batch in range(len(self.rows)):
@@ -471,6 +488,12 @@ class Sequential:
                 output = self.run(batch)
             yield output
         self.shelf.clear()
+
+    def _origin(self, stage: int) -> str | Pair | None:
+        """What could take factors from a stage's input."""
+        if stage in self.route.norms and stage not in self.route.kept:
+            return self.route.norms[stage]
+        return self.pairs.get(stage)
 
     def _run_to_stage(self, batch: int, name: str) -> None:
         self._batch = batch
@@ -487,7 +510,7 @@ class Sequential:
             module = self.block.get_submodule(path)
             replaced[module] = self._owner(name, module.forward, nones)
         replaced |= {self.block.get_submodule(path): _as_it_is for path in self.route.idle[self._stage]}
-        with _forwards(replaced):
+        with replaced_forwards(replaced):
             yield
 
     def _linear(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:

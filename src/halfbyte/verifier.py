@@ -7,8 +7,11 @@
     scales    finite and positive
     codes     codes and zero points within their range, no NaN
     copies    every other tensor is byte for byte that of the source, but for norms that the manifest says were smoothed
+              and biases that it says were divided, which are the source's over the recorded factors
     error     relative Frobenius error ||W_q - W|| / ||W|| of each Linear against the source is plausible; behind a
-              smoothed norm the source's W with its columns multiplied by the old gain over the new
+              smoothed norm the source's W with its columns multiplied by the old gain over the new; where Linears
+              traded factors, the source's W with rows divided and columns multiplied by those recorded, and no row
+              of a size that says otherwise
     reload    transformers loads it without a missing, unexpected or mismatched key
     weights   its dequantised weights are those of :mod:`halfbyte.reference`, bit for bit
     logits    on a few prompts they equal those of the same model built dense from the reference weights
@@ -23,12 +26,13 @@ Does not check that an engine other than transformers serves the checkpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 from halfbyte.errors import CheckpointError, raise_all
 from halfbyte.progress import Reporter, Silent
-from halfbyte.records import VERIFY_NAME, Check, VerifyRecord, write_json
+from halfbyte.records import VERIFY_NAME, Check, Manifest, VerifyRecord, write_json
 from halfbyte.reference import FLOATS, StoredTensor
 from halfbyte.verifier_files import Inventory, files_detail, manifest_problems, read_manifest, take_inventory
 from halfbyte.verifier_layout import (
@@ -40,7 +44,7 @@ from halfbyte.verifier_layout import (
     parse_rules,
     quantized_parts,
 )
-from halfbyte.verifier_numbers import copy_problems, scan, smoothing_factors
+from halfbyte.verifier_numbers import Traded, copy_problems, pair_factors, scan, smoothing_factors
 from halfbyte.verifier_reload import RELOAD_CHECKS, build_skeleton, reload_checks
 
 DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
@@ -95,12 +99,11 @@ def verify(
         _check("config", problems, _config_detail(rules, modules, unknown)),
         _linears_check(modules, misfits),
     ]
-    smoothing = manifest.smoothing if manifest else []
-    factors, misshapen = smoothing_factors(smoothing, found.tensors, original.tensors) if original else ({}, [])
+    changes = _changes(found, original, manifest)
     scales, codes, error = scan(
-        readable, original.tensors if original else None, len(modules) - len(readable), factors, reporter
+        readable, original.tensors if original else None, len(modules) - len(readable), changes.traded, reporter
     )
-    copies = _copies_check(found, original, modules, {s.norm for s in smoothing}, misshapen, reporter)
+    copies = _copies_check(found, original, modules, changes, reporter)
     checks = [*structure, scales, codes, copies, error]
     if found.file_problems or any(c.status == "failed" for c in structure[1:]):
         reason = "the structure of the checkpoint has to be right first"
@@ -233,22 +236,48 @@ def _model_dtype(found: Inventory) -> str | None:
     return max(sizes, key=lambda d: sizes[d]) if sizes else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """How the manifest says the model was changed before it was rounded.
+
+    Attributes:
+        traded: by module, the factors that it took or gave.
+        norms, biases: tensors that were not copied; problems: what is wrong with them, or with the records.
+    """
+
+    traded: Mapping[str, Traded] = field(default_factory=dict)
+    norms: frozenset[str] = frozenset()
+    biases: frozenset[str] = frozenset()
+    problems: Sequence[str] = ()
+
+
+def _changes(found: Inventory, original: Inventory | None, manifest: Manifest | None) -> Changes:
+    if original is None or manifest is None:
+        return Changes()
+    columns, misshapen = smoothing_factors(manifest.smoothing, found.tensors, original.tensors)
+    traded, biases, problems = pair_factors(manifest.pairs, found.tensors, original.tensors, columns)
+    norms = frozenset(s.norm for s in manifest.smoothing)
+    return Changes(traded=traded, norms=norms, biases=frozenset(biases), problems=misshapen + problems)
+
+
 def _copies_check(
     found: Inventory,
     original: Inventory | None,
     modules: Sequence[QuantizedModule],
-    smoothed: set[str],
-    misshapen: list[str],
+    changes: Changes,
     reporter: Reporter,
 ) -> Check:
     if original is None:
         return Check(name="copies", status="skipped", detail="no source was given (--source)")
     quantized = {f"{m.name}.weight" for m in modules}
-    kept = {n: t for n, t in _dense(found, modules).items() if n not in smoothed}
-    expected = {n: t for n, t in original.tensors.items() if n not in quantized | smoothed}
-    problems = misshapen + copy_problems(kept, expected, reporter)
+    changed = changes.norms | changes.biases
+    kept = {n: t for n, t in _dense(found, modules).items() if n not in changed}
+    expected = {n: t for n, t in original.tensors.items() if n not in quantized | changed}
+    problems = [*changes.problems, *copy_problems(kept, expected, reporter)]
     orphans = sorted(quantized - original.tensors.keys())
     problems += [f"{n} is quantised, but the source has no such tensor" for n in orphans]
     size = sum(t.size_bytes for t in kept.values())
     detail = f"{len(kept)} tensors, {size / 1e6:.1f} MB, equal to the source byte for byte"
-    return _check("copies", problems, detail + (f"; {len(smoothed)} smoothed norms are not" if smoothed else ""))
+    detail += f"; {len(changes.norms)} smoothed norms are not" if changes.norms else ""
+    detail += f"; {len(changes.biases)} biases are divided" if changes.biases else ""
+    return _check("copies", problems, detail)

@@ -5,14 +5,17 @@ Part of :mod:`halfbyte.verifier`, with which it shares the rule to use no code o
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from halfbyte.errors import CheckpointError
 from halfbyte.progress import Reporter
-from halfbyte.records import Check, SmoothingRecord
+from halfbyte.records import Check, PairRecord, SmoothingRecord, numbers_of
 from halfbyte.reference import FLOATS, Decoded, Float32, StoredTensor, decode_rows, to_float32
 from halfbyte.schemes import WeightFormat
 from halfbyte.verifier_layout import QuantizedModule
@@ -21,13 +24,30 @@ CHUNK_BYTES = 16 << 20
 CHUNK_ELEMENTS = 4 << 20
 # Rounding every weight to zero gives 1; a useful quantisation stays far below, a wrong scale or row order far above.
 MAX_RELATIVE_ERROR = 1.0
+# How far the size of a divided row may be from the source's over the recorded factor; codes of fewer bits than that
+# shrink rows by themselves.
+MAX_ROW_RATIO = 1.5
+LEAST_BITS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Traded:
+    """What became of a weight before it was rounded: its columns multiplied, its rows divided; ``None`` for neither."""
+
+    columns: Float32 | None = None
+    rows: Float32 | None = None
+
+    def of(self, weight: np.ndarray[Any, np.dtype[np.float64]], start: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """It, for some rows of the source's weight, the first of which is row ``start``."""
+        weight = weight if self.columns is None else weight * self.columns
+        return weight if self.rows is None else weight / self.rows[start : start + len(weight), None]
 
 
 def scan(
     modules: Sequence[QuantizedModule],
     source: Mapping[str, StoredTensor] | None,
     unread: int,
-    factors: Mapping[str, Float32],
+    traded: Mapping[str, Traded],
     reporter: Reporter,
 ) -> tuple[Check, Check, Check]:
     """Decode every module once, in slices of rows: the checks ``scales``, ``codes`` and ``error``.
@@ -36,7 +56,7 @@ def scan(
         modules: those whose tensors fit together.
         source: dense tensors by name, or ``None``.
         unread: how many modules are left out, for the details.
-        factors: of modules behind a smoothed norm: what each column of the source was multiplied by.
+        traded: by module, the factors that it took or gave.
     """
     scale_problems: list[str] = []
     code_problems: list[str] = []
@@ -46,7 +66,7 @@ def scan(
     for m in modules:
         dense = source.get(f"{m.name}.weight") if source else None
         try:
-            scales, codes, error = _scan_one(m, dense, factors.get(m.name))
+            scales, codes, error, rows = _scan_one(m, dense, traded.get(m.name, Traded()))
         except (CheckpointError, OSError) as e:
             code_problems.append(f"{m.name} cannot be decoded: {e}")
             continue
@@ -54,6 +74,7 @@ def scan(
             reporter.advance()
         scale_problems += scales
         code_problems += codes
+        error_problems += rows
         if error is not None:
             errors[m.name] = error
             if not error <= MAX_RELATIVE_ERROR:
@@ -79,9 +100,10 @@ def _outcome(name: str, problems: list[str], detail: str, *, empty: bool) -> Che
 
 
 def _scan_one(
-    module: QuantizedModule, dense: StoredTensor | None, factors: Float32 | None
-) -> tuple[list[str], list[str], float | None]:
-    """Problems of the scales and of the codes, and the relative error where ``dense`` is comparable."""
+    module: QuantizedModule, dense: StoredTensor | None, traded: Traded
+) -> tuple[list[str], list[str], float | None, list[str]]:
+    """Problems of the scales and of the codes; where ``dense`` is comparable, the relative error and problems of rows
+    that were divided."""
     assert module.group is not None
     assert module.group.format is not None
     fmt, parts = module.group.format, module.parts
@@ -95,20 +117,36 @@ def _scan_one(
     step = max(8, CHUNK_ELEMENTS // max(in_features, 1) // 8 * 8)
     bad_codes: dict[str, None] = {}
     squares = distance = 0.0
+    misscaled: list[int] = []
     for start in range(0, out_features, step):
         with np.errstate(invalid="ignore", over="ignore"):
             decoded = decode_rows(parts, fmt, start, min(start + step, out_features))
         bad_codes.update(dict.fromkeys(_code_problems(module.name, decoded, fmt)))
         if dense is not None and comparable:
             weight = to_float32(dense.rows(start, start + step), dense.dtype).astype(np.float64)
-            weight = weight if factors is None else weight * factors
+            weight = traded.of(weight, start)
             squares += float(np.sum(weight**2))
             with np.errstate(invalid="ignore", over="ignore"):
                 distance += float(np.sum((decoded.weight - weight) ** 2))
+            if traded.rows is not None and fmt.num_bits >= LEAST_BITS:
+                misscaled += [start + int(i) for i in _misscaled(decoded.weight, weight)]
     if not comparable:
-        return bad_scales, list(bad_codes), None
+        return bad_scales, list(bad_codes), None, []
     error = math.sqrt(distance / squares) if squares else (0.0 if distance == 0 else math.inf)
-    return bad_scales, list(bad_codes), error
+    named = f"{module.name}: rows are not the source's over the recorded factors: {len(misscaled)}, such as "
+    return bad_scales, list(bad_codes), error, [f"{named}{misscaled[0]}"] if misscaled else []
+
+
+def _misscaled(decoded: Float32, weight: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Rows that would be nearer to the weight if they were larger or smaller by more than :data:`MAX_ROW_RATIO`.
+
+    The best multiple of a decoded row q is ``<q, w> / <q, q>`` times it.
+    """
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        product, energy = np.sum(decoded * weight, axis=1), np.sum(decoded.astype(np.float64) ** 2, axis=1)
+        ratio = product / energy
+        sound = (ratio < MAX_ROW_RATIO) & (ratio > 1 / MAX_ROW_RATIO)
+    return np.flatnonzero((energy > 0) & (np.sum(weight**2, axis=1) > 0) & ~sound)
 
 
 def _scale_problems(name: str, values: Float32) -> list[str]:
@@ -156,6 +194,58 @@ def smoothing_factors(
             continue
         factors |= dict.fromkeys(record.linears, s)
     return factors, problems
+
+
+def pair_factors(
+    pairs: Sequence[PairRecord],
+    found: Mapping[str, StoredTensor],
+    source: Mapping[str, StoredTensor],
+    known: Mapping[str, Float32],
+) -> tuple[dict[str, Traded], set[str], list[str]]:
+    """By module what was traded, by recorded factors and by those of norms; the biases divided; and what is wrong.
+
+    Args:
+        pairs: as recorded.
+        found, source: tensors of the checkpoint and of what it was made from.
+        known: of modules behind a smoothed norm: what their columns were multiplied by.
+    """
+    traded = {name: Traded(columns=s) for name, s in known.items()}
+    biases: set[str] = set()
+    problems = []
+    for record in pairs:
+        weights = [source.get(f"{n}.weight") for n in (record.source, *record.linears)]
+        shapes = [w.shape for w in weights if w is not None and len(w.shape) == 2]
+        if not record.linears or len(shapes) != len(weights):
+            problems.append(f"{record.source} is recorded as divided, but the source has no such weights")
+            continue
+        try:
+            rows = np.frombuffer(base64.b64decode(record.factors, validate=True), "<f4")
+            channels = np.array(numbers_of(record.channels, shapes[1][1]), np.int64)
+        except ValueError as e:
+            problems.append(f"{record.source} is recorded as divided by what cannot be read: {e}")
+            continue
+        widths = {shape[1] for shape in shapes[1:]}
+        fits = len(rows) == shapes[0][0] and widths == {len(channels)} and channels.max(initial=-1) < len(rows)
+        if not fits or not (np.isfinite(rows) & (rows > 0)).all():
+            problems.append(f"{record.source} is recorded as divided by factors that do not fit its rows")
+            continue
+        columns = np.where(channels < 0, np.float32(1), rows[channels])
+        traded[record.source] = replace(traded.get(record.source, Traded()), rows=rows)
+        for name in record.linears:
+            traded[name] = replace(traded.get(name, Traded()), columns=columns)
+        bias = f"{record.source}.bias"
+        if bias in source:
+            biases.add(bias)
+            problems += _bias_problems(source[bias], found.get(bias), rows)
+    return traded, biases, problems
+
+
+def _bias_problems(old: StoredTensor, new: StoredTensor | None, rows: Float32) -> list[str]:
+    if new is None or (old.dtype, old.shape) != (new.dtype, new.shape) or old.shape != rows.shape:
+        return [f"{old.name} is not as in the source in dtype and shape"]
+    if not np.array_equal(to_float32(old.rows(), old.dtype) / rows, to_float32(new.rows(), new.dtype)):
+        return [f"{old.name} is not the source's over the recorded factors"]
+    return []
 
 
 def copy_problems(
