@@ -563,7 +563,7 @@ class Job:
     ) -> dict[str, tuple[LinearRecord, QuantizedWeight]]:
         """One factorisation, then each Linear in turn; where the Hessian is, or on the CPU if no kernel runs there."""
         hessian = moment.take().to(self._solver)
-        steps = self.recipe.steps
+        steps = self.recipe.gptq
         factor = factor_hessian(
             hessian, self.recipe.damp_fraction, where=moment.names[0], static_order=steps.static_order
         )

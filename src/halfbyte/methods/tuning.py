@@ -98,7 +98,7 @@ class TuningOptions:
 
 
 STANDARD = TuningOptions(steps=12, scale_rate=1e-2)
-HIGH = TuningOptions(steps=200)
+HIGH = TuningOptions(steps=100)
 
 
 def tuning_of(recipe: Recipe) -> TuningOptions | None:

@@ -16,8 +16,6 @@ from halfbyte.schemes import Scheme, preset
 Method = Literal["gptq", "rtn"]
 METHODS: tuple[Method, ...] = ("gptq", "rtn")
 DEFAULT_DAMP_FRACTION = 0.01
-# Eight sweeps leave 0.98 of the error that one leaves (docs/benchmarks.md).
-SWEEPS_AT_HIGH = 8
 LINEAR = "Linear"
 
 
@@ -82,8 +80,7 @@ class Recipe:
         method: how codes are chosen. ``gptq`` needs integer schemes.
         damp_fraction: share of the Hessian's mean diagonal that GPTQ adds to it before factoring.
         gptq: which of its steps GPTQ takes.
-        effort: how long each block is tuned on its output after GPTQ: not at all, a little, or until little is gained;
-            ``high`` also refines longer, see :attr:`steps`.
+        effort: how long each block is tuned on its output after GPTQ: not at all, a little, or until little is gained.
         target_bits: stored bits a quantised weight may take on average; Linears that suffer most from their scheme get
             W8A16 instead, as far as this allows. ``None``: every Linear keeps its scheme.
         calibration: a calibration spec such as ``text:notes.txt``; ``None`` leaves the choice to the command.
@@ -105,11 +102,6 @@ class Recipe:
     seed: int | None = None
     description: str = ""
     notes: tuple[str, ...] = ()
-
-    @property
-    def steps(self) -> GptqSteps:
-        """What GPTQ does at this effort: ``high`` refines at least :data:`SWEEPS_AT_HIGH` times."""
-        return self.gptq if self.effort != "high" else replace(self.gptq, sweeps=max(self.gptq.sweeps, SWEEPS_AT_HIGH))
 
     @staticmethod
     def of_options(
