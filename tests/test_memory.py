@@ -12,15 +12,25 @@ import torch
 from conftest import Models
 from halfbyte.heap import is_out_of_memory
 
-# The limit comes after the imports, and leaves too little for a Hessian of width 6,144 (151 MB).
+# The limit comes when the first Linear is solved: by then everything is imported and compiled, and what is left is too
+# little for the Hessian of down_proj, 6,144 wide (151 MB), alone.
 LIMITED = """
-import resource, sys
-import halfbyte.pipeline
+import resource
+
+from halfbyte import pipeline
 from halfbyte.cli.main import entry_point
 
-status = open("/proc/self/status").read()
-used = 1024 * int(status.split("VmData:")[1].split()[0])
-resource.setrlimit(resource.RLIMIT_DATA, (used + 128 * 2**20, resource.RLIM_INFINITY))
+solve = pipeline.quantize_gptq
+
+def solve_and_limit(*arguments):
+    result = solve(*arguments)
+    status = open("/proc/self/status").read()
+    used = 1024 * int(status.split("VmData:")[1].split()[0])
+    resource.setrlimit(resource.RLIMIT_DATA, (used + 96 * 2**20, resource.RLIM_INFINITY))
+    pipeline.quantize_gptq = solve
+    return result
+
+pipeline.quantize_gptq = solve_and_limit
 entry_point()
 """
 
