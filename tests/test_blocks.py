@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import tiny
+import zoo
 from conftest import Models
 from halfbyte.blocks import Arguments, Interner, StreamedModel, is_plain_causal, run_block
 from halfbyte.calibration import Batch
@@ -112,8 +113,8 @@ def test_the_sliding_window_matters(tiny_model: Models) -> None:
     with model.block(0) as block:
         swapped = (calls[0][0], calls[0][1] | {"attention_mask": masks[1]})
         a, b = run_block(block, hidden, calls[0]), run_block(block, hidden, swapped)
-    assert torch.equal(a[:, : tiny.WINDOW], b[:, : tiny.WINDOW])
-    assert not torch.allclose(a[:, tiny.WINDOW + 1 :], b[:, tiny.WINDOW + 1 :])
+    assert torch.equal(a[:, : zoo.WINDOW], b[:, : zoo.WINDOW])
+    assert not torch.allclose(a[:, zoo.WINDOW + 1 :], b[:, zoo.WINDOW + 1 :])
 
 
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
