@@ -99,7 +99,12 @@ def build(
     model.generation_config.update(do_sample=True, temperature=0.7, top_k=20)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     zoo.publish(folder, kind)
-    save_tokenizer(folder)
+    if kind.pictures:
+        import pictures  # which builds on this module
+
+        pictures.save_processor(folder, kind.pictures)
+    else:
+        save_tokenizer(folder)
     for file in folder.iterdir():
         os.chmod(file, 0o644)
     return folder

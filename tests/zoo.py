@@ -54,6 +54,7 @@ class Family:
         tied: whether its head is the embedding table, usually.
         text: options of the language model besides :data:`COMMON`.
         vision: options of the vision tower; ``None`` for language models.
+        pictures: the family in :mod:`pictures` whose processor it has; "" for none.
         top: options of the outer config of a vision-language model.
         renamed: pairs of pattern and replacement that turn the names which transformers writes into those of a
             published checkpoint.
@@ -68,6 +69,7 @@ class Family:
     tied: bool = False
     text: Mapping[str, Any] = field(default_factory=dict)
     vision: Mapping[str, Any] | None = None
+    pictures: str = ""
     top: Mapping[str, Any] = field(default_factory=dict)
     renamed: tuple[tuple[str, str], ...] = ()
     transposed: str = ""
@@ -337,7 +339,7 @@ SIGLIP = {
     "intermediate_size": 96,
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
-    "image_size": 56,
+    "image_size": 28,
     "patch_size": 14,
 }
 PIXTRAL = {
@@ -346,7 +348,7 @@ PIXTRAL = {
     "intermediate_size": 96,
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
-    "image_size": 84,
+    "image_size": 112,
     "patch_size": 14,
 }
 CLIP = {**SIGLIP, "model_type": "clip_vision_model", "projection_dim": 64, "vocab_size": VOCAB}
@@ -362,7 +364,7 @@ QWEN3_VISION = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_heads": 2,
-    "patch_size": 14,
+    "patch_size": 16,
     "out_hidden_size": 128,
     "num_position_embeddings": 64,
     "deepstack_visual_indexes": [0, 1],
@@ -373,6 +375,7 @@ VISION: dict[str, Family] = {
         config="Gemma3Config",
         model="Gemma3ForConditionalGeneration",
         kind="vision",
+        pictures="gemma3",
         tied=True,
         text={**ROOMY, "head_dim": 32, "query_pre_attn_scalar": 32, **SLIDING},
         vision={**SIGLIP, "vision_use_head": False},
@@ -387,6 +390,7 @@ VISION: dict[str, Family] = {
         config="Mistral3Config",
         model="Mistral3ForConditionalGeneration",
         kind="vision",
+        pictures="mistral3",
         text={**ROOMY, "model_type": "mistral", "head_dim": 32, "sliding_window": None},
         vision=PIXTRAL,
         top={"image_token_index": IMAGE},
@@ -395,6 +399,7 @@ VISION: dict[str, Family] = {
         config="Qwen2VLConfig",
         model="Qwen2VLForConditionalGeneration",
         kind="vision",
+        pictures="qwen2_vl",
         text={**ROOMY, "rope_parameters": MROPE},
         vision={"depth": 3, "embed_dim": 64, "hidden_size": 128, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14},
         top=QWEN_TOP,
@@ -403,6 +408,7 @@ VISION: dict[str, Family] = {
         config="Qwen2_5_VLConfig",
         model="Qwen2_5_VLForConditionalGeneration",
         kind="vision",
+        pictures="qwen2_5_vl",
         tied=True,
         text={**ROOMY, "rope_parameters": MROPE},
         vision={
@@ -421,6 +427,7 @@ VISION: dict[str, Family] = {
         config="Qwen3VLConfig",
         model="Qwen3VLForConditionalGeneration",
         kind="vision",
+        pictures="qwen3_vl",
         text={**ROOMY, "head_dim": 32, "rope_parameters": {**MROPE, "mrope_interleaved": True}},
         vision=QWEN3_VISION,
         top=QWEN_TOP,
@@ -429,6 +436,7 @@ VISION: dict[str, Family] = {
         config="Qwen3VLMoeConfig",
         model="Qwen3VLMoeForConditionalGeneration",
         kind="vision",
+        pictures="qwen3_vl",
         text={
             **EXPERTS,
             "head_dim": 32,
@@ -444,13 +452,14 @@ VISION: dict[str, Family] = {
         config="Llama4Config",
         model="Llama4ForConditionalGeneration",
         kind="vision",
+        pictures="llama4",
         text=MIXTURES["llama4-text"].text,
         vision={
             "hidden_size": 64,
             "intermediate_size": 256,
             "num_hidden_layers": 3,
             "num_attention_heads": 2,
-            "image_size": 56,
+            "image_size": 28,
             "patch_size": 14,
             "vision_output_dim": 96,
             "projector_input_dim": 96,
@@ -462,9 +471,10 @@ VISION: dict[str, Family] = {
         config="LlavaConfig",
         model="LlavaForConditionalGeneration",
         kind="vision",
+        pictures="llava",
         text={**ROOMY, "model_type": "llama"},
         vision=CLIP,
-        top={"image_token_index": IMAGE, "image_seq_length": 16},
+        top={"image_token_index": IMAGE, "image_seq_length": 4},
     ),
     "llava-next": Family(
         config="LlavaNextConfig",
@@ -474,22 +484,24 @@ VISION: dict[str, Family] = {
         vision=CLIP,
         top={
             "image_token_index": IMAGE,
-            "image_seq_length": 16,
-            "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]],
+            "image_seq_length": 4,
+            "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]],
         },
     ),
     "internvl": Family(
         config="InternVLConfig",
         model="InternVLForConditionalGeneration",
         kind="vision",
+        pictures="internvl",
         text={**ROOMY, "model_type": "qwen2"},
-        vision={**SIGLIP, "image_size": [56, 56], "patch_size": [14, 14], "attention_bias": True},
-        top={"image_token_id": IMAGE, "image_seq_length": 4},
+        vision={**SIGLIP, "image_size": [28, 28], "patch_size": [14, 14], "attention_bias": True},
+        top={"image_token_id": IMAGE, "image_seq_length": 1},
     ),
     "smolvlm": Family(
         config="SmolVLMConfig",
         model="SmolVLMForConditionalGeneration",
         kind="vision",
+        pictures="smolvlm",
         text={**ROOMY, "model_type": "llama"},
         vision=SIGLIP,
         top={"image_token_id": IMAGE, "scale_factor": 2},
@@ -498,6 +510,7 @@ VISION: dict[str, Family] = {
         config="Mistral3Config",
         model="Mistral3ForConditionalGeneration",
         kind="vision",
+        pictures="mistral3",
         tied=True,
         text={"model_type": "ministral3", **TEXT["ministral3"].text},
         vision=PIXTRAL,
@@ -507,6 +520,7 @@ VISION: dict[str, Family] = {
         config="Idefics3Config",
         model="Idefics3ForConditionalGeneration",
         kind="vision",
+        pictures="idefics3",
         text={**ROOMY, "model_type": "llama"},
         vision=SIGLIP,
         top={"image_token_id": IMAGE, "scale_factor": 2},
