@@ -299,7 +299,7 @@ def pictured(source: Path, family: str, seed: int) -> dict[str, torch.Tensor]:
     if processed(family):
         processor = load_processor(source)
         parts = [{"type": "image"}, {"type": "text", "text": "What is seen from the ferry?"}, {"type": "image"}]
-        text = processor.apply_chat_template([{"role": "user", "content": parts}])
+        text = processor.tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
         shown = [pictures.picture(40, 30, seed=seed), pictures.picture(60, 80, seed=seed + 2)]
         values = dict(processor(images=[shown], text=[text], return_tensors="pt"))
         dtype = torch.bfloat16
