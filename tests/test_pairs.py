@@ -315,7 +315,7 @@ def test_trading_alone_changes_nothing(fmt: WeightFormat, exact: bool) -> None:
         before = block(x)
         codes = {n: r.codes for n, (_, r) in solved.linears.items()}
         dtypes = {f"{n}.weight": torch.bfloat16 for n in linears}
-        smoother = Smoother(block, linears, "", schemes, dtypes, Ranks())
+        smoother = Smoother(block, linears, str, schemes, dtypes, Ranks())
         seen = inputs_of(block, x)
         for stage in (1, 3):
             (name,) = route.stages[stage]

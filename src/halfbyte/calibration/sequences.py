@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,7 @@ class Batch:
 
     token_ids: torch.Tensor
     lengths: torch.Tensor
+    inputs: Callable[[], dict[str, torch.Tensor]] | None = None
 
     @property
     def tokens(self) -> int:
