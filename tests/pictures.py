@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tiny
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer
+
+import tiny
 
 IMAGE, START, END, VIDEO = 320, 321, 322, 323  # ids
 MEAN_STD = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}

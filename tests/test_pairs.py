@@ -383,7 +383,7 @@ def test_a_walk_goes_on_with_what_was_divided(
         assert pairs.keys() == stages
         shelf = Shelf(tmp_path if on_disk else None)
         walk = Sequential(block, linears, route, run, [None] * 3, CPU, shelf, {}, Ranks(), pairs)
-        for stage, moment in enumerate(walk.moments()):
+        for stage, (moment,) in enumerate(walk.moments()):
             assert (walk._origin(stage) in pairs.values()) == (stage in pairs)
             if stage in pairs:
                 pair = pairs[stage]

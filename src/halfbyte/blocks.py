@@ -43,6 +43,10 @@ from halfbyte.weights import Weights
 RESIDENT_EXPERTS = 4 << 30
 
 
+class TupleWanted(Exception):
+    """Raised inside the model when it takes what its blocks return for tuples."""
+
+
 class PassRecorded(Exception):
     """Raised inside the model when its last block has been called: the rest of the pass is not needed."""
 
@@ -88,6 +92,7 @@ class StreamedModel:
         device: where blocks run; dtype: what they compute in.
         ahead: fetches a block's weights while the one before is worked on; ``None`` on a CPU.
         adds_between: whether the model was seen to add something to hidden states between blocks.
+        in_tuples: whether its blocks return tuples, of which it takes the first (Falcon).
     """
 
     weights: Weights
@@ -102,6 +107,7 @@ class StreamedModel:
     dtype: torch.dtype
     ahead: ReadAhead | None = None
     adds_between: bool = False
+    in_tuples: bool = False
 
     @staticmethod
     def of(weights: Weights, device: torch.device, dtype: torch.dtype | None = None) -> StreamedModel:
@@ -366,7 +372,11 @@ class StreamedModel:
         """
         if self.adds_between:
             return self._recorded(token_ids, intern, inputs, 0.0)
-        first, calls = self._recorded(token_ids, intern, inputs, 1.0)
+        try:
+            first, calls = self._recorded(token_ids, intern, inputs, 1.0)
+        except TupleWanted:
+            self.in_tuples = True
+            first, calls = self._recorded(token_ids, intern, inputs, 1.0)
         if any(call.added is not None for call in calls):
             first, exact = self._recorded(token_ids, intern, inputs, 0.0)
             if not all(_same_added(one, other) for one, other in zip(calls, exact, strict=True)):
@@ -387,11 +397,13 @@ class StreamedModel:
         left: list[torch.Tensor] = []
         calls: list[Arguments | None] = [None] * self.num_blocks
 
-        def recorder(index: int) -> Callable[..., torch.Tensor]:
-            def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        def recorder(index: int) -> Callable[..., Any]:
+            def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
                 rows = added = None
                 if not first:
                     first.append(hidden_states.clone())
+                elif hidden_states.dim() < first[0].dim() and not self.in_tuples:
+                    raise TupleWanted
                 elif not torch.equal(hidden_states, left[-1]):
                     difference = (hidden_states - left[-1]).flatten(0, 1)
                     rows = torch.nonzero(difference.any(dim=-1)).flatten()
@@ -401,7 +413,7 @@ class StreamedModel:
                 if index + 1 == self.num_blocks:
                     raise PassRecorded
                 left[:] = [hidden_states * factor]
-                return left[-1].clone()  # the model may change it in place
+                return self._returned(left[-1].clone())  # the model may change it in place
 
             return forward
 
@@ -419,6 +431,9 @@ class StreamedModel:
                 remedy="This architecture runs its blocks in a way that halfbyte does not know yet.",
             )
         return first[0], [c for c in calls if c is not None]
+
+    def _returned(self, hidden: torch.Tensor) -> Any:
+        return (hidden,) if self.in_tuples else hidden
 
     def _fitting(self, value: torch.Tensor) -> torch.Tensor:
         return value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
@@ -441,9 +456,9 @@ class StreamedModel:
         Needs :meth:`head`.
         """
 
-        def inject(index: int) -> Callable[..., torch.Tensor]:
-            def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-                return hidden
+        def inject(index: int) -> Callable[..., Any]:
+            def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+                return self._returned(hidden)
 
             return forward
 
@@ -454,7 +469,7 @@ class StreamedModel:
         return logits.float()
 
     @contextlib.contextmanager
-    def _forwards(self, make: Callable[[int], Callable[..., torch.Tensor]]) -> Iterator[None]:
+    def _forwards(self, make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
         """Replace every block's ``forward``; attributes that the decoder reads from blocks stay."""
         try:
             for i, layer in enumerate(self.layers):

@@ -405,7 +405,7 @@ class Job:
         if self.ranks.first and not kept.exists():
             self._make_calibration(kept)
         self.ranks.agree()
-        return load_calibration(kept)
+        return load_calibration(kept, self.checkpoint.path)
 
     def _make_calibration(self, kept: Path) -> None:
         calibration = calibrate(
@@ -751,11 +751,12 @@ class Stream:
             for kept in (states, originals):
                 if kept is not None:
                     kept.resume(int(run.journal["stage"]))
+        batches = [replace(b, inputs=None) for b in batches]  # pictures have done their part
         return Stream(
             model,
             batches,
             [real_rows(b) for b in batches],
-            ranks.share(sample_numbers(calibration, everything)),
+            [list(b.samples) for b in batches],
             arguments,
             states,
             ranks,
@@ -1018,16 +1019,6 @@ def real_rows(batch: Batch) -> torch.Tensor | None:
     if bool((batch.lengths == longest).all()):
         return None
     return (torch.arange(longest) < batch.lengths.unsqueeze(1)).flatten()
-
-
-def sample_numbers(calibration: Calibration, batches: list[Batch]) -> list[list[int]]:
-    """For each batch, the positions of its rows in the calibration set (batches are dealt longest first)."""
-    order = sorted(range(len(calibration.sequences)), key=lambda i: -len(calibration.sequences[i]))
-    numbers, start = [], 0
-    for batch in batches:
-        numbers.append(order[start : start + batch.token_ids.shape[0]])
-        start += batch.token_ids.shape[0]
-    return numbers
 
 
 def choose_device(name: str) -> torch.device:

@@ -25,7 +25,7 @@ from halfbyte.architectures import (
     map_blocks,
 )
 from halfbyte.arithmetic import COMPUTE_DTYPES, ComputeDtype, compute_dtype
-from halfbyte.calibration import default_spec, parse_spec
+from halfbyte.calibration import absent_sources, calibration_problems, default_spec, parse_spec
 from halfbyte.checkpoint.layout import TensorSpec
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint, TensorInfo
 from halfbyte.checkpoint.source import open_headers
@@ -109,6 +109,8 @@ def plan(
     found: list[HalfbyteError] = []
     checkpoint = open_headers(source, found)
     size = calibration_work(chosen, checkpoint, calibration, samples, seq_len, offload=offload, dtype=dtype)
+    if size.spec is not None:
+        found += absent_sources(size.spec)
     return make_plan(checkpoint, chosen, size, found=found).plan
 
 
@@ -221,6 +223,8 @@ def make_plan(
 ) -> WorkPlan:
     """Sort tensors, collect problems, add up bytes. ``found`` are problems that reading the headers brought up."""
     problems = list(found)
+    if size.spec is not None:
+        problems += calibration_problems(size.spec, checkpoint.path, checkpoint.config)
     notes = [size.reason] if size.reason else []
     if isinstance(checkpoint.config.get("quantization_config"), dict):
         problems.append(

@@ -245,7 +245,11 @@ class Sensitivity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationRecord:
-    """Which tokens the statistics come from. ``sha256`` is over the token ids and lengths, in order."""
+    """Which tokens the statistics come from.
+
+    ``sha256`` is over the token ids and lengths, in order, and then over the files of pictures where there are any.
+    ``image_samples`` is how many of the samples have pictures, and ``images`` how many pictures these have together.
+    """
 
     spec: str
     samples: int
@@ -254,6 +258,8 @@ class CalibrationRecord:
     seed: int
     sha256: str
     description: str = ""
+    image_samples: int = 0
+    images: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Pixtral's processor (Mistral 3) in Pillow alone.
 
-transformers has its image processor for Pillow, but the class that puts pictures and text together asks for torchvision.
-What it does is little: a picture of ``r`` by ``c`` merged patches takes the tokens ``[IMG] * c + [IMG_BREAK]`` for each
-row, and the last of these is ``[IMG_END]``.
+transformers has its image processor for Pillow, but the class that puts pictures and text together asks for
+torchvision. What it does is little: a picture of ``r`` by ``c`` merged patches takes the tokens
+``[IMG] * c + [IMG_BREAK]`` for each row, and the last of these is ``[IMG_END]``.
 """
 
 from __future__ import annotations

@@ -29,9 +29,10 @@ def takes_pictures(config: Mapping[str, Any]) -> bool:
     return isinstance(config.get("vision_config"), dict) or any(re.match(r"(image|img)_token_", k) for k in config)
 
 
-def picture_token_ids(config: Mapping[str, Any]) -> frozenset[int]:
-    """Ids of tokens that stand for pictures or frame them, by ``config.json``."""
-    return frozenset(v for k, v in config.items() if PLACEHOLDER_KEYS.match(k) and isinstance(v, int))
+def picture_token_ids(config: Mapping[str, Any], processor: Any) -> frozenset[int]:
+    """Ids of tokens that stand for pictures or frame them, by ``config.json`` and by the processor."""
+    ids = [*(v for k, v in config.items() if PLACEHOLDER_KEYS.match(k)), *getattr(processor, "image_token_ids", ())]
+    return frozenset(i for i in ids if isinstance(i, int))
 
 
 def picture_problems(model_path: Path, config: Mapping[str, Any], spec: str) -> list[HalfbyteError]:
@@ -83,9 +84,16 @@ def load_processor(model_path: Path) -> Any:
         with quiet():
             options, _ = kind.get_processor_dict(model_path, local_files_only=True)
             arguments = [parts.get(name) for name in kind.get_attributes()]
-            return WithoutVideo.from_args_and_dict(arguments, options)
+            processor = WithoutVideo.from_args_and_dict(arguments, options)
     except Exception as e:  # processors check what they are given in many ways
         raise _cannot(e, "processor", kind.__name__, model_path) from None
+    if not isinstance(getattr(processor, "image_token", None), str):
+        raise CheckpointError(
+            f"its processor {kind.__name__} does not say which token stands for a picture",
+            where=str(model_path),
+            remedy="Calibrate this model with text.",
+        )
+    return processor
 
 
 def processor_class(model_path: Path, config: Mapping[str, Any]) -> Any:
