@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+import halfbyte
 import tiny
 import zoo
 from conftest import Models
@@ -53,6 +54,17 @@ def expected_logits(folder: Path, ids: torch.Tensor, inputs: dict[str, torch.Ten
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=ids, use_cache=False, **(inputs or {})).logits
     return logits.float()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", list(zoo.FAMILIES))
+def test_loading_gives_what_transformers_gives(family: str, tiny_model: Models) -> None:
+    folder = tiny_model(family)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    expected = getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype=torch.float32).state_dict()
+    actual = halfbyte.load(folder, dtype=torch.float32).state_dict()
+    assert actual.keys() == expected.keys()
+    assert not [name for name, value in expected.items() if not torch.equal(value, actual[name])]
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -240,6 +240,10 @@ def memory_shortage(planned: Plan, run: RunFolder) -> MemoryShortage:
     )
 
 
+# What stands for codes that are in the file already.
+WRITTEN = QuantizedWeight(codes=torch.empty(0), scales=torch.empty(0), zero_points=None, relative_error=0.0)
+
+
 @dataclass(slots=True)
 class Job:
     """One quantisation: the stages, in order, each ended by an entry in the journal."""
@@ -254,6 +258,8 @@ class Job:
     ranks: Ranks = field(default_factory=Ranks)
     started: float = field(default_factory=time.monotonic)
     sensitivity: Sensitivity | None = None
+    _layout: Layout = field(default_factory=lambda: Layout({}, {}))
+    _digests: dict[str, str] = field(default_factory=dict)
     _saving: Future[None] | None = None
     _solver: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -269,7 +275,7 @@ class Job:
             self._require_space()
         if self.work.budget is not None:
             self._spend(self.work.budget, model)
-        layout = Layout.of(self.work.outputs)
+        layout = self._layout = Layout.of(self.work.outputs)
         if self.run.fresh and self.ranks.first:
             layout.create(self.run.checkpoint)
         calibration = self._calibration()
@@ -282,6 +288,7 @@ class Job:
         else:
             digests = dict(facts["digests"])
             self.reporter.say(f"resuming: {facts['stage']} of {blocks.num_blocks} blocks are done")
+        self._digests = digests
         records = [from_plain(LinearRecord, r) for r in facts.get("linears", [])]
         smoothing = [from_plain(SmoothingRecord, r) for r in facts.get("smoothing", [])]
         pairs = [from_plain(PairRecord, r) for r in facts.get("pairs", [])]
@@ -306,7 +313,7 @@ class Job:
             for index in range(int(facts["stage"]), blocks.num_blocks):
                 clock = time.monotonic()
                 solved = self._solve_block(model, stream, index)
-                write = partial(self._write_block, layout, index, solved, digests) if self.ranks.first else None
+                write = partial(self._write_block, index, solved) if self.ranks.first else None
                 if write is not None and not works_ahead(self.device):
                     write = write()
                 records += [r for r, _ in solved.linears.values()]
@@ -462,7 +469,7 @@ class Job:
         """Quantise one block's Linears; with calibration, also move the hidden states past it."""
         names = [n for n in self.work.blocks.linears[index] if n in self.work.schemes]
         if stream is None:
-            return Solved({n: self._round(n, index) for n in names})
+            return Solved({n: self._put_away(n, *self._round(n, index)) for n in names})
         solved = Solved({})
         results = solved.linears
         last = index + 1 == model.num_blocks
@@ -487,6 +494,9 @@ class Job:
                         for moment in moments:
                             results |= self._solve_shared(moment, modules, index)
                     solved.solver_seconds += time.monotonic() - clock
+                    if EXPERT_MODULE.match(moments[0].names[0]):
+                        wait_for_copies(self.device)
+                        results |= {n: self._put_away(n, *results[n]) for m in moments for n in m.names}
                     release_freed_memory()
                 if not last and stream.tuning is None:
                     self._await_save()
@@ -621,17 +631,26 @@ class Job:
             result,
         )
 
-    def _write_block(
-        self,
-        layout: Layout,
-        index: int,
-        solved: Solved,
-        digests: dict[str, str],
-    ) -> None:
+    def _put_away(
+        self, name: str, record: LinearRecord, result: QuantizedWeight
+    ) -> tuple[LinearRecord, QuantizedWeight]:
+        """Write an expert's Linear at once: the codes of all experts of a block may not fit in memory."""
+        if EXPERT_MODULE.match(name) is None:
+            return record, result
+        if self.ranks.first:
+            self._write_linear(name, result)
+        return record, WRITTEN
+
+    def _write_linear(self, name: str, result: QuantizedWeight) -> None:
+        packed = pack(self.work.schemes[name], result.codes, result.scales, result.zero_points)
+        self._layout.write(self.run.checkpoint, {f"{name}.{leaf}": t for leaf, t in packed.items()})
+        self._digests[f"{name}.weight"] = digest_of(self.checkpoint.read(f"{name}.weight"))
+
+    def _write_block(self, index: int, solved: Solved) -> None:
+        layout, digests = self._layout, self._digests
         for name, (_, result) in solved.linears.items():
-            packed = pack(self.work.schemes[name], result.codes, result.scales, result.zero_points)
-            layout.write(self.run.checkpoint, {f"{name}.{leaf}": t for leaf, t in packed.items()})
-            digests[f"{name}.weight"] = digest_of(self.checkpoint.read(f"{name}.weight"))
+            if result is not WRITTEN:
+                self._write_linear(name, result)
         for name, tensor in solved.rewritten.items():
             layout.write(self.run.checkpoint, {name: tensor})
             digests[name] = digest_of(self.checkpoint.read(name))
