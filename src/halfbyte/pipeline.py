@@ -600,8 +600,8 @@ class Job:
                     weight.shape[1], weight.shape[0], scale_bits=8 * dtype.itemsize
                 ),
                 relative_error=result.relative_error,
-                damp_fraction=factor.damp_fraction,
-                damp_raises=factor.raises,
+                damp_fraction=factor.damp_fractions[0],
+                damp_raises=factor.raises[0],
                 tokens=moment.tokens,
                 pooled=moment.pooled,
                 dead_columns=int(factor.dead.sum()),
