@@ -31,7 +31,7 @@ from halfbyte.checkpoint.reader import DTYPES, Checkpoint, TensorInfo
 from halfbyte.checkpoint.source import open_headers
 from halfbyte.checkpoint.stacks import stack_of, unstacked
 from halfbyte.errors import ArchitectureError, CheckpointError, HalfbyteError, RecipeError, UsageError
-from halfbyte.estimates import CalibrationWork, estimate, settle_offload
+from halfbyte.estimates import RESIDENT_EXPERTS, CalibrationWork, estimate, largest_experts, settle_offload
 from halfbyte.methods.tuning import tuning_of
 from halfbyte.mixing import MEASURED_SEQ_LEN, MEASURED_SEQUENCES, Budget, budget_of, measured_sequences
 from halfbyte.packing import stored_tensors
@@ -310,6 +310,9 @@ def make_plan(
             f"{size.units} units on {measured} calibration tokens"
             + ("" if size.observed else "; for this alone, rounding to nearest needs calibration text")
         )
+    if size.tuning is not None and largest_experts(tensors) * size.dtype.itemsize > RESIDENT_EXPERTS:
+        size = replace(size, tuning=None)
+        notes.append("blocks are not tuned after GPTQ: their experts are too many to be in memory together")
     size = settle_offload(checkpoint, tensors, size)
     summary = _summary(checkpoint, blocks, recipe, tensors, size, problems, notes, budget)
     return WorkPlan(
