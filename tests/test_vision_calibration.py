@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from halfbyte import plan, quantize
 from halfbyte.calibration import Calibration, calibrate, calibration_problems, processing
 from halfbyte.calibration.mixture import counts, parts_of
 from halfbyte.calibration.processing import load_processor
@@ -26,6 +28,7 @@ from halfbyte.progress import Silent
 from halfbyte.records import CalibrationRecord, from_plain
 from halfbyte.tokens import load_calibration, save_calibration
 from pictures import FAMILIES, IMAGE, START, encoded, picture, save_picture, save_pictured_rows, save_processor
+from tiny import build
 
 IN_PILLOW = [name for name, family in FAMILIES.items() if not family.torchvision]
 WORDS = "The ferry crosses the bay."
@@ -697,3 +700,43 @@ def test_processors_that_are_not_transformers_own_are_not_run(tmp_path: Path, na
     assert f"its processor {name} is not among those of transformers" in found
     with pytest.raises(CheckpointError, match="Code from a checkpoint is never run"):
         load_processor(model_path)
+
+
+def test_the_plan_tells_all_of_it_before_any_work(tmp_path: Path) -> None:
+    source = build(tmp_path / "text-model")
+    found = plan(source, group_size=64, calibration=f"vlm:{tmp_path / 'nowhere'}+text:{tmp_path / 'no.txt'}")
+    assert [p.partition(": ")[2] for p in found.problems] == [
+        "there is no such file or folder.",
+        "there is no such file or folder.",
+        "this model takes text alone, no pictures. "
+        "Calibrate it with self, text:FILE, jsonl:FILE or a data set of text.",
+    ]
+    assert [p.partition(": ")[0].rpartition("/")[2] for p in found.problems[:2]] == ["nowhere", "no.txt"]
+    with pytest.raises(CalibrationError, match="takes text alone"):
+        quantize(source, tmp_path / "out", group_size=64, calibration=f"vlm:{tmp_path}")
+    assert not (tmp_path / "out").exists()
+
+
+# The documentation
+
+PAGE = (Path(__file__).parent.parent / "docs" / "calibration.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("family", IN_PILLOW)
+def test_the_rows_of_the_page_are_read_by_every_family(folders: dict[str, Path], tmp_path: Path, family: str) -> None:
+    (text,) = re.findall(r"^```json\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "rows.jsonl").write_text(text)
+    save_picture(tmp_path / "bay.png")
+    save_picture(tmp_path / "boat.jpg", 80, 50)
+    got = run(f"vlm:{tmp_path / 'rows.jsonl'}", folders[family], samples=20)
+    assert (got.record.samples, got.record.image_samples, got.record.images) == (8, 7, 8)
+    said = [words(got, folders[family], i) for i in range(8)]
+    for text, words_of_row in zip(
+        said, ("crosses", " with ", "captain", "north", "Who", "sky", "cold", "without"), strict=True
+    ):
+        assert words_of_row in text
+    assert all(batch.inputs is None or batch.inputs() for batch in got.batches(1024))
+
+
+def test_the_page_lists_every_source() -> None:
+    assert all(f"| `{name}" in PAGE for name in SOURCES)
