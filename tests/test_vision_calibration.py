@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -402,6 +404,35 @@ def test_rows_that_cannot_be(gemma: Path, tmp_path: Path, row: Any, message: str
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("family", IN_PILLOW)
+@pytest.mark.parametrize("size", [(1, 1), (40, 3), (3, 40), (3, 3)])
+def test_tiny_pictures_keep_their_colours(
+    folders: dict[str, Path], tmp_path: Path, family: str, size: tuple[int, int]
+) -> None:
+    """Three rows or columns of pixels could be taken for three channels. Red is 1, -1, -1 once normalised."""
+    Image.new("RGB", size, (255, 0, 0)).save(tmp_path / "p.png")
+    (batch,) = one({"image": "p.png", "text": "x"}, folders[family], tmp_path).batches(400)
+    assert batch.inputs is not None
+    pixels = batch.inputs()["pixel_values"]
+    if family.startswith("qwen"):  # [patches, channels x 2 frames x side x side]
+        pixels = pixels.reshape(len(pixels), 3, -1)
+    else:
+        pixels = pixels.reshape(-1, *pixels.shape[-3:]).flatten(2)
+    assert all(set(pixels[:, c].unique().tolist()) <= {value, 0.0} for c, value in enumerate((1.0, -1.0, -1.0)))
+
+
+def test_a_picture_that_the_processor_refuses_names_its_row(folders: dict[str, Path], tmp_path: Path) -> None:
+    save_picture(tmp_path / "p.png", 500, 2)
+    with pytest.raises(CalibrationError, match=r"line 1: the model's processor refuses this row: .*aspect ratio"):
+        one({"image": "p.png", "text": "x"}, folders["qwen2_vl"], tmp_path)
+
+
+def test_json_that_is_nested_too_deeply(gemma: Path, tmp_path: Path) -> None:
+    (tmp_path / "deep.jsonl").write_text('{"text": ' + "[" * 200_000)
+    with pytest.raises(CalibrationError, match=r"line 1: its JSON is nested too deeply"):
+        run(f"vlm:{tmp_path / 'deep.jsonl'}", gemma)
+
+
 # Folders and data sets
 
 
@@ -676,6 +707,28 @@ def test_image_processors_that_need_torchvision_say_so(tmp_path: Path) -> None:
     (found,) = problems(checkpoint(tmp_path / "m", "llama4"))
     assert "its image processor exists for torchvision alone, which cannot be imported here" in found
     assert "Install the torchvision that belongs to your torch, or calibrate with text" in found
+
+
+def test_a_torchvision_that_does_not_work_is_named(gemma: Path, tmp_path: Path) -> None:
+    """As the one from PyPI beside a torch for CPUs; in a process of its own, since transformers looks for it once."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision/__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    code = (
+        "import json, pathlib, sys; from halfbyte.calibration import calibration_problems as problems;"
+        "path = pathlib.Path(sys.argv[1]);"
+        "print(*problems('vlm:x', path, json.loads((path / 'config.json').read_text())))"
+    )
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(gemma)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert done.stdout == (
+        "--calibration vlm:x: torchvision is installed and cannot be imported: RuntimeError: operator torchvision::nms "
+        "does not exist. Uninstall it, which most models do without, or install the one that belongs to your torch.\n"
+    ), done.stderr
 
 
 def test_processors_that_need_another_package_name_it(
