@@ -71,7 +71,8 @@ class RoutedWalk:
         rows: which positions are tokens and not padding, ``None`` for all.
         add: adds to batch ``i``'s output ``[tokens, hidden]``.
         rare: experts with fewer tokens are solved with the layer's pooled moment.
-        everything: let every expert's statistic see all tokens, wherever they are sent.
+        everything: let every expert's statistic see all tokens, wherever they are sent (Llama 4 weighs inputs by where
+            they are sent, so its experts see their own in any case).
     """
 
     layer: ExpertLayer
@@ -94,9 +95,12 @@ class RoutedWalk:
         for group in self._groups(max(hidden, intermediate)):
             with contextlib.ExitStack() as held:
                 experts = [held.enter_context(self.layer.module.present(number)) for number in group]
-                first = self._observed(experts, hidden, ("gate_proj", "up_proj"), self._entered)
-                self._complete(first, pool)
-                yield first
+                if self._sees_everything:
+                    yield [self._shared(experts, pool)]
+                else:
+                    first = self._observed(experts, hidden, ("gate_proj", "up_proj"), self._entered)
+                    self._complete(first, pool)
+                    yield first
                 second = self._observed(experts, intermediate, ("down_proj",), self._activated)
                 for moment in second:
                     pooled_down.merge(moment)
@@ -104,6 +108,17 @@ class RoutedWalk:
                 yield second
                 for batch in range(len(self.rows)):
                     self.add(batch, self._part(experts, batch))
+
+    @property
+    def _sees_everything(self) -> bool:
+        """Whether all experts' gates and ups have one input: not where the router weighs it for each."""
+        return self.everything and not self.layer.module.weighs_inputs
+
+    def _shared(self, experts: Sequence[Expert], pool: SecondMoment) -> SecondMoment:
+        """What enters a layer, for all gates and ups of a group."""
+        moment = SecondMoment(names=[], hessian=pool.hessian.clone(), tokens=pool.tokens)
+        moment.names.extend(self.layer.names[e.number][leaf] for e in experts for leaf in ("gate_proj", "up_proj"))
+        return moment
 
     def _survey(self, hidden: int) -> tuple[torch.Tensor, SecondMoment]:
         """Tokens of each expert over all ranks, and the moment of all that enters the layer, ``sum_e H_e``."""
@@ -119,7 +134,7 @@ class RoutedWalk:
                     pool.add(self.layer.module.entering(x, weights, rows, torch.full_like(rows, place)))
             else:
                 pool.add(x)
-        if not self.layer.module.weighs_inputs and self.rows:
+        if not self.layer.module.weighs_inputs and not self.everything and self.rows:
             top = self._tokens(0)[1].shape[1]
             pool.hessian *= top
             pool.tokens *= top
@@ -138,8 +153,8 @@ class RoutedWalk:
     def _groups(self, width: int) -> Iterator[list[int]]:
         """Experts with many tokens first; those with few, which need the others' moments, last."""
         most = max(1, min(MOST_IN_GROUP, GROUP_BYTES // (4 * width * width)))
-        often = [e for e, n in enumerate(self.tokens) if n >= self.rare or self.everything]
-        rarely = [e for e, n in enumerate(self.tokens) if not (n >= self.rare or self.everything)]
+        often = [e for e, n in enumerate(self.tokens) if n >= self.rare or self._sees_everything]
+        rarely = [e for e, n in enumerate(self.tokens) if not (n >= self.rare or self._sees_everything)]
         for part in (often, rarely):
             for start in range(0, len(part), most):
                 yield part[start : start + most]
@@ -159,7 +174,7 @@ class RoutedWalk:
         for batch in range(len(self.rows)):
             x, index, weights = self._tokens(batch)
             for expert, moment in zip(experts, moments, strict=True):
-                if self.everything and not self.layer.module.weighs_inputs:
+                if self._sees_everything:
                     moment.add(seen(expert, x))
                     continue
                 rows, place = torch.where(index == expert.number)
@@ -183,7 +198,7 @@ class RoutedWalk:
     def _complete(self, moments: Sequence[SecondMoment], pool: SecondMoment) -> None:
         """Give rare experts the pooled moment."""
         for moment in moments:
-            if moment.tokens < self.rare and not self.everything:
+            if moment.tokens < self.rare:
                 moment.pool(pool)
 
     def _part(self, experts: Sequence[Expert], batch: int) -> torch.Tensor:
