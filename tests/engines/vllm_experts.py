@@ -32,7 +32,7 @@ def apply(
     apply_router_weight_on_input: bool,
     **kwargs: Any,
 ) -> None:
-    """``sum_e p_e down_e(silu(gate_e x) up_e x)``; ``w1`` [experts, gate rows then up rows, hidden], ``w2`` likewise."""
+    """``sum_e p_e down_e(silu(gate_e x) up_e x)``; ``w1`` [experts, gate rows and then up rows, hidden]."""
     gates_and_ups, downs = w1.float() * self.w1_scale, w2.float() * self.w2_scale
     x = rounded(hidden_states.float())
     total = torch.zeros_like(x)

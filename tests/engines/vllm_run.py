@@ -5,9 +5,9 @@ Runs with the interpreter of vLLM's environment and imports nothing of halfbyte'
     python vllm_run.py JOBS.json ANSWERS.json
 
 JOBS: ``[{"name", "folder", "prompts": [[token id, ...], ...], "new_tokens", "top", "options": {...}}, ...]``.
-A prompt may also be ``{"text", "images": [file, ...]}``, for models that see. ANSWERS maps each name to
-``{"cpu", "runs": [{"prompt_ids", "prompt_logprobs": [{id: nats} or null, ...], "ids", "logprobs": [{id: nats}, ...]}]}``
-or to ``{"error"}``, and is written anew after each job, so that a crash costs only the jobs behind it.
+A prompt may also be ``{"text", "images": [file, ...]}``, for models that see. ANSWERS maps each name to ``{"cpu",
+"runs": [{"prompt_ids", "prompt_logprobs": [{id: nats} or null, ...], "ids", "logprobs": [{id: nats}, ...]}]}`` or to
+``{"error"}``, and is written anew after each job, so that a crash costs only the jobs behind it.
 
 A start of vLLM costs a minute on two cores, and a further model in the same process a few seconds.
 """
@@ -33,9 +33,10 @@ os.environ.update(
 )
 
 import torch
-import vllm_experts
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+import vllm_experts
 
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
