@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import transformers
 
 import tiny
+import zoo
 from conftest import Models
 from halfbyte.blocks import Arguments, Interner, StreamedModel, is_plain_causal, run_block
 from halfbyte.calibration import Batch
@@ -72,7 +74,7 @@ def test_a_window_that_is_long_enough_needs_no_mask(longest: int, tiny_model: Mo
     batch = Batch(token_ids=ids, lengths=torch.full((4,), longest))
     model = streamed(folder)
     _, calls = first_states(model, batch)
-    assert [kwargs["attention_mask"] for _, kwargs in calls] == [None] * 4
+    assert [call.kwargs["attention_mask"] for call in calls] == [None] * 4
     with torch.no_grad():
         expected = whole(folder)(ids).logits
     assert torch.equal(stream(model, batch), expected)
@@ -104,16 +106,16 @@ def test_the_sliding_window_matters(tiny_model: Models) -> None:
     folder, batch = tiny_model("gemma3", num_hidden_layers=4), uneven_batch()
     model = streamed(folder)
     hidden, calls = first_states(model, batch)
-    masks = [kwargs["attention_mask"] for _, kwargs in calls]
+    masks = [call.kwargs["attention_mask"] for call in calls]
     assert masks[0] is not None
     assert masks[0].shape[-2:] == (40, 40)
     same_kind = [masks[0] is masks[2], masks[1] is masks[3], masks[0] is masks[1]]
     assert same_kind == [True, True, False]
     with model.block(0) as block:
-        swapped = (calls[0][0], calls[0][1] | {"attention_mask": masks[1]})
+        swapped = replace(calls[0], kwargs={**calls[0].kwargs, "attention_mask": masks[1]})
         a, b = run_block(block, hidden, calls[0]), run_block(block, hidden, swapped)
-    assert torch.equal(a[:, : tiny.WINDOW], b[:, : tiny.WINDOW])
-    assert not torch.allclose(a[:, tiny.WINDOW + 1 :], b[:, tiny.WINDOW + 1 :])
+    assert torch.equal(a[:, : zoo.WINDOW], b[:, : zoo.WINDOW])
+    assert not torch.allclose(a[:, zoo.WINDOW + 1 :], b[:, zoo.WINDOW + 1 :])
 
 
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))

@@ -315,7 +315,7 @@ def test_trading_alone_changes_nothing(fmt: WeightFormat, exact: bool) -> None:
         before = block(x)
         codes = {n: r.codes for n, (_, r) in solved.linears.items()}
         dtypes = {f"{n}.weight": torch.bfloat16 for n in linears}
-        smoother = Smoother(block, linears, "", schemes, dtypes, Ranks())
+        smoother = Smoother(block, linears, str, schemes, dtypes, Ranks())
         seen = inputs_of(block, x)
         for stage in (1, 3):
             (name,) = route.stages[stage]
@@ -383,7 +383,7 @@ def test_a_walk_goes_on_with_what_was_divided(
         assert pairs.keys() == stages
         shelf = Shelf(tmp_path if on_disk else None)
         walk = Sequential(block, linears, route, run, [None] * 3, CPU, shelf, {}, Ranks(), pairs)
-        for stage, moment in enumerate(walk.moments()):
+        for stage, (moment,) in enumerate(walk.moments()):
             assert (walk._origin(stage) in pairs.values()) == (stage in pairs)
             if stage in pairs:
                 pair = pairs[stage]

@@ -161,7 +161,7 @@ def check_walk(
             names = {id(m): n for n, m in linears.items()}
             original = module.linear
             patch.setattr(module, "linear", lambda m, x, f: computed.append(names[id(m)]) or original(m, x, f))
-            for moment in walk.moments():
+            for (moment,) in walk.moments():
                 expected = looks(oracle, run_oracle, count)
                 for name in moment.names:
                     reference = SecondMoment.empty(linears[name].in_features, CPU)
@@ -353,7 +353,7 @@ def test_quantised_activations_are_seen_after_solving() -> None:
                 if at_once
                 else Sequential(block, linears, route, run, rows, CPU, Shelf(None), formats)
             )
-            assert sorted(n for m in walk.moments() for n in m.names) == sorted(linears)
+            assert sorted(n for (m,) in walk.moments() for n in m.names) == sorted(linears)
             for i, output in enumerate(walk.outputs()):
                 assert torch.equal(output, run_oracle(i))
                 assert not torch.equal(output, run(i))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from halfbyte.activations import fake_quantize_activations
+from halfbyte.blocks import Arguments
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.rtn import nearest, quantize_rtn
 from halfbyte.methods.scales import minmax
@@ -75,7 +76,10 @@ class Case:
 
 def sample(hidden: torch.Tensor, target: torch.Tensor, rows: torch.Tensor | None = None) -> Sample:
     return Sample(
-        hidden=lambda: hidden.clone(), target=lambda: target.clone(), arguments=((1.5,), {"shift": 0.1}), rows=rows
+        hidden=lambda: hidden.clone(),
+        target=lambda: target.clone(),
+        run=Arguments((1.5,), {"shift": 0.1}).run,
+        rows=rows,
     )
 
 
@@ -206,7 +210,7 @@ def test_finds_the_optimum_of_a_block_that_one_code_spoils() -> None:
     block = nn.Sequential(given.module)
     x = torch.randn(16, 2, 64, 8, generator=generator)
     given.module.weight.data.copy_(codes.float() * scales)
-    samples = [replace(sample(h, block(h)), arguments=((), {})) for h in x]
+    samples = [replace(sample(h, block(h)), run=Arguments((), {}).run) for h in x]
     result = tune_block(block, {"0": given}, samples, replace(CODES_ONLY, steps=100))
     assert result.kept
     assert result.loss_after == pytest.approx(0.0, abs=1e-12)
@@ -222,7 +226,9 @@ def test_finds_scales_that_were_off() -> None:
     off = replace(right.quantized, scales=(right.quantized.scales.float() * 1.05).to(torch.bfloat16))
     block = nn.Sequential(right.module)
     right.module.weight.data.copy_(right.quantized.dense())
-    samples = [replace(sample(h, block(h)), arguments=((), {})) for h in torch.randn(16, 2, 64, 8, generator=generator)]
+    samples = [
+        replace(sample(h, block(h)), run=Arguments((), {}).run) for h in torch.randn(16, 2, 64, 8, generator=generator)
+    ]
     options = TuningOptions(steps=200, code_rate=0.0, scale_rate=3e-3)
     result = tune_block(block, {"0": replace(right, quantized=off)}, samples, options)
     tuned = result.weights["0"]

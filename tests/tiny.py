@@ -1,4 +1,4 @@
-"""Tiny random models of every family that halfbyte knows, complete with tokenizer, chat template and generation config.
+"""Tiny random models of every family (:mod:`zoo`), complete with tokenizer, chat template and generation config.
 
 They are small enough to be quantised in a second, and odd enough to matter: biases where the family has them, norms
 that are not all ones, sliding windows shorter than the calibration text, tied and untied heads.
@@ -10,7 +10,6 @@ import json
 import os
 import re
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,10 @@ import transformers
 from safetensors import safe_open
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+import zoo
 from halfbyte import reference
 from halfbyte.schemes import WeightFormat
+from zoo import VOCAB
 
 TEXT = """\
 The ferry that crosses the bay leaves every morning at six, before the fog has lifted from the water. Its captain has
@@ -47,54 +48,11 @@ TEMPLATE = (
     "{{ '<s>' }}{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
-VOCAB = 320
-WINDOW = 16  # sliding window of the families that have one
-COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
 # Sizes of which blocks of 128 x 128 can be cut, also where engines fuse.
 WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4, "head_dim": 32}
 
-
-@dataclass(frozen=True)
-class Family:
-    """A configuration class and what it is given besides :data:`COMMON`; ``tied`` is the usual state of its head."""
-
-    config: str
-    model: str
-    tied: bool
-    extra: dict[str, Any]
-
-
-FAMILIES = {
-    "llama": Family("LlamaConfig", "LlamaForCausalLM", False, {}),
-    "mistral": Family("MistralConfig", "MistralForCausalLM", False, {"sliding_window": WINDOW}),
-    "qwen2": Family("Qwen2Config", "Qwen2ForCausalLM", True, {}),
-    "qwen3": Family("Qwen3Config", "Qwen3ForCausalLM", False, {"head_dim": 32}),
-    "gemma3": Family(
-        "Gemma3TextConfig",
-        "Gemma3ForCausalLM",
-        True,
-        {
-            "head_dim": 32,
-            "query_pre_attn_scalar": 32,
-            "sliding_window": WINDOW,
-            "layer_types": ["sliding_attention", "full_attention"],
-        },
-    ),
-}
+# The families that every test which is not about families is run on.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -129,20 +87,24 @@ def build(
     **extra: Any,
 ) -> Path:
     """Save a random model of a family, with everything that a checkpoint on a hub has; returns the folder."""
-    made = FAMILIES[family]
-    options = COMMON | made.extra | {"tie_word_embeddings": made.tied if tied is None else tied} | extra
-    layers = options["num_hidden_layers"]
-    if "layer_types" in options:
-        options["layer_types"] = [options["layer_types"][i % 2] for i in range(layers)]
+    kind = zoo.FAMILIES[family]
     torch.manual_seed(seed)
-    model = getattr(transformers, made.model)(getattr(transformers, made.config)(**options))
+    model = kind.made(**({} if tied is None else {"tie_word_embeddings": tied}) | extra)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms and biases start as ones and zeros, which would hide mistakes
+        for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            # Norms, biases and a few more start as ones and zeros, which would hide mistakes.
+            constant = parameter.requires_grad and (parameter.dim() == 1 or bool((parameter == 0).all()))
+            if constant or name.endswith("bias"):
                 parameter += 0.2 * torch.randn_like(parameter)
     model.generation_config.update(do_sample=True, temperature=0.7, top_k=20)
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
-    save_tokenizer(folder)
+    zoo.publish(folder, kind)
+    if kind.pictures:
+        import pictures  # which builds on this module
+
+        pictures.save_processor(folder, kind.pictures)
+    else:
+        save_tokenizer(folder)
     for file in folder.iterdir():
         os.chmod(file, 0o644)
     return folder

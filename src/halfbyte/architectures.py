@@ -9,7 +9,7 @@ The rule needs tensor names and the config, not the model's code, so it works on
 :data:`KNOWN_ARCHITECTURES` lists the model classes that tests cover; any other is tried by the rule, and the plan
 says so. The loop checks against the real module tree that each planned module is an ``nn.Linear``.
 
-Does not cover fused three-dimensional expert weights; blocks that hold them are reported as unsupported.
+Experts that a checkpoint stacks in one three-dimensional tensor are seen one by one, see ``checkpoint.stacks``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ from halfbyte.errors import ArchitectureError, HalfbyteError
 NUMBERED = re.compile(r"^(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<rest>.+)$")
 NOT_LANGUAGE = re.compile(r"(^|[._])(vision|visual|vit|image|audio|speech|projector|connector|resampler|encoder|mtp)")
 # Modules inside blocks that hold a 2-D weight and stay in original precision: they steer tokens to experts.
-KEPT_MODULES = re.compile(r"(^|\.)(router|gate|shared_expert_gate|wg)$")
+KEPT_MODULES = re.compile(r"(^|\.)(router(\.layer)?|gate|shared_expert_gate|wg)$")
+# One Linear of one expert.
+EXPERT_MODULE = re.compile(r"(?P<layer>.+\.experts)\.(?P<number>\d+)\.(?P<leaf>\w+)$")
+# model_type of text configs whose quantised experts no engine reads: vLLM's loader of gpt-oss drops unknown names.
+EXPERTS_AS_THEY_ARE = frozenset({"gpt_oss"})
 
 # Linears that engines fuse into one: all parts have the same input, and need the same scheme. After vLLM's
 # packed_modules_mapping: attention and MLP of most models; InternLM 2; DeepSeek's latent attention; Qwen 3.5's deltas.
@@ -38,13 +42,49 @@ FUSED = (
     frozenset({"in_proj_b", "in_proj_a"}),
 )
 
+# tests/test_models.py runs every one of these.
 KNOWN_ARCHITECTURES = frozenset(
     {
-        "LlamaForCausalLM",
-        "MistralForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen3ForCausalLM",
+        "Cohere2ForCausalLM",
+        "DeepseekV2ForCausalLM",
+        "DeepseekV3ForCausalLM",
+        "FalconForCausalLM",
+        "Gemma2ForCausalLM",
         "Gemma3ForCausalLM",
+        "Gemma3ForConditionalGeneration",
+        "Glm4ForCausalLM",
+        "GlmForCausalLM",
+        "GptOssForCausalLM",
+        "GraniteForCausalLM",
+        "GraniteMoeForCausalLM",
+        "GraniteMoeSharedForCausalLM",
+        "Idefics3ForConditionalGeneration",
+        "InternVLForConditionalGeneration",
+        "Llama4ForCausalLM",
+        "Llama4ForConditionalGeneration",
+        "LlamaForCausalLM",
+        "LlavaForConditionalGeneration",
+        "LlavaNextForConditionalGeneration",
+        "Ministral3ForCausalLM",
+        "MinistralForCausalLM",
+        "Mistral3ForConditionalGeneration",
+        "MistralForCausalLM",
+        "MixtralForCausalLM",
+        "Olmo2ForCausalLM",
+        "Olmo3ForCausalLM",
+        "OlmoeForCausalLM",
+        "Phi3ForCausalLM",
+        "PhimoeForCausalLM",
+        "Qwen2ForCausalLM",
+        "Qwen2MoeForCausalLM",
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen3ForCausalLM",
+        "Qwen3MoeForCausalLM",
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLMoeForConditionalGeneration",
+        "SmolVLMForConditionalGeneration",
+        "StableLmForCausalLM",
     }
 )
 
@@ -58,7 +98,7 @@ class BlockMap:
         linears: for each block, module names (without ``.weight``) whose weight is to be quantised, in file order.
         others: for each block, the names of its remaining tensors.
         outside: names of all tensors outside the blocks.
-        unsupported: names of tensors in blocks that should be quantised but cannot be yet.
+        unsupported: names of tensors in blocks that hold matrices but are copied.
     """
 
     prefix: str
@@ -120,7 +160,7 @@ def map_blocks(checkpoint: Checkpoint, found: list[HalfbyteError] | None = None)
             linears[index].append(name.removesuffix(".weight"))
         else:
             others[index].append(name)
-            if len(info.shape) == 3:
+            if len(info.shape) == 3 and "experts" in name:
                 unsupported.append(name)
     missing = sorted(set(range(expected)) - seen)
     if missing:

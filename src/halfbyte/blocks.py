@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,13 +28,53 @@ from halfbyte.architectures import NOT_LANGUAGE, find_block_prefix
 from halfbyte.attention import NAME as PRODUCTS
 from halfbyte.attention import use_products
 from halfbyte.checkpoint.reader import Checkpoint, bytes_of
+from halfbyte.checkpoint.stacks import unstacked
 from halfbyte.errors import ArchitectureError, CheckpointError, NumericsError
+from halfbyte.experts import LEAVES as EXPERT_PARTS
+from halfbyte.experts import Expert, Experts, unfuse
 from halfbyte.gpu import works_ahead
 from halfbyte.heap import mapped
+from halfbyte.names import Names
 from halfbyte.read_ahead import ReadAhead
+from halfbyte.routed import ExpertLayer
 from halfbyte.weights import Weights
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+# A block's experts stay in memory as long as the block does, up to so many bytes; more are fetched one by one.
+RESIDENT_EXPERTS = 4 << 30
+
+
+class TupleWanted(Exception):
+    """Raised inside the model when it takes what its blocks return for tuples."""
+
+
+class PassRecorded(Exception):
+    """Raised inside the model when its last block has been called: the rest of the pass is not needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """What a block is called with besides the hidden states, and what the model adds to these before.
+
+    Attributes:
+        args, kwargs: as the model passes them.
+        rows, added: positions ``[n]`` int64 among ``batch * tokens``, and what is added there ``[n, hidden]``: features
+            of pictures that enter behind the first block (Qwen3-VL's DeepStack). Empty mostly.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    rows: torch.Tensor | None = None
+    added: torch.Tensor | None = None
+
+    def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The block's output ``[batch, tokens, hidden]``."""
+        if self.rows is not None and self.added is not None:
+            hidden = hidden.clone()
+            hidden.flatten(0, 1).index_add_(0, self.rows.to(hidden.device), self.added.to(hidden))
+        output = block(hidden, *self.args, **self.kwargs)
+        result = output[0] if isinstance(output, tuple) else output
+        assert isinstance(result, torch.Tensor)
+        return result
 
 
 @dataclass(slots=True)
@@ -45,21 +85,29 @@ class StreamedModel:
         weights: where parameters come from.
         model: the whole module tree; parameters are on the meta device unless loaded.
         decoder: the module that holds the block list, the language model without its head.
-        layers: the block list.
+        layers: the block list; path: where it is in the tree.
+        names: how the checkpoint spells the tree's parameters.
         disk_prefix: path of the block list in the checkpoint's names.
+        experts: layers of experts, by path.
         device: where blocks run; dtype: what they compute in.
         ahead: fetches a block's weights while the one before is worked on; ``None`` on a CPU.
+        adds_between: whether the model was seen to add something to hidden states between blocks.
+        in_tuples: whether its blocks return tuples, of which it takes the first (Falcon).
     """
 
     weights: Weights
     model: nn.Module
     decoder: nn.Module
     layers: nn.ModuleList
+    path: str
+    names: Names
     disk_prefix: str
+    experts: Mapping[str, Experts]
     device: torch.device
     dtype: torch.dtype
     ahead: ReadAhead | None = None
-    _vocabulary: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+    adds_between: bool = False
+    in_tuples: bool = False
 
     @staticmethod
     def of(weights: Weights, device: torch.device, dtype: torch.dtype | None = None) -> StreamedModel:
@@ -70,10 +118,13 @@ class StreamedModel:
             device: where blocks run.
             dtype: what they compute in; ``None`` is the checkpoint's on a GPU and float32 on a CPU.
         """
+        weights = replace(weights, checkpoint=unstacked(weights.checkpoint))
         checkpoint = weights.checkpoint
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else checkpoint.dtype
         model = build_on_meta(checkpoint, dtype)
+        fused = list(model.state_dict(keep_vars=True))
+        experts = unfuse(model)
         if device.type == "cpu" and dtype == torch.bfloat16:
             use_products(model)
         expected = checkpoint.text_config.get("num_hidden_layers")
@@ -91,25 +142,37 @@ class StreamedModel:
             )
         path, layers = found[0]
         decoder = model.get_submodule(path.rpartition(".")[0])
+        names = Names.of(model, weights.names(), fused, checkpoint)
         ahead = ReadAhead.onto(weights.dense, device, dtype) if works_ahead(device) else None
-        return StreamedModel(weights, model, decoder, layers, disk_prefix, device, dtype, ahead)
+        streamed = StreamedModel(
+            weights, model, decoder, layers, path, names, disk_prefix, experts, device, dtype, ahead
+        )
+        for layer in experts.values():
+            layer.fetch = streamed.fetched
+        return streamed
 
     @property
     def num_blocks(self) -> int:
         return len(self.layers)
 
     def disk_name(self, index: int, name: str) -> str:
-        """A block's parameter or module name, as the checkpoint spells it."""
-        return f"{self.disk_prefix}.{index}.{name}"
+        """A block's parameter, as the checkpoint spells it."""
+        path = f"{self.path}.{index}.{name}"
+        return self.names.on_disk.get(path, f"{self.disk_prefix}.{index}.{name}")
+
+    def linear_name(self, index: int, path: str) -> str:
+        """A block's Linear, as the checkpoint spells it."""
+        return self.disk_name(index, f"{path}.weight").removesuffix(".weight")
 
     @contextlib.contextmanager
-    def embeddings(self, vocabulary: torch.Tensor) -> Iterator[None]:
-        """Load what :meth:`embed` needs: final norm and such, and of the embedding table only the rows in use.
+    def embeddings(self, vocabulary: torch.Tensor, *, pictures: bool = False) -> Iterator[None]:
+        """Load what :meth:`embed` needs: of the embedding table only the rows in use, and small parameters.
 
         A table of 262,144 x 5,376 takes 5.6 GB in float32; the tokens of a calibration set use a few per cent of it.
 
         Args:
             vocabulary: ``[n]`` int64, sorted unique token ids that will be embedded.
+            pictures: load what makes features of pictures, too: vision tower and projector.
         """
         table = self.model.get_input_embeddings()  # type: ignore[operator]
         if vocabulary.numel() and int(vocabulary[-1]) >= table.weight.shape[0]:
@@ -121,15 +184,25 @@ class StreamedModel:
         padding_idx = table.padding_idx
         rows = self.weights.checkpoint.read_rows(self._table_name(), vocabulary)
         full = table._parameters["weight"]
+        handle = table.register_forward_pre_hook(self._compact(vocabulary))
         try:
             table.padding_idx = None
             table._parameters["weight"] = nn.Parameter(rows.to(self.device, self.dtype), requires_grad=False)
-            self._vocabulary = vocabulary
-            with self._outer_parameters(table):
+            with self._outer_parameters(self.model if pictures else self.decoder, table):
                 yield
         finally:
+            handle.remove()
             table.padding_idx = padding_idx
             table._parameters["weight"] = full
+
+    def _compact(self, vocabulary: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        """From token ids to rows of the table that holds only these; placeholders outside of it become row 0."""
+
+        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            rows = torch.searchsorted(vocabulary, inputs[0].cpu().contiguous())
+            return (rows.clamp_(max=max(0, len(vocabulary) - 1)).to(self.device), *inputs[1:])
+
+        return hook
 
     @contextlib.contextmanager
     def head(self) -> Iterator[None]:
@@ -140,42 +213,63 @@ class StreamedModel:
             output._parameters["weight"] = nn.Parameter(
                 self._head_weight().to(self.device, self.dtype), requires_grad=False
             )
+            bias = output._parameters.get("bias")
+            if bias is not None:
+                self._place(output, "bias", self.weights.dense(self._existing(self._path_of(output), "bias")))
             try:
                 yield
             finally:
                 output._parameters["weight"] = kept
+                if bias is not None:
+                    _to_meta(output, "bias")
 
     @contextlib.contextmanager
-    def _outer_parameters(self, table: nn.Module) -> Iterator[None]:
-        """Load the decoder's parameters outside its blocks and outside the embedding table."""
-        parent = self.disk_prefix.rpartition(".")[0]
+    def _outer_parameters(self, root: nn.Module, table: nn.Module) -> Iterator[None]:
+        """Load a module's parameters outside the blocks, the embedding table and the output head."""
         inside = {id(m) for m in self.layers.modules()} | {id(table)}
+        inside.add(id(self.model.get_output_embeddings()))  # type: ignore[operator]
+        prefix = self._path_of(root)
         loaded: list[tuple[nn.Module, str]] = []
         try:
-            for path, module in self.decoder.named_modules():
+            for path, module in root.named_modules():
                 if id(module) in inside:
                     continue
+                full = ".".join(part for part in (prefix, path) if part)
                 for leaf, _ in list(module.named_parameters(recurse=False)):
-                    inner = f"{path}.{leaf}" if path else leaf
-                    name = self._existing(f"{parent}.{inner}" if parent else inner)
-                    self._place(module, leaf, self.weights.dense(name))
+                    self._place(module, leaf, self.weights.dense(self._existing(full, leaf)))
                     loaded.append((module, leaf))
+                self._buffers(full, module)
             yield
         finally:
             for module, leaf in loaded:
                 _to_meta(module, leaf)
 
+    def _buffers(self, path: str, module: nn.Module) -> None:
+        """What a checkpoint holds for buffers (Llama 4's class embedding is none, some towers' positions are)."""
+        for leaf, buffer in list(module.named_buffers(recurse=False)):
+            name = self.names.on_disk.get(f"{path}.{leaf}")
+            if name is not None and buffer is not None:
+                module._buffers[leaf] = self.weights.dense(name).to(self.device, buffer.dtype)
+
     @contextlib.contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Load one block's weights, upcast to the compute dtype; they are freed on leaving."""
+        """Load one block's weights, upcast to the compute dtype; they are freed on leaving.
+
+        Experts that are too many to be in memory together stay out: each is fetched when it is called.
+        """
         block = self.layers[index]
+        absent = set() if self.resident(index) else {id(m) for m in self._expert_parts(block)}
         try:
             with mapped():
                 for path, module in block.named_modules():
+                    if id(module) in absent:
+                        continue
+                    full = ".".join(part for part in (self.path, str(index), path) if part)
                     for leaf, _ in list(module.named_parameters(recurse=False)):
-                        name = self.disk_name(index, f"{path}.{leaf}" if path else leaf)
+                        name = self._existing(full, leaf)
                         early = None if self.ahead is None else self.ahead.take(name)
-                        self._place(module, leaf, self.weights.dense(self._existing(name)) if early is None else early)
+                        self._place(module, leaf, self.weights.dense(name) if early is None else early)
+                    self._buffers(full, module)
             if self.ahead is not None:
                 names = self._parameter_names(index + 1) if index + 1 < self.num_blocks else ()
                 self.ahead.ask(name for name in names if self.weights.has(name))
@@ -186,6 +280,33 @@ class StreamedModel:
                 for leaf, _ in list(module.named_parameters(recurse=False)):
                     _to_meta(module, leaf)
 
+    def resident(self, index: int) -> bool:
+        """Whether all experts of a block are in memory while it is worked on."""
+        parts = self._expert_parts(self.layers[index])
+        return sum(p.numel() for m in parts for p in m.parameters(recurse=False)) * self.dtype.itemsize <= (
+            RESIDENT_EXPERTS
+        )
+
+    @staticmethod
+    def _expert_parts(block: nn.Module) -> list[nn.Module]:
+        return [part for m in block.modules() if isinstance(m, Expert) for part in m.modules()]
+
+    @contextlib.contextmanager
+    def fetched(self, expert: Expert) -> Iterator[None]:
+        """One expert's weights, for a while."""
+        path = self._path_of(expert)
+        try:
+            with mapped():
+                for leaf, module in expert.named_children():
+                    for parameter, _ in list(module.named_parameters(recurse=False)):
+                        name = self._existing(f"{path}.{leaf}", parameter)
+                        self._place(module, parameter, self.weights.dense(name))
+            yield
+        finally:
+            for module in expert.children():
+                for parameter, _ in list(module.named_parameters(recurse=False)):
+                    _to_meta(module, parameter)
+
     @contextlib.contextmanager
     def norm_after(self, index: int, path: str) -> Iterator[nn.Module | None]:
         """The norm that reads what block ``index`` leaves behind, loaded: the next block's at ``path``, or the last one
@@ -194,18 +315,17 @@ class StreamedModel:
             if path not in dict(self.layers[index + 1].named_modules()):
                 yield None
                 return
-            norm, name = self.layers[index + 1].get_submodule(path), self.disk_name(index + 1, path)
+            norm = self.layers[index + 1].get_submodule(path)
         else:
-            parent = self.disk_prefix.rpartition(".")[0]
-            found = [(n, m) for n, m in self.decoder.named_children() if _is_norm(m)]
+            found = [m for m in self.decoder.children() if _is_norm(m)]
             if len(found) != 1:
                 yield None
                 return
-            name, norm = f"{parent}.{found[0][0]}" if parent else found[0][0], found[0][1]
+            norm = found[0]
         leaves = [leaf for leaf, _ in norm.named_parameters(recurse=False)]
         try:
             for leaf in leaves:
-                self._place(norm, leaf, self.weights.dense(self._existing(f"{name}.{leaf}")))
+                self._place(norm, leaf, self.weights.dense(self._existing(self._path_of(norm), leaf)))
             yield norm
         finally:
             for leaf in leaves:
@@ -217,35 +337,92 @@ class StreamedModel:
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """The ``nn.Linear`` modules of a block by the names that the checkpoint gives them."""
         return {
-            self.disk_name(index, path): module
+            self.linear_name(index, path): module
             for path, module in self.layers[index].named_modules()
             if isinstance(module, nn.Linear)
         }
 
-    def embed(self, token_ids: torch.Tensor, intern: Interner) -> tuple[torch.Tensor, list[Arguments]]:
+    def expert_layers(self, index: int, linears: Mapping[str, nn.Linear]) -> dict[str, ExpertLayer]:
+        """A block's layers of experts whose Linears are among these, by the names that the checkpoint gives them."""
+        layers = {}
+        for path, module in self.layers[index].named_modules():
+            if not isinstance(module, Experts):
+                continue
+            names = [
+                {leaf: self.linear_name(index, f"{path}.{number}.{leaf}") for leaf in EXPERT_PARTS}
+                for number in range(len(module))
+            ]
+            if all(name in linears for expert in names for name in expert.values()):
+                layers[names[0]["down_proj"].rpartition(".")[0].rpartition(".")[0]] = ExpertLayer(module, names)
+        return layers
+
+    def embed(
+        self, token_ids: torch.Tensor, intern: Interner, inputs: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, list[Arguments]]:
         """What enters the first block, and what each block is called with besides.
 
         Args:
             token_ids: ``[batch, tokens]`` int64. Needs :meth:`embeddings`.
             intern: keeps equal tensors once over all batches.
+            inputs: what else the model takes, such as ``pixel_values``; the whole model then runs, its vision tower
+                too, and not only the language model. Needs :meth:`embeddings` with ``pictures``.
 
         Returns:
             hidden states ``[batch, tokens, hidden]`` and, for each block, positional and keyword arguments.
         """
+        if self.adds_between:
+            return self._recorded(token_ids, intern, inputs, 0.0)
+        try:
+            first, calls = self._recorded(token_ids, intern, inputs, 1.0)
+        except TupleWanted:
+            self.in_tuples = True
+            first, calls = self._recorded(token_ids, intern, inputs, 1.0)
+        if any(call.added is not None for call in calls):
+            first, exact = self._recorded(token_ids, intern, inputs, 0.0)
+            if not all(_same_added(one, other) for one, other in zip(calls, exact, strict=True)):
+                raise ArchitectureError(
+                    f"{type(self.decoder).__name__} changes hidden states between its blocks",
+                    where=self.weights.checkpoint.name,
+                    remedy="This architecture runs its blocks in a way that halfbyte does not know yet.",
+                )
+            calls, self.adds_between = exact, True
+        return first, calls
+
+    def _recorded(
+        self, token_ids: torch.Tensor, intern: Interner, inputs: Mapping[str, torch.Tensor] | None, factor: float
+    ) -> tuple[torch.Tensor, list[Arguments]]:
+        """One pass with blocks that multiply by a factor; what comes to a block beyond that was added in between (and
+        is exact where the factor is 0)."""
         first: list[torch.Tensor] = []
+        left: list[torch.Tensor] = []
         calls: list[Arguments | None] = [None] * self.num_blocks
 
-        def recorder(index: int) -> Callable[..., torch.Tensor]:
-            def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        def recorder(index: int) -> Callable[..., Any]:
+            def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+                rows = added = None
                 if not first:
                     first.append(hidden_states.clone())
-                calls[index] = (intern.tree(args), intern.tree(self._without_plain_mask(kwargs)))
-                return hidden_states
+                elif hidden_states.dim() < first[0].dim() and not self.in_tuples:
+                    raise TupleWanted
+                elif not torch.equal(hidden_states, left[-1]):
+                    difference = (hidden_states - left[-1]).flatten(0, 1)
+                    rows = torch.nonzero(difference.any(dim=-1)).flatten()
+                    added = difference[rows]
+                kept = intern.tree(self._without_plain_mask(kwargs))
+                calls[index] = Arguments(intern.tree(args), kept, rows, added)
+                if index + 1 == self.num_blocks:
+                    raise PassRecorded
+                left[:] = [hidden_states * factor]
+                return self._returned(left[-1].clone())  # the model may change it in place
 
             return forward
 
-        with self._forwards(recorder), torch.no_grad():
-            self.decoder(input_ids=torch.searchsorted(self._vocabulary, token_ids).to(self.device), use_cache=False)
+        with self._forwards(recorder), torch.no_grad(), contextlib.suppress(PassRecorded):
+            ids = token_ids.to(self.device)
+            if inputs is None:
+                self.decoder(input_ids=ids, use_cache=False)
+            else:
+                self.model(input_ids=ids, use_cache=False, **{k: self._fitting(v) for k, v in inputs.items()})
         missing = [i for i, c in enumerate(calls) if c is None]
         if missing:
             raise ArchitectureError(
@@ -254,6 +431,12 @@ class StreamedModel:
                 remedy="This architecture runs its blocks in a way that halfbyte does not know yet.",
             )
         return first[0], [c for c in calls if c is not None]
+
+    def _returned(self, hidden: torch.Tensor) -> Any:
+        return (hidden,) if self.in_tuples else hidden
+
+    def _fitting(self, value: torch.Tensor) -> torch.Tensor:
+        return value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
 
     def _without_plain_mask(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Without the mask where it says no more than "causal": torch's attention then leaves out the masked half.
@@ -273,9 +456,9 @@ class StreamedModel:
         Needs :meth:`head`.
         """
 
-        def inject(index: int) -> Callable[..., torch.Tensor]:
-            def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-                return hidden
+        def inject(index: int) -> Callable[..., Any]:
+            def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+                return self._returned(hidden)
 
             return forward
 
@@ -286,7 +469,7 @@ class StreamedModel:
         return logits.float()
 
     @contextlib.contextmanager
-    def _forwards(self, make: Callable[[int], Callable[..., torch.Tensor]]) -> Iterator[None]:
+    def _forwards(self, make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
         """Replace every block's ``forward``; attributes that the decoder reads from blocks stay."""
         try:
             for i, layer in enumerate(self.layers):
@@ -301,7 +484,9 @@ class StreamedModel:
         """Where the checkpoint's scheme quantises activations, Linears see them as an engine would make them."""
         handles = []
         for path, module in block.named_modules():
-            fmt = self.weights.activation_format(self.disk_name(index, path)) if isinstance(module, nn.Linear) else None
+            fmt = None
+            if isinstance(module, nn.Linear):
+                fmt = self.weights.activation_format(self.linear_name(index, path))
             if fmt is not None:
 
                 def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], fmt: Any = fmt) -> tuple[torch.Tensor, ...]:
@@ -314,14 +499,20 @@ class StreamedModel:
             for handle in handles:
                 handle.remove()
 
-    def _existing(self, name: str) -> str:
-        if not self.weights.has(name):
+    def _existing(self, path: str, leaf: str) -> str:
+        """The checkpoint's name of a module's parameter."""
+        full = f"{path}.{leaf}" if path else leaf
+        name = self.names.on_disk.get(full)
+        if name is None:
             raise CheckpointError(
-                f"tensor {name} is absent, which {type(self.model).__name__} needs",
+                f"tensor {full} is absent, which {type(self.model).__name__} needs",
                 where=self.weights.checkpoint.name,
                 remedy="The checkpoint is incomplete or of another architecture than its config says.",
             )
         return name
+
+    def _path_of(self, module: nn.Module) -> str:
+        return str(next(path for path, m in self.model.named_modules() if m is module))
 
     def _place(self, module: nn.Module, leaf: str, value: torch.Tensor) -> None:
         parameter = module._parameters[leaf]
@@ -334,16 +525,38 @@ class StreamedModel:
         module._parameters[leaf] = nn.Parameter(value.to(self.device, self.dtype), requires_grad=False)
 
     def _table_name(self) -> str:
-        parent = self.disk_prefix.rpartition(".")[0]
-        return self._existing(f"{parent}.embed_tokens.weight" if parent else "embed_tokens.weight")
+        return self._existing(self._path_of(self.model.get_input_embeddings()), "weight")  # type: ignore[operator]
 
     def head_name(self) -> str:
         """The tensor that projects to logits: one of its own, or the input embeddings where they are tied."""
-        own = [name for name in self.weights.names() if name.endswith("lm_head.weight")]
-        return own[0] if own else self._table_name()
+        output = self._path_of(self.model.get_output_embeddings())  # type: ignore[operator]
+        own = self.names.on_disk.get(f"{output}.weight")
+        return self._table_name() if own is None else own
 
     def _head_weight(self) -> torch.Tensor:
         return self.weights.dense(self.head_name())
+
+    def after_blocks(self) -> list[str]:
+        """The checkpoint's tensors that :meth:`logits` depends on: the decoder's own besides its blocks and embedding
+        table, and the head."""
+        table = self._path_of(self.model.get_input_embeddings())  # type: ignore[operator]
+        prefix = self._path_of(self.decoder)
+        inside = f"{self.path}."
+        own = [
+            name
+            for path, name in self.names.on_disk.items()
+            if path.startswith(f"{prefix}." if prefix else "") and not path.startswith((inside, f"{table}."))
+        ]
+        return list(dict.fromkeys([*own, self.head_name()]))
+
+
+def _same_added(one: Arguments, other: Arguments) -> bool:
+    if one.added is None or other.added is None or one.rows is None or other.rows is None:
+        return one.added is other.added
+    if not torch.equal(one.rows, other.rows):
+        return False
+    size = one.added.float().norm() + torch.finfo(torch.float32).tiny
+    return float((one.added.float() - other.added.float()).norm() / size) < 0.05
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -366,12 +579,8 @@ def is_plain_causal(mask: torch.Tensor) -> bool:
 
 def run_block(block: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
     """One block's output ``[batch, tokens, hidden]``."""
-    args, kwargs = arguments
     with torch.no_grad():
-        output = block(hidden, *args, **kwargs)
-    result = output[0] if isinstance(output, tuple) else output
-    assert isinstance(result, torch.Tensor)
-    return result
+        return arguments.run(block, hidden)
 
 
 def require_finite(
@@ -413,7 +622,7 @@ def require_finite(
 def require_finite_weights(modules: Mapping[str, nn.Linear]) -> None:
     """Stop on NaN or infinity in a weight, naming it."""
     for name, module in modules.items():
-        if not bool(torch.isfinite(module.weight).all()):
+        if not module.weight.is_meta and not bool(torch.isfinite(module.weight).all()):
             raise not_finite(f"{name}.weight")
 
 

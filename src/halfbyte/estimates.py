@@ -25,7 +25,7 @@ import torch
 
 from halfbyte.architectures import FUSED
 from halfbyte.arithmetic import bfloat16_products
-from halfbyte.calibration import TOKENS_PER_BATCH, available_memory_bytes, self_writing_bytes
+from halfbyte.calibration import TOKENS_PER_BATCH, available_memory_bytes, self_writing_bytes, writes_itself
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint
 from halfbyte.methods.refine import STRIP
 from halfbyte.methods.scales import CANDIDATES_PER_CALL, SHRINK_FEW_BITS
@@ -176,7 +176,7 @@ def shared_inputs(linears: Sequence[TensorPlan]) -> list[Shared]:
 
 def _memory(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationWork) -> Estimate:
     moments = [m for block in blocks for m in _block_moments(checkpoint, block, size)]
-    if size.spec == "self":
+    if size.spec is not None and writes_itself(size.spec):
         parts = {
             "the whole model, float32, its key-value cache and logits": float(
                 self_writing_bytes(checkpoint.size_bytes, checkpoint.text_config, size.samples, size.seq_len)
@@ -310,7 +310,7 @@ def _time(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationW
         positions = min(MEASURED_POSITIONS, size.measured_tokens)
         flops = 2.0 * (size.measured_tokens * passes * weights + positions * (size.units + 1) * head)
         parts["measuring sensitivities"] = flops / rate + 9e-8 * weights
-    if size.spec == "self":
+    if size.spec is not None and writes_itself(size.spec):
         parameters = sum(t.size_bytes // DTYPES[t.dtype].itemsize for t in checkpoint.tensors.values())
         parts["writing the calibration text"] = (
             2.0 * size.samples * size.seq_len * parameters / (SAMPLING_SHARE * matmul_rate(torch.float32))

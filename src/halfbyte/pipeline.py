@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from halfbyte.activations import fake_quantize_activations
+from halfbyte.architectures import EXPERT_MODULE
 from halfbyte.arithmetic import ComputeDtype, bfloat16_products
 from halfbyte.blocks import (
     Arguments,
@@ -80,7 +81,7 @@ from halfbyte.planner import (
 )
 from halfbyte.progress import Reporter, Silent
 from halfbyte.ranks import Ranks
-from halfbyte.recipe import WIDER, Effort, GptqSteps, Recipe, wider
+from halfbyte.recipe import WIDER, Effort, Recipe, wider
 from halfbyte.records import (
     CalibrationRecord,
     LinearRecord,
@@ -95,7 +96,7 @@ from halfbyte.records import (
 )
 from halfbyte.schemes import ActivationFormat
 from halfbyte.sensitivity import deal_out
-from halfbyte.sequential import AtOnce, Route, Sequential, Shelf, Walk, learn_route
+from halfbyte.sequential import AtOnce, Leaf, Route, Sequential, Shelf, Walk, learn_route
 from halfbyte.smoother import Smoother, Solved
 from halfbyte.state import HiddenStates, RunFolder, already_published
 from halfbyte.statistics import SecondMoment
@@ -202,7 +203,7 @@ def quantize(
     run = open_run(out, options, ranks, resume=resume)
     try:
         with ranks.sharing(), full_float32(target):
-            job = Job(checkpoint, work, chosen, target, options, run, reporter, ranks)
+            job = Job(work.checkpoint, work, chosen, target, options, run, reporter, ranks)
             manifest = job.carry_out()
     except OutputError as e:
         if run.fresh:
@@ -404,7 +405,7 @@ class Job:
         if self.ranks.first and not kept.exists():
             self._make_calibration(kept)
         self.ranks.agree()
-        return load_calibration(kept)
+        return load_calibration(kept, self.checkpoint.path)
 
     def _make_calibration(self, kept: Path) -> None:
         calibration = calibrate(
@@ -472,17 +473,19 @@ class Job:
                 self._await_save()
                 stream.aim(block, index)
             formats = self._activation_formats(names)
-            smoother = self._smoother(block, modules, index)
-            with stream.walk(block, index, modules, formats, self.recipe.gptq) as walk:
-                for moment in walk.moments():
+            smoother = self._smoother(model, block, modules, index)
+            with stream.walk(block, index, modules, formats, self.recipe) as walk:
+                for moments in walk.moments():
                     release_freed_memory()
-                    if not bool(torch.isfinite(moment.hessian.diagonal()).all()):
-                        raise stream.overflow(block, index, moment.names[0])
-                    if self.recipe.gptq.smoothing:
-                        smoother.smooth(walk, moment, solved)
+                    for moment in moments:
+                        if not bool(torch.isfinite(moment.hessian.diagonal()).all()):
+                            raise stream.overflow(block, index, moment.names[0])
+                    if self.recipe.gptq.smoothing and len(moments) == 1:
+                        smoother.smooth(walk, moments[0], solved)
                     clock = time.monotonic()
                     with mapped():
-                        results |= self._solve_shared(moment, modules, index)
+                        for moment in moments:
+                            results |= self._solve_shared(moment, modules, index)
                     solved.solver_seconds += time.monotonic() - clock
                     release_freed_memory()
                 if not last and stream.tuning is None:
@@ -492,14 +495,15 @@ class Job:
             if stream.tuning is not None:
                 self._tune(block, index, modules, formats, stream, solved)
                 if not last:
-                    stream.advance(block, index, stream.at_once(block, index, modules, formats))
+                    stream.advance(block, index, stream.at_once(block, index, modules, formats, self.recipe))
         solved.linears = {n: results[n] for n in names}
         return solved
 
-    def _smoother(self, block: nn.Module, modules: Mapping[str, nn.Linear], index: int) -> Smoother:
+    def _smoother(
+        self, model: StreamedModel, block: nn.Module, modules: Mapping[str, nn.Linear], index: int
+    ) -> Smoother:
         dtypes = {n: DTYPES[t.dtype] for n, t in self.checkpoint.tensors.items() if t.dtype in DTYPES}
-        prefix = f"{self.work.blocks.prefix}.{index}."
-        return Smoother(block, modules, prefix, self.work.schemes, dtypes, self.ranks)
+        return Smoother(block, modules, partial(model.disk_name, index), self.work.schemes, dtypes, self.ranks)
 
     def _tune(
         self,
@@ -510,7 +514,9 @@ class Job:
         stream: Stream,
         solved: Solved,
     ) -> None:
-        """Tune the whole block on its output error against the original model's; the better of the two is kept."""
+        """Tune the whole block on its output error against the original model's; the better of the two is kept. Experts
+        stay as they were solved: a few of them see few of the tokens."""
+        modules = {n: m for n, m in modules.items() if EXPERT_MODULE.match(n) is None}
         if not modules or stream.tuning is None:
             return
         tuned = {}
@@ -587,6 +593,7 @@ class Job:
                 damp_fraction=factor.damp_fraction,
                 damp_raises=factor.raises,
                 tokens=moment.tokens,
+                pooled=moment.pooled,
                 dead_columns=int(factor.dead.sum()),
             )
             results[name] = (record, result)
@@ -730,9 +737,10 @@ class Stream:
         interner = Interner()
         arguments = []
         reporter.start("embedding the calibration text", len(batches))
-        with model.embeddings(vocabulary):
+        with model.embeddings(vocabulary, pictures=any(b.inputs is not None for b in batches)):
             for i, batch in enumerate(batches):
-                hidden, calls = model.embed(batch.token_ids, interner)
+                inputs = None if batch.inputs is None else batch.inputs()
+                hidden, calls = model.embed(batch.token_ids, interner, inputs)
                 arguments.append(calls)
                 if run.fresh:
                     states.write(i, hidden, stage=0)
@@ -743,11 +751,12 @@ class Stream:
             for kept in (states, originals):
                 if kept is not None:
                     kept.resume(int(run.journal["stage"]))
+        batches = [replace(b, inputs=None) for b in batches]  # pictures have done their part
         return Stream(
             model,
             batches,
             [real_rows(b) for b in batches],
-            ranks.share(sample_numbers(calibration, everything)),
+            [list(b.samples) for b in batches],
             arguments,
             states,
             ranks,
@@ -797,7 +806,7 @@ class Stream:
             return Sample(
                 hidden=lambda: self.states.read(i).to(device, dtype, non_blocking=True),
                 target=lambda: originals.read(own.index(i)).to(device, dtype, non_blocking=True),
-                arguments=self.arguments[i][index],
+                run=self.arguments[i][index].run,
                 rows=self.rows[i],
                 owner=owner,
             )
@@ -805,7 +814,12 @@ class Stream:
         return [sample(g) for g in self.taught]
 
     def at_once(
-        self, block: nn.Module, index: int, linears: Mapping[str, nn.Linear], formats: Mapping[str, ActivationFormat]
+        self,
+        block: nn.Module,
+        index: int,
+        linears: Mapping[str, nn.Linear],
+        formats: Mapping[str, ActivationFormat],
+        recipe: Recipe,
     ) -> AtOnce:
         """A walk through a block in one pass."""
 
@@ -813,7 +827,19 @@ class Stream:
             hidden = self.states.read(batch).to(self.model.device, self.model.dtype, non_blocking=True)
             return run_block(block, hidden, self.arguments[batch][index])
 
-        return AtOnce(run, self.rows, linears, self.model.device, formats, self.ranks)
+        layers = self.model.expert_layers(index, linears)
+        return AtOnce(
+            run,
+            self.rows,
+            {n: m for n, m in linears.items() if EXPERT_MODULE.match(n) is None},
+            self.model.device,
+            formats,
+            self.ranks,
+            layers,
+            Shelf(self.states.folder if self.states.offload else None),
+            recipe.experts.rare_tokens,
+            recipe.experts.all_tokens,
+        )
 
     @contextlib.contextmanager
     def walk(
@@ -822,34 +848,47 @@ class Stream:
         index: int,
         linears: Mapping[str, nn.Linear],
         formats: Mapping[str, ActivationFormat],
-        steps: GptqSteps,
+        recipe: Recipe,
     ) -> Iterator[Walk]:
         """The way through a block: stage by stage where it can be, all Linears at once where it cannot."""
-        plain = self.at_once(block, index, linears, formats)
-        run = plain.run
-        route = self._route(block, index, linears, run) if steps.true_sequential and linears else None
+        plain = self.at_once(block, index, linears, formats, recipe)
+        run, steps = plain.run, recipe.gptq
+        leaves: dict[str, Leaf] = {**plain.linears, **{n: layer.module for n, layer in plain.layers.items()}}
+        route = self._route(block, index, leaves, run) if steps.true_sequential and leaves else None
         if route is None:
             yield plain
             return
         tokens = sum(b.token_ids.numel() for b in self.batches)
-        kept = route.kept_bytes(linears, tokens, self.states.dtype.itemsize)
+        kept = route.kept_bytes(leaves, tokens, self.states.dtype.itemsize)
         room = room_for_kept(self.model.device)
         shelf = Shelf(self.states.folder if self.states.offload or kept > room else None)
         smooth = steps.smoothing and any(f.kind == "int" for f in formats.values())
-        pairs = self._pairs(block, index, linears, route, run) if smooth else {}
+        pairs = self._pairs(block, index, plain.linears, route, run) if smooth else {}
         try:
             yield Sequential(
-                block, linears, route, run, self.rows, self.model.device, shelf, formats, self.ranks, pairs
+                block,
+                leaves,
+                route,
+                run,
+                self.rows,
+                self.model.device,
+                shelf,
+                formats,
+                self.ranks,
+                pairs,
+                plain.layers,
+                plain.rare,
+                plain.everything,
             )
         finally:
             shelf.clear()
 
     def _route(
-        self, block: nn.Module, index: int, linears: Mapping[str, nn.Linear], run: Callable[[int], torch.Tensor]
+        self, block: nn.Module, index: int, leaves: Mapping[str, Leaf], run: Callable[[int], torch.Tensor]
     ) -> Route | None:
         """Learnt once for all blocks of a kind, and spelt with this block's names."""
-        kind, prefix = kind_of(block, self.model, index, linears), f"{self.model.disk_prefix}.{index}."
-        short = {n.removeprefix(prefix): m for n, m in linears.items()}
+        kind, prefix = kind_of(block, self.model, index, leaves), f"{self.model.disk_prefix}.{index}."
+        short = {n.removeprefix(prefix): m for n, m in leaves.items()}
         if kind not in self.routes:
             self.routes[kind] = self.ranks.decide(lambda: learn_route(block, short, lambda: run(0)))
         known = self.routes[kind]
@@ -863,12 +902,16 @@ class Stream:
         route: Route,
         run: Callable[[int], torch.Tensor],
     ) -> dict[int, Pair]:
-        """Found once for all blocks of a kind, and spelt with this block's names."""
+        """Found once for all blocks of a kind, and spelt with this block's names. Experts take no part."""
+        if not self.model.resident(index):
+            return {}
         kind, prefix = kind_of(block, self.model, index, linears), f"{self.model.disk_prefix}.{index}."
         if kind not in self.pairs:
             short = {n.removeprefix(prefix): m for n, m in linears.items()}
-            stages = [[n.removeprefix(prefix) for n in names] for names in route.stages]
-            self.pairs[kind] = self.ranks.decide(lambda: find_pairs(short, stages, lambda: run(0)))
+            dense = {i: names for i, names in enumerate(route.stages) if names[0] in linears}
+            stages = [[n.removeprefix(prefix) for n in names] for names in dense.values()]
+            found = self.ranks.decide(lambda: find_pairs(short, stages, lambda: run(0)))
+            self.pairs[kind] = {list(dense)[i]: pair for i, pair in found.items()}
         return {stage: pair.renamed(prefix) for stage, pair in self.pairs[kind].items()}
 
     def overflow(self, block: nn.Module, index: int, where: str) -> NumericsError:
@@ -963,7 +1006,7 @@ def hosted(result: QuantizedWeight) -> QuantizedWeight:
 
 
 def kind_of(
-    block: nn.Module, model: StreamedModel, index: int, linears: Mapping[str, nn.Linear]
+    block: nn.Module, model: StreamedModel, index: int, linears: Mapping[str, nn.Module]
 ) -> tuple[type, tuple[str, ...]]:
     """Blocks of one kind are wired alike."""
     prefix = f"{model.disk_prefix}.{index}."
@@ -976,16 +1019,6 @@ def real_rows(batch: Batch) -> torch.Tensor | None:
     if bool((batch.lengths == longest).all()):
         return None
     return (torch.arange(longest) < batch.lengths.unsqueeze(1)).flatten()
-
-
-def sample_numbers(calibration: Calibration, batches: list[Batch]) -> list[list[int]]:
-    """For each batch, the positions of its rows in the calibration set (batches are dealt longest first)."""
-    order = sorted(range(len(calibration.sequences)), key=lambda i: -len(calibration.sequences[i]))
-    numbers, start = [], 0
-    for batch in batches:
-        numbers.append(order[start : start + batch.token_ids.shape[0]])
-        start += batch.token_ids.shape[0]
-    return numbers
 
 
 def choose_device(name: str) -> torch.device:

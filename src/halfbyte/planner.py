@@ -14,12 +14,22 @@ from typing import Literal
 
 import torch
 
-from halfbyte.architectures import FUSED, KEPT_MODULES, KNOWN_ARCHITECTURES, NOT_LANGUAGE, BlockMap, map_blocks
+from halfbyte.architectures import (
+    EXPERT_MODULE,
+    EXPERTS_AS_THEY_ARE,
+    FUSED,
+    KEPT_MODULES,
+    KNOWN_ARCHITECTURES,
+    NOT_LANGUAGE,
+    BlockMap,
+    map_blocks,
+)
 from halfbyte.arithmetic import COMPUTE_DTYPES, ComputeDtype, compute_dtype
-from halfbyte.calibration import default_spec, parse_spec
+from halfbyte.calibration import absent_sources, calibration_problems, default_spec, parse_spec
 from halfbyte.checkpoint.layout import TensorSpec
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint, TensorInfo
 from halfbyte.checkpoint.source import open_headers
+from halfbyte.checkpoint.stacks import stack_of, unstacked
 from halfbyte.errors import ArchitectureError, CheckpointError, HalfbyteError, RecipeError, UsageError
 from halfbyte.estimates import CalibrationWork, estimate, settle_offload
 from halfbyte.methods.tuning import tuning_of
@@ -31,16 +41,20 @@ from halfbyte.schemes import PRESETS, Scheme, block_problem, group_size_problem,
 
 GroupSize = int | Literal["channel"] | None
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
+UNREAD_EXPERTS = "this family's experts stay as they are: vLLM would silently leave out quantised ones"
+UNKNOWN_STACKS = "three-dimensional weights whose layout is not known stay as they are"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkPlan:
     """The plan with what the pipeline needs to carry it out.
 
+    ``checkpoint`` is the source with stacked experts that will be quantised seen one by one.
     ``budget`` is there while ``target_bits`` has not been spent: ``schemes`` and ``outputs`` are then the recipe's.
     """
 
     plan: Plan
+    checkpoint: Checkpoint
     blocks: BlockMap
     schemes: dict[str, Scheme]
     outputs: list[TensorSpec]
@@ -95,6 +109,8 @@ def plan(
     found: list[HalfbyteError] = []
     checkpoint = open_headers(source, found)
     size = calibration_work(chosen, checkpoint, calibration, samples, seq_len, offload=offload, dtype=dtype)
+    if size.spec is not None:
+        found += absent_sources(size.spec)
     return make_plan(checkpoint, chosen, size, found=found).plan
 
 
@@ -207,6 +223,8 @@ def make_plan(
 ) -> WorkPlan:
     """Sort tensors, collect problems, add up bytes. ``found`` are problems that reading the headers brought up."""
     problems = list(found)
+    if size.spec is not None:
+        problems += calibration_problems(size.spec, checkpoint.path, checkpoint.config)
     notes = [size.reason] if size.reason else []
     if isinstance(checkpoint.config.get("quantization_config"), dict):
         problems.append(
@@ -216,6 +234,7 @@ def make_plan(
                 remedy="Start from the original checkpoint.",
             )
         )
+    checkpoint = with_experts(checkpoint, recipe)
     try:
         blocks = map_blocks(checkpoint, problems)
     except ArchitectureError as e:
@@ -227,13 +246,7 @@ def make_plan(
             "found by the general rule"
         )
     if blocks.unsupported:
-        problems.append(
-            ArchitectureError(
-                f"{len(blocks.unsupported)} fused three-dimensional expert weights cannot be quantised yet",
-                where=blocks.unsupported[0],
-                remedy="Mixtures of experts are not supported in this version.",
-            )
-        )
+        notes.append(f"{UNREAD_EXPERTS if is_unread(checkpoint) else UNKNOWN_STACKS} ({blocks.unsupported[0]})")
     schemes: dict[str, Scheme] = {}
     outputs: list[TensorSpec] = []
     tensors: list[TensorPlan] = []
@@ -301,6 +314,7 @@ def make_plan(
     summary = _summary(checkpoint, blocks, recipe, tensors, size, problems, notes, budget)
     return WorkPlan(
         plan=summary,
+        checkpoint=checkpoint,
         blocks=blocks,
         schemes=schemes,
         outputs=outputs,
@@ -309,6 +323,24 @@ def make_plan(
         ignore_patterns=ignore_patterns(blocks, recipe, schemes),
         budget=budget,
     )
+
+
+def with_experts(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """The checkpoint with those stacks of experts seen one by one of which the recipe quantises something."""
+    if is_unread(checkpoint):
+        return checkpoint
+    layer_of = {n: s.parent for n, t in checkpoint.tensors.items() if (s := stack_of(n, t.shape)) is not None}
+    used = {
+        layer_of[info.slab.stack]
+        for name, info in unstacked(checkpoint).tensors.items()
+        if info.slab is not None and recipe.scheme_for(name.removesuffix(".weight")) is not None
+    }
+    return unstacked(checkpoint, keep=frozenset(n for n, layer in layer_of.items() if layer not in used))
+
+
+def is_unread(checkpoint: Checkpoint) -> bool:
+    """Whether no engine would read this family's experts once they are quantised."""
+    return str(checkpoint.text_config.get("model_type")) in EXPERTS_AS_THEY_ARE
 
 
 def ignore_patterns(blocks: BlockMap, recipe: Recipe, schemes: dict[str, Scheme]) -> list[str]:
@@ -336,6 +368,9 @@ def ignore_patterns(blocks: BlockMap, recipe: Recipe, schemes: dict[str, Scheme]
             if leaf == "weight" and KEPT_MODULES.search(module):
                 tail = module.removeprefix(f"{blocks.prefix}.{i}.")
                 patterns.append(f"re:.*{re.escape(tail)}$")
+            if ".experts." in name and EXPERT_MODULE.match(module) is None:
+                tail = name.partition(".experts.")[0].removeprefix(f"{blocks.prefix}.{i}.")
+                patterns.append(f"re:.*{re.escape(tail)}\\.experts.*")
     patterns += recipe.ignore
     covered = Recipe(groups=recipe.groups, ignore=tuple(patterns))
     targeted = [m for block in blocks.linears for m in block if m not in schemes]
@@ -389,6 +424,7 @@ def _pattern_problems(blocks: BlockMap, recipe: Recipe) -> list[HalfbyteError]:
                 if len({recipe.scheme_for(m) for m in parts}) > 1:
                     listed = ", ".join(f"{m.rpartition('.')[2]} {_name_of(recipe.scheme_for(m))}" for m in parts)
                     split.setdefault(listed, []).append(parent)
+    problems += _mixed_experts(blocks, recipe)
     problems += [
         UsageError(
             f"vLLM fuses these into one layer, so they must share one scheme: {listed}",
@@ -398,6 +434,27 @@ def _pattern_problems(blocks: BlockMap, recipe: Recipe) -> list[HalfbyteError]:
         for listed, parents in split.items()
     ]
     return problems
+
+
+def _mixed_experts(blocks: BlockMap, recipe: Recipe) -> list[HalfbyteError]:
+    """Layers whose experts would not all be treated alike: vLLM holds them in one tensor, and asks for the first's."""
+    for block in blocks.linears:
+        layers: dict[str, dict[str, str]] = {}
+        for module in block:
+            match = EXPERT_MODULE.match(module)
+            if match is not None:
+                layers.setdefault(match["layer"], {}).setdefault(_name_of(recipe.scheme_for(module)), module)
+        for layer, found in layers.items():
+            if len(found) > 1:
+                listed = ", ".join(f"{module.removeprefix(layer + '.')} {scheme}" for scheme, module in found.items())
+                return [
+                    UsageError(
+                        f"vLLM keeps a layer's experts in one tensor, so they must share one scheme: {listed}",
+                        where=layer,
+                        remedy="Treat all experts of a layer alike in --ignore and in the recipe's targets.",
+                    )
+                ]
+    return []
 
 
 def _name_of(scheme: Scheme | None) -> str:

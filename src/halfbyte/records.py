@@ -133,6 +133,7 @@ class LinearRecord:
         damp_fraction: share of H's mean diagonal added before factoring (0 where none was factored).
         damp_raises: how often damping had to be raised before H could be factored.
         tokens: calibration tokens that entered its statistic.
+        pooled: tokens of the layer's other experts that stood in for them, where they were too few; else 0.
         dead_columns: input features that were zero in all of them.
     """
 
@@ -146,6 +147,7 @@ class LinearRecord:
     damp_fraction: float = 0.0
     damp_raises: int = 0
     tokens: int = 0
+    pooled: int = 0
     dead_columns: int = 0
 
 
@@ -243,7 +245,11 @@ class Sensitivity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationRecord:
-    """Which tokens the statistics come from. ``sha256`` is over the token ids and lengths, in order."""
+    """Which tokens the statistics come from.
+
+    ``sha256`` is over the token ids and lengths, in order, and then over the files of pictures where there are any.
+    ``image_samples`` is how many of the samples have pictures, and ``images`` how many pictures these have together.
+    """
 
     spec: str
     samples: int
@@ -252,6 +258,8 @@ class CalibrationRecord:
     seed: int
     sha256: str
     description: str = ""
+    image_samples: int = 0
+    images: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

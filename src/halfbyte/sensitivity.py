@@ -33,7 +33,7 @@ from halfbyte.calibration import Batch, Calibration
 from halfbyte.checkpoint.layout import write_error
 from halfbyte.checkpoint.reader import DTYPES
 from halfbyte.distributions import kl_rows
-from halfbyte.errors import NumericsError
+from halfbyte.errors import CalibrationError, NumericsError
 from halfbyte.estimates import LOGITS_BYTES, MEASURED_POSITIONS
 from halfbyte.heap import release_freed_memory
 from halfbyte.methods.rtn import nearest, quantize_rtn
@@ -134,8 +134,14 @@ class Text:
 
     @staticmethod
     def of(calibration: Calibration, units: int) -> Text:
-        """The longest sequences of a calibration set, cut to :data:`MEASURED_SEQ_LEN` tokens."""
-        order = sorted(range(len(calibration.sequences)), key=lambda i: -len(calibration.sequences[i]))
+        """The longest sequences without pictures of a calibration set, cut to :data:`MEASURED_SEQ_LEN` tokens."""
+        order = sorted(calibration.texts, key=lambda i: -len(calibration.sequences[i]))
+        if not order:
+            raise CalibrationError(
+                "every sample has pictures, and sensitivities are measured on text",
+                where=calibration.record.spec,
+                remedy="Mix in some text, as in text:FILE*0.2+vlm:FOLDER*0.8, or leave --target-bits out.",
+            )
         samples = order[: measured_sequences(units)]
         cut = [calibration.sequences[i][:MEASURED_SEQ_LEN] for i in samples]
         (batch,) = Calibration(record=calibration.record, sequences=cut).batches(MEASURED_SEQ_LEN * len(cut))

@@ -16,7 +16,8 @@ Nothing of this is read from names. For the first batch a :class:`Route` is lear
 - a module that returns a lasting output as it is (the attention, the MLP) need not run again once that is there;
 - a norm that only feeds what a pass does not look at any more is left out of it.
 
-A block whose Linears are not each called once a batch, in one order (experts), is observed at once: :class:`AtOnce`.
+A layer of experts is a stage of its own, which :mod:`halfbyte.routed` walks through. A block whose Linears are not each
+called once a batch, in one order, is observed at once: :class:`AtOnce`.
 """
 
 from __future__ import annotations
@@ -31,17 +32,20 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from halfbyte.activations import fake_quantize_activations
 from halfbyte.checkpoint.layout import write_error
 from halfbyte.checkpoint.reader import bytes_of
 from halfbyte.errors import ArchitectureError, ResumeError
+from halfbyte.experts import Experts
 from halfbyte.forwards import replaced_forwards
 from halfbyte.pairs import Pair
 from halfbyte.ranks import Ranks
+from halfbyte.routed import Entering, ExpertLayer, RoutedWalk, linear
 from halfbyte.schemes import ActivationFormat
 from halfbyte.statistics import Collector, SecondMoment
 
-# More Linears than this make trying each one dear, and are experts in all likelihood.
+# A Linear, or a layer of experts as a whole.
+Leaf = nn.Linear | Experts
+# More Linears than this make trying each one dear, and are experts of a kind that is not known in all likelihood.
 MOST_LINEARS = 32
 # Tokens that strengths of smoothing are tried on.
 SAMPLED_TOKENS = 256
@@ -89,7 +93,7 @@ class Route:
             idle=self.idle,
         )
 
-    def kept_bytes(self, linears: Mapping[str, nn.Linear], tokens: int, itemsize: int) -> int:
+    def kept_bytes(self, linears: Mapping[str, Leaf], tokens: int, itemsize: int) -> int:
         """The most that is kept at a time: inputs of a stage and the one before it, and lasting outputs up to there."""
         most = 0
         for stage in range(len(self.stages)):
@@ -106,6 +110,7 @@ class _Recorded:
 
     order: list[str] = field(default_factory=list)
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    besides: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     owners: dict[str, tuple[str, int]] = field(default_factory=dict)
     gains: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -113,12 +118,12 @@ class _Recorded:
     result: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def learn_route(block: nn.Module, linears: Mapping[str, nn.Linear], run: Callable[[], torch.Tensor]) -> Route | None:
+def learn_route(block: nn.Module, linears: Mapping[str, Leaf], run: Callable[[], torch.Tensor]) -> Route | None:
     """Find out how a block's Linears follow each other, from one batch.
 
     Args:
         block: with its weights in place.
-        linears: those that are to be observed, by name.
+        linears: those that are to be observed, and layers of experts, by name.
         run: runs the batch through the block and returns its output.
 
     Returns:
@@ -131,7 +136,8 @@ def learn_route(block: nn.Module, linears: Mapping[str, nn.Linear], run: Callabl
         return None
     stages: list[list[str]] = []
     for name in seen.order:
-        known = next((s for s in stages if seen.inputs[s[0]] is seen.inputs[name]), None)
+        alone = isinstance(linears[name], Experts)
+        known = next((s for s in stages if not alone and _shares(linears[s[0]], seen, s[0], name)), None)
         if known is None:
             stages.append([name])
         else:
@@ -141,7 +147,7 @@ def learn_route(block: nn.Module, linears: Mapping[str, nn.Linear], run: Callabl
     for name in linears:
         right, same_result = _try(linears, run, seen, {name})
         later = [n for n in linears if stage_of[n] >= stage_of[name] + 2]
-        if not same_result or not all(right[n] for n in later):
+        if not same_result or not all(right[n] for n in later) or isinstance(linears[name], Experts):
             lasting.add(name)
     right, same_result = _try(linears, run, seen, set(linears) - lasting)
     if not same_result:
@@ -175,21 +181,26 @@ def learn_route(block: nn.Module, linears: Mapping[str, nn.Linear], run: Callabl
     )
 
 
+def _shares(first: Leaf, seen: _Recorded, one: str, other: str) -> bool:
+    return not isinstance(first, Experts) and seen.inputs[one] is seen.inputs[other]
+
+
 def _as_it_is(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def _record(block: nn.Module, linears: Mapping[str, nn.Linear], run: Callable[[], torch.Tensor]) -> _Recorded:
+def _record(block: nn.Module, linears: Mapping[str, Leaf], run: Callable[[], torch.Tensor]) -> _Recorded:
     seen = _Recorded()
     returned: dict[str, torch.Tensor] = {}
     entering: list[Any] = []
     handles = [block.register_forward_pre_hook(lambda _, given: entering.extend(given[:1]))]
 
-    def recorder(name: str, original: Callable[..., torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            y = original(x)
+    def recorder(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def forward(x: torch.Tensor, *besides: torch.Tensor) -> torch.Tensor:
+            y = original(x, *besides)
             seen.order.append(name)
             seen.inputs[name], seen.outputs[name], returned[name] = x, y.clone(), y
+            seen.besides[name] = besides
             return y
 
         return forward
@@ -211,8 +222,9 @@ def _record(block: nn.Module, linears: Mapping[str, nn.Linear], run: Callable[[]
 
         handles.append(module.register_forward_hook(look, with_kwargs=True))
 
+    within = {id(m) for leaf in linears.values() for m in leaf.modules()}
     for path, module in block.named_modules():
-        if module is not block and not isinstance(module, nn.Linear):
+        if module is not block and id(module) not in within and not isinstance(module, nn.Linear):
             owner(path, module)
     try:
         with replaced_forwards({m: recorder(n, m.forward) for n, m in linears.items()}):
@@ -224,7 +236,7 @@ def _record(block: nn.Module, linears: Mapping[str, nn.Linear], run: Callable[[]
 
 
 def _try(
-    linears: Mapping[str, nn.Linear],
+    linears: Mapping[str, Leaf],
     run: Callable[[], torch.Tensor],
     seen: _Recorded,
     replaced: set[str],
@@ -241,9 +253,10 @@ def _try(
     """
     right: dict[str, bool] = dict.fromkeys(linears, False)
 
-    def stand_in(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            right[name] = torch.equal(x, seen.inputs[name])
+    def stand_in(name: str) -> Callable[..., torch.Tensor]:
+        def forward(x: torch.Tensor, *besides: torch.Tensor) -> torch.Tensor:
+            given = zip((x, *besides), (seen.inputs[name], *seen.besides[name]), strict=True)
+            right[name] = all(torch.equal(a, b) for a, b in given)
             return torch.ones_like(seen.outputs[name]) if name in replaced else seen.outputs[name].clone()
 
         return forward
@@ -254,12 +267,6 @@ def _try(
     with replaced_forwards(forwards):
         result = run()
     return right, torch.equal(result, seen.result)
-
-
-def linear(module: nn.Linear, x: torch.Tensor, fmt: ActivationFormat | None) -> torch.Tensor:
-    """A Linear's output, its input rounded as an engine would where it does."""
-    seen = x if fmt is None else fake_quantize_activations(x, fmt)
-    return nn.functional.linear(seen, module.weight, module.bias)
 
 
 @dataclass(slots=True)
@@ -352,9 +359,9 @@ class Outliers:
 class Walk(Protocol):
     """A way through one block: observe its Linears, have them quantised by the caller, then run what came of it."""
 
-    def moments(self) -> Iterator[SecondMoment]:
+    def moments(self) -> Iterator[list[SecondMoment]]:
         """Second moments, over the batches of all ranks, in the order in which they are wanted; the caller quantises
-        before taking the next."""
+        before taking the next. Several at a time are of one shape, those of a group of experts."""
         ...
 
     def outliers(self) -> Outliers | None:
@@ -380,6 +387,7 @@ class AtOnce:
         linears: what is observed; device: where statistics are kept.
         formats: Linears whose input an engine will quantise: once solved, they see it so here.
         ranks: who has the other batches.
+        layers: of experts, by name; shelf: where what enters them waits; rare, everything: see :class:`RoutedWalk`.
     """
 
     run: Callable[[int], torch.Tensor]
@@ -388,11 +396,16 @@ class AtOnce:
     device: torch.device
     formats: Mapping[str, ActivationFormat]
     ranks: Ranks = field(default_factory=Ranks)
+    layers: Mapping[str, ExpertLayer] = field(default_factory=dict)
+    shelf: Shelf = field(default_factory=lambda: Shelf(None))
+    rare: int = 0
+    everything: bool = False
 
-    def moments(self) -> Iterator[SecondMoment]:
+    def moments(self) -> Iterator[list[SecondMoment]]:
         with Collector(self.linears, self.device) as collector:
             for i, rows in enumerate(self.rows):
-                collector.run(lambda i=i: self.run(i), rows)  # type: ignore[misc]
+                with replaced_forwards({e.module: self._watched(n, e.module, i) for n, e in self.layers.items()}):
+                    collector.run(lambda i=i: self.run(i), rows)  # type: ignore[misc]
         found = united(collector.moments, self.linears, self.device, self.ranks)
         idle = [n for n in self.linears if not any(n in m.names for m in found)]
         if idle:
@@ -404,7 +417,32 @@ class AtOnce:
         collector.moments.clear()
         found.reverse()
         while found:
-            yield found.pop()
+            yield [found.pop()]
+        for name, layer in self.layers.items():
+            walk = RoutedWalk(
+                layer,
+                lambda batch, name=name: entering(self.shelf, name, batch, self.device),  # type: ignore[misc]
+                self.rows,
+                lambda batch, part: None,
+                self.device,
+                self.formats,
+                self.ranks,
+                self.rare,
+                self.everything,
+            )
+            yield from walk.moments()
+            for key in entering_keys(name):
+                self.shelf.drop(key)
+
+    def _watched(self, name: str, module: Experts, batch: int) -> Callable[..., torch.Tensor]:
+        original = module.forward
+
+        def forward(*given: torch.Tensor) -> torch.Tensor:
+            for key, value in zip(entering_keys(name), given, strict=True):
+                self.shelf.put(key, batch, value)
+            return original(*given)
+
+        return forward
 
     def outliers(self) -> Outliers | None:
         return None
@@ -413,13 +451,17 @@ class AtOnce:
         """Nothing: what is computed later is computed from the weights there are then."""
 
     def outputs(self) -> Iterator[torch.Tensor]:
+        known = dict(self.linears)
+        for layer in self.layers.values():
+            for number in range(len(layer.names)):
+                known |= layer.linears(number)
         for i in range(len(self.rows)):
-            with replaced_forwards({m: self._quantized(n) for n, m in self.linears.items() if n in self.formats}):
+            with replaced_forwards({m: self._quantized(n, m) for n, m in known.items() if n in self.formats}):
                 output = self.run(i)
             yield output
 
-    def _quantized(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda x: linear(self.linears[name], x, self.formats[name])
+    def _quantized(self, name: str, module: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: linear(module, x, self.formats[name])
 
 
 @dataclass(slots=True)
@@ -427,17 +469,18 @@ class Sequential:
     """Stage by stage along a :class:`Route`, each product computed once.
 
     Attributes:
-        block, linears, route: what is walked.
+        block, linears, route: what is walked; linears hold layers of experts, too.
         run: runs batch ``i`` through the block; rows: which positions are tokens, ``None`` for all.
         device: where statistics are kept.
         shelf: where inputs and outputs wait.
         formats: Linears whose input an engine will quantise: once solved, they see it so here.
         ranks: who has the other batches.
         pairs: stages whose input is linear in an earlier Linear's output, where that is wanted.
+        layers: what is known of the layers of experts; rare, everything: see :class:`RoutedWalk`.
     """
 
     block: nn.Module
-    linears: Mapping[str, nn.Linear]
+    linears: Mapping[str, Leaf]
     route: Route
     run: Callable[[int], torch.Tensor]
     rows: Sequence[torch.Tensor | None]
@@ -446,19 +489,25 @@ class Sequential:
     formats: Mapping[str, ActivationFormat]
     ranks: Ranks = field(default_factory=Ranks)
     pairs: Mapping[int, Pair] = field(default_factory=dict)
+    layers: Mapping[str, ExpertLayer] = field(default_factory=dict)
+    rare: int = 0
+    everything: bool = False
     _batches: int = 0
     _stage: int = 0
     _batch: int = 0
     _moment: SecondMoment | None = None
     _outliers: Outliers | None = None
 
-    def moments(self) -> Iterator[SecondMoment]:
+    def moments(self) -> Iterator[list[SecondMoment]]:
         self._batches = sum(self.ranks.gather(len(self.rows)))
         for stage, names in enumerate(self.route.stages):
             self._stage = stage
+            self._outliers = None
+            if names[0] in self.layers:
+                yield from self._of_experts(names[0])
+                continue
             self._moment = SecondMoment.empty(self.linears[names[0]].in_features, self.device)
             self._moment.names.extend(names)
-            self._outliers = None
             origin = self._origin(stage)
             if origin is not None and all(n in self.formats for n in names):
                 width = self.linears[names[0]].in_features
@@ -471,7 +520,32 @@ class Sequential:
             moment.unite(self.ranks)
             if self._outliers is not None:
                 self._outliers.unite(self.ranks)
-            yield moment
+            yield [moment]
+
+    def _of_experts(self, name: str) -> Iterator[list[SecondMoment]]:
+        """A layer of experts, whose output is remembered once it is there."""
+        with self._active():
+            for batch in range(len(self.rows)):
+                self._run_to_stage(batch, name)
+        self._forget()
+        walk = RoutedWalk(
+            self.layers[name],
+            lambda batch: entering(self.shelf, name, batch, self.device),
+            self.rows,
+            lambda batch, part: self._add_to(name, batch, part),
+            self.device,
+            self.formats,
+            self.ranks,
+            self.rare,
+            self.everything,
+        )
+        yield from walk.moments()
+        for key in entering_keys(name):
+            self.shelf.drop(key)
+
+    def _add_to(self, name: str, batch: int, part: torch.Tensor) -> None:
+        before = self.shelf.get(f"out-{name}", batch)
+        self.shelf.put(f"out-{name}", batch, part if before is None else part + before.to(part))
 
     def outliers(self) -> Outliers | None:
         return self._outliers
@@ -513,12 +587,15 @@ class Sequential:
         with replaced_forwards(replaced):
             yield
 
-    def _linear(self, name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _linear(self, name: str) -> Callable[..., torch.Tensor]:
         stage = self.route.stage_of(name)
 
-        def forward(x: torch.Tensor) -> torch.Tensor:
+        def forward(x: torch.Tensor, *besides: torch.Tensor) -> torch.Tensor:
             if stage >= self._stage:
-                self._observe(stage, x)
+                if name in self.layers:
+                    self._enter(name, stage, (x, *besides))
+                else:
+                    self._observe(stage, x)
                 raise InputSeen
             return self._output(name, stage, x)
 
@@ -535,6 +612,12 @@ class Sequential:
             return y if nones < 0 else (y, *[None] * nones)
 
         return forward
+
+    def _enter(self, name: str, stage: int, given: tuple[torch.Tensor, ...]) -> None:
+        if stage != self._stage:
+            raise another_order(name, self._batch)
+        for key, value in zip(entering_keys(name), given, strict=True):
+            self.shelf.put(key, self._batch, value)
 
     def _observe(self, stage: int, x: torch.Tensor) -> None:
         if self._moment is None or stage != self._stage:
@@ -560,8 +643,10 @@ class Sequential:
             return x.new_ones((*x.shape[:-1], self.linears[name].out_features))
         if stage in self.route.kept:
             x = self.shelf.get(f"in-{stage}", self._batch)
+        module = self.linears[name]
         assert x is not None
-        y = linear(self.linears[name], x.to(self.device), self.formats.get(name))
+        assert isinstance(module, nn.Linear)
+        y = linear(module, x.to(self.device), self.formats.get(name))
         if name in self.route.lasting and not last:
             self.shelf.put(f"out-{name}", self._batch, y.clone())
         return y
@@ -576,6 +661,20 @@ class Sequential:
             ]
             if stage < self._stage and all(done):
                 self.shelf.drop(f"in-{stage}")
+
+
+def entering_keys(layer: str) -> tuple[str, str, str]:
+    """Where on a shelf tokens, experts and weights wait that enter a layer."""
+    return f"tokens-{layer}", f"experts-{layer}", f"weights-{layer}"
+
+
+def entering(shelf: Shelf, layer: str, batch: int, device: torch.device) -> Entering:
+    """What enters a layer of experts in a batch."""
+    x, index, weights = (shelf.get(key, batch) for key in entering_keys(layer))
+    assert x is not None
+    assert index is not None
+    assert weights is not None
+    return x.to(device), index.to(device), weights.to(device)
 
 
 def united(

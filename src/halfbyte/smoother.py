@@ -53,14 +53,14 @@ class Smoother:
 
     Attributes:
         block, modules: its modules, the Linears by name.
-        prefix: of the block's names in the checkpoint, with the dot.
+        on_disk: how the checkpoint spells a parameter of the block.
         schemes: of the Linears; dtypes: what the checkpoint's tensors are stored in.
         ranks: the first decides.
     """
 
     block: nn.Module
     modules: Mapping[str, nn.Linear]
-    prefix: str
+    on_disk: Callable[[str], str]
     schemes: Mapping[str, Scheme]
     dtypes: Mapping[str, torch.dtype]
     ranks: Ranks
@@ -82,7 +82,7 @@ class Smoother:
         offset = gain_offset(norm, moment.hessian.shape[0])
         if offset is None:
             return
-        tensor = f"{self.prefix}{path}.weight"
+        tensor = self.on_disk(f"{path}.weight")
         stored = self.dtypes[tensor]
         gain = norm.get_parameter("weight").detach().float().cpu() + offset
 

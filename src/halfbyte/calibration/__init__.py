@@ -1,8 +1,16 @@
-"""Where calibration tokens come from: files, data sets, random ids, or the model's own writing."""
+"""Where calibration tokens come from: files of text or pictures, data sets, random ids, or the model's own writing."""
 
 from halfbyte.calibration.memory import FALLBACK_SPEC, available_memory_bytes, default_spec, self_writing_bytes
+from halfbyte.calibration.pictured import Pictured, Processing
 from halfbyte.calibration.sequences import TOKENS_PER_BATCH, TOKENS_PER_BATCH_ON_GPU, Batch, Calibration
-from halfbyte.calibration.sources import SOURCES, calibrate, parse_spec
+from halfbyte.calibration.sources import (
+    SOURCES,
+    absent_sources,
+    calibrate,
+    calibration_problems,
+    parse_spec,
+    writes_itself,
+)
 
 __all__ = [
     "FALLBACK_SPEC",
@@ -11,9 +19,14 @@ __all__ = [
     "TOKENS_PER_BATCH_ON_GPU",
     "Batch",
     "Calibration",
+    "Pictured",
+    "Processing",
+    "absent_sources",
     "available_memory_bytes",
     "calibrate",
+    "calibration_problems",
     "default_spec",
     "parse_spec",
     "self_writing_bytes",
+    "writes_itself",
 ]

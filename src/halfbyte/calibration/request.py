@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from halfbyte.calibration.pictured import Pictured
 from halfbyte.progress import Reporter
 
 
@@ -33,7 +35,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """Token sequences (int64, 1-D) and one sentence that says where they come from."""
+    """Token sequences (int64, 1-D) and one sentence that says where they come from.
+
+    ``pictured`` has, by their numbers among the sequences, the samples with pictures.
+    """
 
     sequences: list[torch.Tensor]
     description: str
+    pictured: Mapping[int, Pictured] = field(default_factory=dict)

@@ -22,7 +22,7 @@ def jsonl_rows(request: Request) -> Found:
     """
     path = Path(request.argument)
     try:
-        sequences = tokenize_rows(_parsed_lines(path), request)
+        sequences = tokenize_rows(parsed_lines(path), request)
     except OSError as e:
         raise CalibrationError(
             f"cannot be read: {e.strerror}", where=str(path), remedy="Give a JSON-lines file."
@@ -32,7 +32,8 @@ def jsonl_rows(request: Request) -> Found:
     return found_rows(sequences, request, path.name)
 
 
-def _parsed_lines(path: Path) -> Iterator[tuple[str, Any]]:
+def parsed_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each line's whereabouts and what its JSON holds; empty lines give nothing."""
     with open(path, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
             where = f"{path}, line {number}"
@@ -88,11 +89,22 @@ def render(tokenizer: Any, messages: list[Any], where: str) -> str:
         with quiet():
             return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as e:  # templates raise what they like
+        refusal = first_line(e)
+    try:  # those of multimodal models may want lists of parts
+        with quiet():
+            return str(tokenizer.apply_chat_template([_in_parts(m) for m in messages], tokenize=False))
+    except Exception:
         raise CalibrationError(
-            f"the chat template refuses these messages: {first_line(e)}",
+            f"the chat template refuses these messages: {refusal}",
             where=where,
             remedy="Check roles, their order and that every message has content.",
         ) from None
+
+
+def _in_parts(message: Any) -> Any:
+    if isinstance(message, dict) and isinstance(message.get("content"), str):
+        return {**message, "content": [{"type": "text", "text": message["content"]}]}
+    return message
 
 
 def found_rows(sequences: list[torch.Tensor], request: Request, name: str) -> Found:

@@ -70,13 +70,19 @@ def load_tokenizer(model_path: Path) -> Any:
 
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 model_path, trust_remote_code=False, local_files_only=True, model_max_length=NO_LIMIT
             )
     except Exception as e:  # the loaders raise whatever their parsers raise
         raise CheckpointError(
             f"its tokenizer cannot be loaded: {type(e).__name__}: {first_line(e)}", where=str(model_path), remedy=remedy
         ) from None
+    # Where older multimodal checkpoints keep the template; transformers reads it for their processor alone.
+    beside = model_path / "chat_template.json"
+    if not tokenizer.chat_template and beside.exists():
+        kept = read_json(beside)
+        tokenizer.chat_template = kept.get("chat_template") if isinstance(kept, dict) else None
+    return tokenizer
 
 
 def encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:

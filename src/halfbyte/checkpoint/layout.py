@@ -26,6 +26,7 @@ from halfbyte.checkpoint.reader import (
     Checkpoint,
     TensorInfo,
     bytes_of,
+    digest_of,
     element_bytes,
 )
 from halfbyte.errors import OutputError
@@ -131,6 +132,10 @@ class Layout:
     def copy(self, folder: Path, source: Checkpoint, name: str) -> str:
         """Copy one tensor's bytes from the source under its own name, in chunks; returns their sha256."""
         origin, info = source.tensors[name], self.tensors[name]
+        if origin.slab is not None:
+            part = source.read(name)
+            self._write_at(folder, info, 0, bytes_of(part))
+            return digest_of(part)
         digest = hashlib.sha256()
         with open(source.path / origin.file, "rb", buffering=0) as f:
             f.seek(origin.offset)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Mapping
@@ -50,9 +51,29 @@ def element_bytes(dtype: str) -> int:
     return DTYPES[dtype].itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """How a tensor that is part of a larger one lies in it.
+
+    Attributes:
+        stack: name of the larger tensor.
+        shape: of the contiguous piece that holds the part; the part is ``piece[rows]``, or ``piece.T[rows]``.
+        transposed: whether the piece's rows are the part's columns.
+        rows: start, stop and step.
+    """
+
+    stack: str
+    shape: tuple[int, ...]
+    transposed: bool
+    rows: tuple[int, int, int]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """Where one tensor's bytes are: ``size_bytes`` bytes at ``offset`` of ``file``."""
+    """Where one tensor's bytes are: ``size_bytes`` bytes at ``offset`` of ``file``.
+
+    Where ``slab`` is given, the tensor is part of a larger one: ``offset`` is where the piece that holds it begins.
+    """
 
     name: str
     dtype: str
@@ -60,13 +81,11 @@ class TensorInfo:
     file: str
     offset: int
     size_bytes: int
+    slab: Slab | None = None
 
     @property
     def numel(self) -> int:
-        n = 1
-        for d in self.shape:
-            n *= d
-        return n
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,21 +132,28 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """One tensor, in the dtype on disk, in freshly allocated memory."""
         info = self.tensors[name]
-        buffer = torch.empty(info.size_bytes, dtype=torch.uint8)
+        shape = info.shape if info.slab is None else info.slab.shape
+        size = math.prod(shape) * element_bytes(info.dtype)
+        buffer = torch.empty(size, dtype=torch.uint8)
         with open(self.path / info.file, "rb", buffering=0) as f:
             f.seek(info.offset)
             view = memoryview(buffer.numpy().data)
             done = 0
-            while done < info.size_bytes:
+            while done < size:
                 count = f.readinto(view[done:])
                 if not count:
                     raise CheckpointError(
-                        f"ends {info.size_bytes - done} bytes short of tensor {name}",
+                        f"ends {size - done} bytes short of tensor {name}",
                         where=str(self.path / info.file),
                         remedy="The file changed while it was being read; restore it and run again.",
                     )
                 done += count
-        return buffer.view(DTYPES[info.dtype]).reshape(info.shape)
+        piece = buffer.view(DTYPES[info.dtype]).reshape(shape)
+        if info.slab is None:
+            return piece
+        start, stop, step = info.slab.rows
+        whole = piece.T if info.slab.transposed else piece
+        return whole[start:stop:step].clone(memory_format=torch.contiguous_format)
 
     def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """Some rows of a 2-D tensor, ``[n]`` sorted int64 -> ``[n, columns]`` in the dtype on disk."""

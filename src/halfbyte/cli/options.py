@@ -72,7 +72,8 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--calibration",
             metavar="SPEC",
-            help="self, text:FILE, jsonl:FILE, hf:DATASET[:CONFIG][:SPLIT] or random-tokens.  "
+            help="self, text:FILE, jsonl:FILE, hf:DATASET[:CONFIG][:SPLIT], vlm:FOLDER_OR_JSONL (pictures and text), "
+            "random-tokens, or a mixture such as hf:DATASET*0.5+vlm:FOLDER*0.5.  "
             "[default: self where the model fits in memory]",
         ),
         click.option("--samples", type=click.IntRange(min=1), help="Calibration sequences.  [default: 128]"),

@@ -253,13 +253,5 @@ def _head_of_other(models: list[StreamedModel]) -> contextlib.AbstractContextMan
 
 def _same_head(models: list[StreamedModel]) -> bool:
     """Whether everything after the last block is the same in both, so that one copy in memory serves."""
-    contents = []
-    for model in models:
-        checkpoint = model.weights.checkpoint
-        inside = f"{model.disk_prefix}."
-        parent = model.disk_prefix.rpartition(".")[0]
-        names = [n for n in checkpoint.tensors if n.startswith(parent) and not n.startswith(inside)]
-        head = model.head_name()
-        table = {n for n in names if n.endswith("embed_tokens.weight")} - {head}
-        contents.append({n: digest_of(checkpoint.read(n)) for n in {*names, head} - table})
-    return contents[0] == contents[1]
+    first, second = ({n: digest_of(m.weights.checkpoint.read(n)) for n in m.after_blocks()} for m in models)
+    return first == second

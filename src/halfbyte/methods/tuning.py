@@ -53,14 +53,14 @@ class Sample:
     Attributes:
         hidden: gives ``x_q [batch, tokens, hidden]``, what the quantised model feeds the block.
         target: gives ``f_W(x)``, the original block's output in the original model, of the same shape.
-        arguments: what the block is called with besides, positional and by keyword.
+        run: gives a block's output ``[batch, tokens, hidden]`` for an input, called as this sample calls it.
         rows: bool ``[batch * tokens]``, true where a position is a token and not padding; ``None`` when all are.
         owner: the rank that has it; the others cannot read it.
     """
 
     hidden: Callable[[], torch.Tensor]
     target: Callable[[], torch.Tensor]
-    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    run: Callable[[nn.Module, torch.Tensor], torch.Tensor]
     rows: torch.Tensor | None = None
     owner: int = 0
 
@@ -68,10 +68,10 @@ class Sample:
     def elsewhere(owner: int) -> Sample:
         """One that another rank has."""
 
-        def missing() -> torch.Tensor:
+        def missing(*_: Any) -> torch.Tensor:
             raise AssertionError(f"rank {owner} has this sample")
 
-        return Sample(hidden=missing, target=missing, arguments=((), {}), owner=owner)
+        return Sample(hidden=missing, target=missing, run=missing, owner=owner)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,9 +228,7 @@ def divide(samples: Sequence[Sample], held_out: int) -> tuple[list[Sample], list
 
 def loss_of(block: nn.Module, sample: Sample, gain: torch.Tensor | None = None) -> torch.Tensor:
     """L over one sample's tokens, float32 ``[]``."""
-    args, kwargs = sample.arguments
-    output = block(sample.hidden(), *args, **kwargs)
-    output = output[0] if isinstance(output, tuple) else output
+    output = sample.run(block, sample.hidden())
     target = sample.target().float()
     difference = output.float() - target
     if gain is not None:

@@ -16,6 +16,8 @@ from halfbyte.schemes import Scheme, preset
 Method = Literal["gptq", "rtn"]
 METHODS: tuple[Method, ...] = ("gptq", "rtn")
 DEFAULT_DAMP_FRACTION = 0.01
+# Experts with fewer tokens are solved with their layer\'s pooled second moment.
+RARE_TOKENS = 128
 LINEAR = "Linear"
 
 
@@ -71,6 +73,19 @@ class GptqSteps:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertSteps:
+    """How the experts of a mixture are observed.
+
+    Attributes:
+        rare_tokens: an expert that fewer calibration tokens reach is solved with its layer's pooled second moment.
+        all_tokens: let every expert's statistic see all tokens, not only those that the router sends to it.
+    """
+
+    rare_tokens: int = RARE_TOKENS
+    all_tokens: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """Everything that shapes the output besides the source checkpoint.
 
@@ -80,6 +95,7 @@ class Recipe:
         method: how codes are chosen. ``gptq`` needs integer schemes.
         damp_fraction: share of the Hessian's mean diagonal that GPTQ adds to it before factoring.
         gptq: which of its steps GPTQ takes.
+        experts: how experts are observed, where there are any.
         effort: how long each block is tuned on its output after GPTQ: not at all, a little, or until little is gained.
         target_bits: stored bits a quantised weight may take on average; Linears that suffer most from their scheme get
             W8A16 instead, as far as this allows. ``None``: every Linear keeps its scheme.
@@ -94,6 +110,7 @@ class Recipe:
     method: Method = "gptq"
     damp_fraction: float = DEFAULT_DAMP_FRACTION
     gptq: GptqSteps = GptqSteps()
+    experts: ExpertSteps = ExpertSteps()
     effort: Effort = "standard"
     target_bits: float | None = None
     calibration: str | None = None
@@ -188,6 +205,7 @@ class Recipe:
             "method": self.method,
             "damp_fraction": self.damp_fraction,
             "gptq": asdict(self.gptq),
+            "experts": asdict(self.experts),
             "effort": self.effort,
         } | ({} if self.target_bits is None else {"target_bits": self.target_bits})
 

@@ -4,6 +4,7 @@ scheme, group_size, targets            the default scheme, and what it applies t
 [[groups]] scheme, group_size, targets exceptions to it, first match first
 ignore, method, damp_fraction, effort, target_bits, description
 [gptq] static_order, scale_search, scale_refit, code_descent, sweeps, true_sequential, smoothing
+[experts] rare_tokens, all_tokens
 [calibration] source, samples, seq_len, seed
 """
 
@@ -19,6 +20,7 @@ from halfbyte.recipe.model import (
     LINEAR,
     METHODS,
     Effort,
+    ExpertSteps,
     GptqSteps,
     Method,
     Recipe,
@@ -63,6 +65,7 @@ def read_native(root: Node, file: str) -> Recipe:
     target = top.number("target_bits")
     description = top.string("description")
     steps = _steps(Section(top.get("gptq") or Node(None, top.line), "gptq", problems))
+    experts = _experts(Section(top.get("experts") or Node(None, top.line), "experts", problems))
     calibration = Section(top.get("calibration") or Node(None, top.line), "calibration", problems)
     source = calibration.string("source")
     samples = calibration.integer("samples", 1)
@@ -84,6 +87,7 @@ def read_native(root: Node, file: str) -> Recipe:
         method=chosen,
         damp_fraction=DEFAULT_DAMP_FRACTION if damp is None else damp,
         gptq=steps,
+        experts=experts,
         effort=effort,
         target_bits=target,
         calibration=source,
@@ -102,6 +106,16 @@ def _steps(section: Section) -> GptqSteps:
     section.finish()
     named = {name: value for name, value in switches.items() if value is not None}
     return replace(usual, **named, sweeps=usual.sweeps if sweeps is None else sweeps)
+
+
+def _experts(section: Section) -> ExpertSteps:
+    usual = ExpertSteps()
+    rare, everything = section.integer("rare_tokens", 0), section.boolean("all_tokens")
+    section.finish()
+    return ExpertSteps(
+        rare_tokens=usual.rare_tokens if rare is None else rare,
+        all_tokens=usual.all_tokens if everything is None else everything,
+    )
 
 
 def _group(section: Section, default_targets: list[Node] | None) -> list[tuple[SchemeGroup, list[Node]]]:
