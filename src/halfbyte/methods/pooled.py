@@ -3,7 +3,7 @@
 From n tokens of ``width`` numbers each comes a Hessian ``H_n`` whose small directions are chance. Where n is near
 ``width`` GPTQ leans on them most: errors on unseen text are then up to three times those with thousands of tokens, and
 larger than with a few tokens (docs/log.md). In a mixture most experts are there: 32,768 tokens, of which each goes to 8
-of 128 experts, are 2,048 for one, as many as Qwen3-30B-A3B is wide. Two remedies, both weighed as so and so many tokens:
+of 128 experts, are 2,048 for one, as many as Qwen3-30B-A3B is wide. Two remedies, both weighed by numbers of tokens:
 
 - **the layer's tokens** (:func:`add_layer`): ``H_n + width C``, with C the mean moment of all tokens that enter the
   layer. For gate and up, C is the same for all experts and costs nothing. For down it is the mean moment of what *this*
