@@ -363,8 +363,8 @@ def test_zero_points_need_eights(tmp_path: Path) -> None:
 
 STACKED = {
     **TINY,
-    "model.layers.0.mlp.experts.gate_up_proj": (8, 128, 256),
-    "model.layers.0.mlp.experts.down_proj": (8, 256, 64),
+    "model.layers.0.mlp.experts.gate_up_proj": (8, 768, 256),
+    "model.layers.0.mlp.experts.down_proj": (8, 256, 384),
     "model.layers.0.mlp.gate.weight": (8, 256),
 }
 
@@ -374,7 +374,7 @@ def test_stacked_experts_are_planned_one_by_one(tmp_path: Path) -> None:
     assert made.problems == []
     experts = {t.name: (t.action, t.shape) for t in made.tensors if ".experts." in t.name}
     assert len(experts) == 24
-    assert experts["model.layers.0.mlp.experts.7.up_proj.weight"] == ("quantize", [64, 256])
+    assert experts["model.layers.0.mlp.experts.7.up_proj.weight"] == ("quantize", [384, 256])
     assert not [t for t in made.tensors if t.name == "model.layers.0.mlp.experts.gate_up_proj"]
     assert made.bytes_before == sum(2 * math.prod(shape) for shape in STACKED.values())
 
