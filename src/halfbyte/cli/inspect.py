@@ -88,6 +88,8 @@ def _errors(result: Inspection) -> Table:
 
 def _records(console: Console, result: Inspection) -> None:
     """Calibration, verification and comparison, each in a line."""
+    if result.pooled:
+        console.print(f"\nexperts: {result.pooled} Linears saw too few tokens and were solved with their layer's")
     c, s, v, d = result.calibration, result.sensitivity, result.verify, result.compare
     if c is not None:
         console.print(
