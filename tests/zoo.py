@@ -480,6 +480,7 @@ VISION: dict[str, Family] = {
         config="LlavaNextConfig",
         model="LlavaNextForConditionalGeneration",
         kind="vision",
+        pictures="llava_next",
         text={**ROOMY, "model_type": "mistral", "sliding_window": None},
         vision=CLIP,
         top={
