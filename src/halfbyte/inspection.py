@@ -105,9 +105,8 @@ class Inspection:
         bits_per_weight: over quantised weights, scales included; ``None`` when none is quantised.
         bits_per_parameter: all tensor bytes over all parameters.
         blocks: decoder blocks, without layers of multi-token prediction behind them.
-        pooled: Linears of experts that saw too few calibration tokens and were solved with their layer's.
-        errors, calibration, recipe, sensitivity, verify, compare: from ``halfbyte.json`` and the records beside it,
-            where present.
+        errors, rare_experts, calibration, recipe, sensitivity, verify, compare: from ``halfbyte.json`` and the
+            records beside it, where present.
         notes: contradictions between config and tensors, and records that could not be read.
     """
 
@@ -126,7 +125,7 @@ class Inspection:
     groups: list[ModuleGroup]
     parts: list[Part]
     errors: list[BlockError]
-    pooled: int
+    rare_experts: list[str]
     recipe: dict[str, Any] | None
     calibration: CalibrationRecord | None
     sensitivity: Sensitivity | None
@@ -180,7 +179,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         groups=_groups(weights | _stacks(modules)),
         parts=parts,
         errors=block_errors(manifest.linears) if manifest else [],
-        pooled=sum(linear.pooled > 0 for linear in manifest.linears) if manifest else 0,
+        rare_experts=manifest.rare_experts if manifest else [],
         recipe=manifest.recipe if manifest else None,
         calibration=manifest.calibration if manifest else None,
         sensitivity=manifest.sensitivity if manifest else None,
