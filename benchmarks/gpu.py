@@ -263,7 +263,7 @@ def the_peer(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     if python is None and find_spec("llmcompressor") is None:
         return {
             "skipped": "llm-compressor is not installed: make its environment with "
-            "benchmarks/peers/make_env.sh llmcompressor, or give --peer-python"
+            "envs/make.sh llmcompressor, or give --peer-python"
         }
     report = scratch / "peer.json"
     command = [python or sys.executable, PEER, "--report", report, "--device", options.device]

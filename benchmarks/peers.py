@@ -162,7 +162,7 @@ def arguments() -> argparse.Namespace:
     for tool in options.only:
         if not options.python[tool].exists():
             parser.error(
-                f"{options.python[tool]} is missing; run benchmarks/peers/make_env.sh {tool}, "
+                f"{options.python[tool]} is missing; run envs/make.sh {tool}, "
                 f"give --peer-python {tool}=PYTHON, or leave the tool out with --only"
             )
     options.runs_of = {t: int(n) for t, n in (pair(parser, "--runs-of", words) for words in options.runs_of)}

@@ -67,6 +67,7 @@ problems = st.fixed_dictionaries(
             code_descent=st.booleans(),
             sweeps=st.integers(1, 2),
         ),
+        "shrinkage": st.lists(st.sampled_from([0.0, 0.3, 20.0]), min_size=BATCH, max_size=BATCH),
         "seed": st.integers(0, 1000),
     }
 )
@@ -81,13 +82,15 @@ def test_what_a_linear_becomes_does_not_depend_on_its_batch(p: dict[str, Any]) -
     weights = torch.randn(BATCH, rows, n, generator=torch.Generator().manual_seed(p["seed"]))
     kept = hessians.clone(), weights.clone()
     where, ordered = [f"experts.{i}" for i in range(BATCH)], p["steps"].static_order
-    factors = factor_hessians(hessians, p["damp_fraction"], where=where, static_order=ordered)
+    factors = factor_hessians(hessians, p["damp_fraction"], where=where, static_order=ordered, shrinkage=p["shrinkage"])
     found = quantize_gptq_batch(weights, hessians, factors, fmt, torch.bfloat16, p["steps"])
     assert torch.equal(hessians, kept[0])
     assert torch.equal(weights, kept[1])
     assert [len(of_one) for of_one in found] == [1] * BATCH
     for i in range(BATCH):
-        alone = factor_hessian(hessians[i], p["damp_fraction"], where=where[i], static_order=ordered)
+        alone = factor_hessian(
+            hessians[i], p["damp_fraction"], where=where[i], static_order=ordered, shrinkage=p["shrinkage"][i]
+        )
         assert torch.equal(alone.upper[0], factors.upper[i])
         assert torch.equal(alone.damping[0], factors.damping[i])
         assert (alone.raises[0], alone.damp_fractions[0]) == (factors.raises[i], factors.damp_fractions[i])
@@ -110,7 +113,7 @@ def test_each_hessian_gets_the_damping_that_it_needs(width: int) -> None:
     assert factors.dead.sum(dim=1).tolist() == [0, 0, 0, width, width // 8 + 1]
     for i, kind in enumerate(kinds):
         h = hessian(kind, width, i).double()[factors.order[i]][:, factors.order[i]]
-        added = torch.where(factors.dead[i], float(h.diagonal().mean()) or 1.0, float(factors.damping[i]))
+        added = torch.where(factors.dead[i], float(h.diagonal().mean()) or 1.0, factors.damping[i])
         upper = factors.upper[i].double()
         unit = upper.T @ upper @ (h + added[factors.order[i]].double().diag())
         torch.testing.assert_close(unit, torch.eye(width).double(), rtol=0, atol=1e-2)

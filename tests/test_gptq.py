@@ -115,7 +115,7 @@ def test_damping_rises_in_recorded_steps_where_none_was_asked_for() -> None:
     hessian = torch.ones(8, 8)  # rank 1
     factor = factor_hessian(hessian, 0.0, where="w")
     assert (factor.raises, factor.damp_fractions) == ((1,), (0.01,))
-    assert factor.damping.tolist() == pytest.approx([0.01])
+    assert factor.damping.tolist() == [pytest.approx([0.01] * 8)]
     given = factor_hessian(hessian, 0.01, where="w")
     assert torch.equal(factor.upper, given.upper)
     assert given.raises == (0,)
@@ -128,7 +128,7 @@ def test_damping_rises_tenfold_until_the_hessian_can_be_factored() -> None:
     factor = factor_hessian(hessian, 0.01, where="w")
     assert factor.raises == (2,)
     assert factor.damp_fractions == pytest.approx((1.0,))
-    assert factor.damping.tolist() == pytest.approx([mean])
+    assert factor.damping.tolist() == [pytest.approx([mean] * 4)]
 
 
 def test_a_hopeless_hessian_is_an_error_that_names_the_linear() -> None:
@@ -258,7 +258,7 @@ def test_columns_in_file_order() -> None:
     hessian = x.T @ x
     factor = factor_hessian(hessian, 0.01, where="w", static_order=False)
     assert factor.order.tolist() == [list(range(40))]
-    damped = hessian.double() + factor.damping * torch.eye(40)
+    damped = hessian.double() + factor.damping[0].diag()
     upper = factor.upper[0].double()
     torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(40).double(), rtol=0, atol=1e-3)
 
@@ -269,3 +269,25 @@ def test_scales_from_the_range() -> None:
     steps = GptqSteps(scale_search=False, scale_refit=False, code_descent=False)
     result = quantize_gptq(weight, hessian, factor_hessian(hessian, 0.01, where="w"), INT4, torch.bfloat16, steps)
     assert torch.equal(result.scales.float(), minmax(weight, INT4, torch.bfloat16)[0])
+
+
+@pytest.mark.parametrize("damp_fraction", [0.0, 0.01])
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_shrinkage_is_a_share_of_the_own_diagonal(damp_fraction: float, group_size: int | None) -> None:
+    """It is as if H had that diagonal, but the reported error is that of the H that was seen."""
+    x, weight = inputs(160, tokens=40), weights(8, 160)
+    x[:, 7] = 0.0
+    hessian, fmt = x.T @ x, WeightFormat(num_bits=4, group_size=group_size)
+    factor = factor_hessian(hessian, damp_fraction, where="w", shrinkage=0.5)
+    plain = damp_fraction * float(hessian.diagonal().double().mean())
+    assert torch.allclose(factor.damping[0], plain + 0.5 * hessian.diagonal(), rtol=1e-6)
+    loaded = hessian + 0.5 * hessian.diagonal().diag()
+    same = factor_hessian(loaded, damp_fraction / 1.5, where="w")
+    assert torch.equal(factor.order, same.order)
+    assert torch.equal(factor.dead, same.dead)
+    live = ~factor.dead[0][factor.order[0]]  # a dead input's pivot is the mean diagonal, which differs
+    torch.testing.assert_close(factor.upper[0][live][:, live], same.upper[0][live][:, live], rtol=1e-3, atol=1e-6)
+    result = quantize_gptq(weight, hessian, factor, fmt, torch.bfloat16)
+    assert float((result.codes == quantize_gptq(weight, loaded, same, fmt, torch.bfloat16).codes).float().mean()) > 0.99
+    error, energy = x @ (result.dense() - weight).T, x @ weight.T
+    assert result.relative_error == pytest.approx(float(error.square().sum() / energy.square().sum()), rel=1e-3)

@@ -57,7 +57,7 @@ def refine_all(linears: Sequence[Linear], *, refit: bool, descent: bool, sweeps:
     errors = refine(
         torch.stack([x.weight for x in linears]),
         torch.stack([x.hessian for x in linears]),
-        torch.tensor([x.damping for x in linears]),
+        torch.stack([torch.full((len(x.hessian),), x.damping) for x in linears]),
         codes,
         scales,
         torch.stack([x.zeros for x in linears]),

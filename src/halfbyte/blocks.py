@@ -30,6 +30,7 @@ from halfbyte.attention import use_products
 from halfbyte.checkpoint.reader import Checkpoint, bytes_of
 from halfbyte.checkpoint.stacks import unstacked
 from halfbyte.errors import ArchitectureError, CheckpointError, NumericsError
+from halfbyte.estimates import RESIDENT_EXPERTS
 from halfbyte.experts import LEAVES as EXPERT_PARTS
 from halfbyte.experts import Expert, Experts, unfuse
 from halfbyte.gpu import works_ahead
@@ -38,9 +39,6 @@ from halfbyte.names import Names
 from halfbyte.read_ahead import ReadAhead
 from halfbyte.routed import ExpertLayer
 from halfbyte.weights import Weights
-
-# A block's experts stay in memory as long as the block does, up to so many bytes; more are fetched one by one.
-RESIDENT_EXPERTS = 4 << 30
 
 
 class TupleWanted(Exception):

@@ -117,6 +117,7 @@ def quantize(
     recipe: Path | None = None,
     effort: Effort | None = None,
     target_bits: float | None = None,
+    all_experts: bool | None = None,
     device: str = "auto",
     dtype: ComputeDtype = "auto",
     offload: bool | None = None,
@@ -139,6 +140,8 @@ def quantize(
         recipe: a recipe file instead of scheme, group size, method and ignore.
         effort: how long each block is tuned on its output after GPTQ: ``low`` is not at all, ``standard`` a little,
             ``high`` longer; ``None`` is the recipe's.
+        all_experts: let every expert of a mixture see all calibration tokens, not only those routed to it; ``None`` is
+            the recipe's.
         target_bits: stored bits a quantised weight, at most, on average: Linears that suffer most from the scheme get
             W8A16, see ``sensitivity``; ``None`` is the recipe's, which is none unless it says so.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -166,6 +169,7 @@ def quantize(
         recipe=recipe,
         effort=effort,
         target_bits=target_bits,
+        all_experts=all_experts,
     )
     require_calibration(chosen, calibration)
     target = choose_device(device)

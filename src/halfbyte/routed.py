@@ -6,7 +6,9 @@ has them quantised, observes what enters down, has it quantised, and adds the gr
 one group's Hessians exist at a time, and, where the layer is larger than memory, only one group's weights.
 
 An expert that few tokens reach has a Hessian of low rank, which says more about the calibration text than about the
-expert. Such experts come last, and get their layer's pooled second moment: see :func:`SecondMoment.pool`.
+expert. It is solved with what the layer's tokens make of it, wherever the router sends them: gate and up with the
+second moment of all that enters the layer, down with that of the expert's own hidden units for a sample of these
+tokens. (The sum of all experts' moments would be no substitute there: each has hidden units of its own.)
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ import torch
 from torch import nn
 
 from halfbyte.activations import fake_quantize_activations
+from halfbyte.estimates import group_size
 from halfbyte.experts import Expert, Experts
 from halfbyte.ranks import Ranks
 from halfbyte.schemes import ActivationFormat
 from halfbyte.statistics import SecondMoment
 
-# Hessians of one group of experts, beside their factors.
-GROUP_BYTES = 512 << 20
-MOST_IN_GROUP = 64
+# Tokens that rare experts' hidden units are computed for.
+SAMPLE = 4096
 
 Entering = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -91,7 +93,6 @@ class RoutedWalk:
         hidden, intermediate = self.layer.widths
         counts, pool = self._survey(hidden)
         self.tokens = counts.tolist()
-        pooled_down = SecondMoment.empty(intermediate, self.device)
         for group in self._groups(max(hidden, intermediate)):
             with contextlib.ExitStack() as held:
                 experts = [held.enter_context(self.layer.module.present(number)) for number in group]
@@ -99,12 +100,13 @@ class RoutedWalk:
                     yield [self._shared(experts, pool)]
                 else:
                     first = self._observed(experts, hidden, ("gate_proj", "up_proj"), self._entered)
-                    self._complete(first, pool)
+                    for moment in filter(self._is_rare, first):
+                        moment.pool(pool)
                     yield first
                 second = self._observed(experts, intermediate, ("down_proj",), self._activated)
-                for moment in second:
-                    pooled_down.merge(moment)
-                self._complete(second, pooled_down)
+                for expert, moment in zip(experts, second, strict=True):
+                    if self._is_rare(moment):
+                        moment.pool(self._of_everybody(expert, intermediate))
                 yield second
                 for batch in range(len(self.rows)):
                     self.add(batch, self._part(experts, batch))
@@ -151,8 +153,8 @@ class RoutedWalk:
         return x[real], index[real], weights[real]
 
     def _groups(self, width: int) -> Iterator[list[int]]:
-        """Experts with many tokens first; those with few, which need the others' moments, last."""
-        most = max(1, min(MOST_IN_GROUP, GROUP_BYTES // (4 * width * width)))
+        """Experts with many tokens first; those with few, which take more work, last."""
+        most = group_size(width)
         often = [e for e, n in enumerate(self.tokens) if n >= self.rare or self._sees_everything]
         rarely = [e for e, n in enumerate(self.tokens) if not (n >= self.rare or self._sees_everything)]
         for part in (often, rarely):
@@ -195,11 +197,22 @@ class RoutedWalk:
         )
         return expert.act(gate, up)
 
-    def _complete(self, moments: Sequence[SecondMoment], pool: SecondMoment) -> None:
-        """Give rare experts the pooled moment."""
-        for moment in moments:
-            if moment.tokens < self.rare:
-                moment.pool(pool)
+    def _is_rare(self, moment: SecondMoment) -> bool:
+        return moment.tokens < self.rare
+
+    def _of_everybody(self, expert: Expert, width: int) -> SecondMoment:
+        """An expert's hidden units for a sample of all that enters the layer, spread over the batches."""
+        moment = SecondMoment.empty(width, self.device)
+        batches = sum(self.ranks.gather(len(self.rows)))
+        for batch in range(len(self.rows)):
+            x, _, weights = self._tokens(batch)
+            wanted = max(1, -(-SAMPLE // batches))
+            sample = x[:: max(1, len(x) // wanted)][:wanted]
+            if self.layer.module.weighs_inputs:
+                sample = sample * weights.mean().to(sample.dtype)
+            moment.add(self._activated(expert, sample))
+        moment.unite(self.ranks)
+        return moment
 
     def _part(self, experts: Sequence[Expert], batch: int) -> torch.Tensor:
         """What quantised experts add to a batch's output."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from halfbyte.estimates import BATCH_BYTES
 from halfbyte.gpu import to_host
 from halfbyte.methods.batching import largest_batch
 from halfbyte.methods.gptq import Factors, factor_hessian, factor_hessians, quantize_gptq, quantize_gptq_batch
@@ -21,9 +22,6 @@ from halfbyte.recipe import Recipe
 from halfbyte.records import LinearRecord
 from halfbyte.schemes import Scheme
 from halfbyte.statistics import SecondMoment
-
-# What a batch of experts may take while it is solved, where one expert takes less.
-BATCH_BYTES = 1 << 30
 
 Solution = tuple[LinearRecord, QuantizedWeight]
 

@@ -76,13 +76,8 @@ class SecondMoment:
         ranks.add_(self.hessian)
         self.tokens = sum(ranks.gather(self.tokens))
 
-    def merge(self, other: SecondMoment) -> None:
-        """Add another's tokens."""
-        self.hessian += other.hessian
-        self.tokens += other.tokens
-
     def pool(self, everybody: SecondMoment) -> None:
-        """Take the moment of all experts of the layer instead of one's own; ``tokens`` stays what it was."""
+        """Take the moment of all tokens of a layer instead of that of an expert's own; ``tokens`` stays what it was."""
         self.hessian.copy_(everybody.hessian)
         self.pooled = everybody.tokens
 

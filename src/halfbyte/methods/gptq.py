@@ -59,8 +59,8 @@ class Factors:
         order: ``[batch, in]`` int64, columns in the order in which they are visited.
         upper: ``R [batch, in, in]`` float32 upper triangular in that order, of the damped H.
         importance: ``1 / R_jj^2 [batch, in]`` float32 in the original order.
-        damping: ``[batch]`` float32, what was added to the diagonal (of inputs that are not dead).
-        damp_fractions: the same as a share of the mean diagonal, for each.
+        damping: ``[batch, in]`` float32, what was added to the diagonal (of inputs that are not dead).
+        damp_fractions: what of it is the same for all inputs, as a share of the mean diagonal; for each Hessian.
         raises: how often it had to be raised, for each.
         dead: ``[batch, in]`` bool, inputs that were always zero.
     """
@@ -74,21 +74,33 @@ class Factors:
     dead: torch.Tensor
 
 
-def factor_hessian(hessian: torch.Tensor, damp_fraction: float, *, where: str, static_order: bool = True) -> Factors:
+def factor_hessian(
+    hessian: torch.Tensor, damp_fraction: float, *, where: str, static_order: bool = True, shrinkage: float = 0.0
+) -> Factors:
     """Order, damp and factor one Hessian ``[in, in]``: a batch of one, see :func:`factor_hessians`."""
-    return factor_hessians(hessian.unsqueeze(0), damp_fraction, where=[where], static_order=static_order)
+    return factor_hessians(
+        hessian.unsqueeze(0), damp_fraction, where=[where], static_order=static_order, shrinkage=[shrinkage]
+    )
 
 
 def factor_hessians(
-    hessians: torch.Tensor, damp_fraction: float, *, where: Sequence[str], static_order: bool = True
+    hessians: torch.Tensor,
+    damp_fraction: float,
+    *,
+    where: Sequence[str],
+    static_order: bool = True,
+    shrinkage: Sequence[float] | None = None,
 ) -> Factors:
     """Order, damp and factor Hessians of one width, each as if it were alone.
+
+    What is factored is ``H + (damp_fraction mean(diag H)) I + shrinkage diag(H)``.
 
     Args:
         hessians: ``H = sum x x^T [batch, in, in]`` float32, symmetric; not changed.
         damp_fraction: share of the mean diagonal to add.
         where: whose Hessians they are, for messages.
         static_order: visit columns by descending ``diag(H)``; else as they stand.
+        shrinkage: share of its own diagonal to add, for each; see :func:`halfbyte.methods.pooled.shrinkage`.
 
     Raises:
         NumericsError: one is not finite, or not positive definite even at the highest damping.
@@ -96,6 +108,7 @@ def factor_hessians(
     batch, n, device = len(hessians), hessians.shape[-1], hessians.device
     diagonals = hessians.diagonal(dim1=-2, dim2=-1)
     dead = diagonals == 0
+    own = diagonals * torch.tensor(shrinkage or [0.0] * batch, device=device).unsqueeze(1)
     means = [float(d.mean(dtype=torch.float64)) or 1.0 for d in diagonals.cpu()]
     finite = torch.ones(batch, dtype=torch.bool, device=device)
     for rows in torch.split(hessians, STRIP, dim=1):
@@ -123,7 +136,7 @@ def factor_hessians(
         visited = order[left]
         matrices = hessians[left[:, None, None], visited[:, :, None], visited[:, None, :]].to(dtype)
         for i, matrix in zip(left.tolist(), matrices, strict=True):
-            matrix.diagonal().add_(torch.where(dead[i], means[i], fraction * means[i])[order[i]])
+            matrix.diagonal().add_(torch.where(dead[i], means[i], fraction * means[i] + own[i])[order[i]])
         done = factor_upper(matrices)
         if bool(done.any()):
             invert_upper(matrices)
@@ -151,7 +164,7 @@ def factor_hessians(
         order=order,
         upper=upper,
         importance=importance,
-        damping=torch.tensor([f * m for f, m in zip(fractions, means, strict=True)], device=device),
+        damping=own + torch.tensor([[f * m] for f, m in zip(fractions, means, strict=True)], device=device),
         damp_fractions=tuple(fractions),
         raises=tuple(raises),
         dead=dead,

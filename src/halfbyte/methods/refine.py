@@ -72,7 +72,7 @@ def refine(
     Args:
         weights: ``[batch, out, in]`` float32.
         hessians: ``[batch, in, in]`` float32, symmetric, undamped; not changed.
-        damping: ``[batch]`` float32, what stands for added on their diagonals.
+        damping: ``[batch, in]`` float32, what stands for added on their diagonals.
         codes: ``[batch, out, in]`` int8; scales, zeros: ``[batch, out, groups]`` float32. Codes and scales are changed.
         fmt: an integer format.
         scale_dtype: what scales are stored in.
@@ -101,7 +101,6 @@ def refine(
         return remaining
     if not (refit or descent) or sweeps < 1:
         return output_energy(error, hessians)
-    damped = damping[:, None, None]
     remaining = torch.zeros(weights.shape[:2], dtype=torch.float64, device=weights.device)
     for sweep in range(sweeps):
         for panel in _panels(n, width):
@@ -109,11 +108,11 @@ def refine(
                 _refit_wide(error, hessians, damping, codes, scales, zeros, panel.start // width, scale_dtype)
             left = torch.bmm(error[:, :, : panel.start], hessians[:, : panel.start, panel])
             slope = torch.baddbmm(left, error[:, :, panel.start :], hessians[:, panel.start :, panel])
-            slope += error[:, :, panel] * damped
+            slope += error[:, :, panel] * damping[:, None, panel]
             for g in range(panel.start // width, -(-panel.stop // width)):
                 part = slice(max(panel.start, g * width), min(panel.stop, (g + 1) * width))
                 square = hessians[:, part, part].clone()
-                square.diagonal(dim1=1, dim2=2).add_(damping[:, None])
+                square.diagonal(dim1=1, dim2=2).add_(damping[:, part])
                 here = slope[:, :, part.start - panel.start : part.stop - panel.start].clone()
                 steps = torch.zeros_like(here)
                 if refit and width <= PANEL:
@@ -174,7 +173,7 @@ def _refit_wide(
         rows = slice(start, start + STRIP)
         v = codes[:, rows, columns].to(torch.float32) - zeros[:, rows, group, None]
         product = torch.bmm(v, hessians[:, columns])
-        product[:, :, columns] += v * damping[:, None, None]
+        product[:, :, columns] += v * damping[:, None, columns]
         slope, curve = (product * error[:, rows]).sum(dim=2), (product[:, :, columns] * v).sum(dim=2)
         change = _refit(slope, curve, scales[:, rows, group], scale_dtype)
         error[:, rows, columns] -= v.mul_(change.unsqueeze(2))

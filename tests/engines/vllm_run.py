@@ -1,0 +1,108 @@
+"""Loads checkpoints in vLLM on this CPU, one after the other in one process, and writes down what they predict.
+
+Runs with the interpreter of vLLM's environment and imports nothing of halfbyte's:
+
+    python vllm_run.py JOBS.json ANSWERS.json
+
+JOBS: ``[{"name", "folder", "prompts": [[token id, ...], ...], "new_tokens", "top", "options": {...}}, ...]``.
+A prompt may also be ``{"text", "images": [file, ...]}``, for models that see. ANSWERS maps each name to ``{"cpu",
+"runs": [{"prompt_ids", "prompt_logprobs": [{id: nats} or null, ...], "ids", "logprobs": [{id: nats}, ...]}]}`` or to
+``{"error"}``, and is written anew after each job, so that a crash costs only the jobs behind it.
+
+A start of vLLM costs a minute on two cores, and a further model in the same process a few seconds.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+# Before vLLM is imported: stay offline, in this process, on the cores that this process may use, in little memory.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_OMP_THREADS_BIND=",".join(map(str, sorted(os.sched_getaffinity(0))[:2])),
+    VLLM_LOGGING_LEVEL="WARNING",
+)
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+import vllm_experts
+
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 256,
+    "max_num_seqs": 2,
+    "enforce_eager": True,
+    "gpu_memory_utilization": 0.3,
+    "disable_log_stats": True,
+    "enable_prefix_caching": False,
+    "seed": 0,
+}
+
+
+def prompt_of(prompt: Any) -> dict[str, Any]:
+    """What vLLM takes: token ids, or text with opened images."""
+    if isinstance(prompt, list):
+        return {"prompt_token_ids": prompt}
+    from PIL import Image
+
+    images = [Image.open(file).convert("RGB") for file in prompt["images"]]
+    return {"prompt": prompt["text"], "multi_modal_data": {"image": images}}
+
+
+def table(logprobs: Any) -> dict[int, float] | None:
+    return None if logprobs is None else {token: entry.logprob for token, entry in logprobs.items()}
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    llm = LLM(job["folder"], **OPTIONS | job.get("options", {}))
+    try:
+        greedy = SamplingParams(
+            temperature=0,
+            max_tokens=job["new_tokens"],
+            ignore_eos=True,
+            logprobs=job["top"],
+            prompt_logprobs=job["top"],
+            detokenize=False,
+        )
+        outputs = llm.generate([prompt_of(p) for p in job["prompts"]], greedy, use_tqdm=False)
+        runs = [
+            {
+                "prompt_ids": list(o.prompt_token_ids),
+                "prompt_logprobs": [table(t) for t in o.prompt_logprobs],
+                "ids": list(o.outputs[0].token_ids),
+                "logprobs": [table(t) for t in o.outputs[0].logprobs],
+            }
+            for o in outputs
+        ]
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+    return {"cpu": {"vnni": torch.cpu._is_vnni_supported(), "amx": torch.cpu._is_amx_tile_supported()}, "runs": runs}
+
+
+def main(jobs: Path, answers: Path) -> None:
+    vllm_experts.install()
+    found: dict[str, Any] = {}
+    for job in json.loads(jobs.read_text()):
+        try:
+            found[job["name"]] = run(job)
+        except Exception as e:
+            found[job["name"]] = {"error": f"{type(e).__name__}: {e}", "traceback": traceback.format_exc()}
+        answers.write_text(json.dumps(found))
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
