@@ -50,9 +50,6 @@ NOT_LOADED |= {
     for f in ("mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "olmoe", "phimoe")
 }
 
-# What the verifier does not know yet: stacked sources, and layers behind the last one. TODO(core)
-UNVERIFIED = ("llama4", "granite-moe", "qwen3-vl-moe", "deepseek-v3")
-
 EVERY = [pytest.param(family, scheme, id=f"{family}-{scheme}") for family in zoo.FAMILIES for scheme in SCHEMES]
 SEEING = [p for p in EVERY if zoo.FAMILIES[str(p.values[0])].vision is not None]
 PUBLISHED = [p for p in SEEING if not str(p.values[0]).endswith("-nested")]
@@ -194,8 +191,6 @@ def test_all_else_is_copied_byte_for_byte(family: str, scheme: str, quantized: Q
 
 @pytest.mark.parametrize(("family", "scheme"), EVERY)
 def test_verify(family: str, scheme: str, quantized: Quantized) -> None:
-    if family.startswith(UNVERIFIED):
-        pytest.skip("core not merged")
     source, out, _ = quantized(family, scheme)
     record = halfbyte.verify(out, source=source, reload=True)
     wanted = [c for c in record.checks if c.status != "passed"]
@@ -258,8 +253,6 @@ def test_calibration_with_pictures(
     if not processed(family):
         model_records.passed(family, scheme, "calibrated with pictures", "its processor exists for torchvision alone")
         pytest.skip("its processor exists for torchvision alone")
-    if family.startswith(UNVERIFIED):
-        pytest.skip("core not merged")
     folder = tmp_path_factory.mktemp("pictured")
     rows = pictures.save_pictured_rows(folder / "rows.jsonl")
     source, out = tiny_model(family), folder / "out"
