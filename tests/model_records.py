@@ -47,7 +47,8 @@ COLUMNS = {
         ("reload", "logits"),
         "loaded by transformers, with the logits of a model that was dequantised by hand",
     ),
-    "pictures": (("logits with pictures",), "the same with pictures in the input"),
+    "halfbyte.load": (("halfbyte.load",), "the same, loaded by `halfbyte.load` into transformers' model class"),
+    "pictures": (("logits with pictures",), "the same logits with pictures in the input, by either"),
     "calibrated with pictures": (("calibrated with pictures",), "quantised on pictures and text, and verified"),
     "vLLM": (("vllm",), "loaded by vLLM on a CPU, which generated text"),
 }

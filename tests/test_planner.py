@@ -484,7 +484,7 @@ def test_ignore_list_names_routers(tmp_path: Path) -> None:
         for e in range(4):
             shapes[f"model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight"] = (512, 256)
     source = write_checkpoint(tmp_path / "moe", shapes, config(2, 256, "MixtralForCausalLM"))
-    assert patterns(source) == ["lm_head", r"re:.*block_sparse_moe\.gate$"]
+    assert patterns(source) == ["lm_head", r"re:.*block_sparse_moe\.gate$", r"re:.*mlp\.router$"]
 
 
 def test_ignore_list_names_layers_after_the_last(tmp_path: Path) -> None:

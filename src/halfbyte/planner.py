@@ -21,6 +21,7 @@ from halfbyte.architectures import (
     KEPT_MODULES,
     KNOWN_ARCHITECTURES,
     NOT_LANGUAGE,
+    OTHER_SPELLINGS,
     BlockMap,
     map_blocks,
 )
@@ -375,7 +376,8 @@ def ignore_patterns(blocks: BlockMap, recipe: Recipe, schemes: dict[str, Scheme]
             module, _, leaf = name.rpartition(".")
             if leaf == "weight" and KEPT_MODULES.search(module):
                 tail = module.removeprefix(f"{blocks.prefix}.{i}.")
-                patterns.append(f"re:.*{re.escape(tail)}$")
+                spellings = (tail, OTHER_SPELLINGS[tail]) if tail in OTHER_SPELLINGS else (tail,)
+                patterns += [f"re:.*{re.escape(spelling)}$" for spelling in spellings]
             if ".experts." in name and EXPERT_MODULE.match(module) is None:
                 tail = name.partition(".experts.")[0].removeprefix(f"{blocks.prefix}.{i}.")
                 patterns.append(f"re:.*{re.escape(tail)}\\.experts.*")
