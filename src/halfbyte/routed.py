@@ -5,10 +5,10 @@ each to. So this takes the layer's inputs once, and then, for a few experts at a
 has them quantised, observes what enters down, has it quantised, and adds the group's part to the layer's output. Only
 one group's Hessians exist at a time, and, where the layer is larger than memory, only one group's weights.
 
-An expert that few tokens reach has a Hessian of low rank, which says more about the calibration text than about the
-expert. So the layer's tokens count too, wherever the router sends them, see ``methods.pooled``: for every expert's gate
-and up through the second moment of all that enters the layer, for a rare expert's down through that of its own hidden
-units for a sample of them.
+An expert that fewer tokens reach than its inputs are wide has a Hessian of low rank, which says more about the
+calibration text than about the expert. For such a rare expert the layer's tokens count too, wherever the router sends
+them, see ``methods.pooled``: for gate and up through the second moment of all that enters the layer, for down through
+that of the expert's own hidden units for a sample of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import nn
 from halfbyte.activations import fake_quantize_activations
 from halfbyte.estimates import group_size
 from halfbyte.experts import Expert, Experts
-from halfbyte.methods.pooled import RARE_WIDTHS, add_layer, layer_tokens_worth, shrinkage
+from halfbyte.methods.pooled import add_layer, is_rare, layer_worth, shrinkage
 from halfbyte.ranks import Ranks
 from halfbyte.schemes import ActivationFormat
 from halfbyte.statistics import SecondMoment
@@ -65,7 +65,7 @@ def complete(moment: SecondMoment, everybody: SecondMoment | None) -> None:
     moment.shrinkage = shrinkage(width, moment.tokens, layer_tokens)
     if everybody is not None and layer_tokens:
         add_layer(moment.hessian, everybody.hessian, layer_tokens)
-        moment.pooled = layer_tokens_worth(width, layer_tokens)
+        moment.pooled = round(layer_worth(width, layer_tokens))
 
 
 def linear(module: nn.Linear, x: torch.Tensor, fmt: ActivationFormat | None) -> torch.Tensor:
@@ -83,7 +83,7 @@ class RoutedWalk:
         entering: gives batch ``i``'s tokens ``[tokens, hidden]``, experts ``[tokens, k]`` and weights ``[tokens, k]``.
         rows: which positions are tokens and not padding, ``None`` for all.
         add: adds to batch ``i``'s output ``[tokens, hidden]``.
-        rare: experts with fewer tokens are rare; ``None``: with fewer than their narrowest Linear has inputs.
+        rare: experts with fewer tokens are rare; ``None``: with fewer than a Linear has inputs.
         everything: let every expert's statistic see all tokens, wherever they are sent (Llama 4 weighs inputs by where
             they are sent, so its experts see their own in any case).
     """
@@ -98,15 +98,12 @@ class RoutedWalk:
     rare: int | None
     everything: bool = False
     tokens: list[int] = field(default_factory=list)
-    rare_experts: list[int] = field(default_factory=list)
 
     def moments(self) -> Iterator[list[SecondMoment]]:
         """Group by group: of gates and ups, then of downs; the caller quantises before taking the next."""
         hidden, intermediate = self.layer.widths
         counts, pool = self._survey(hidden)
         self.tokens = counts.tolist()
-        least = RARE_WIDTHS * min(hidden, intermediate) if self.rare is None else self.rare
-        self.rare_experts = [number for number, n in enumerate(self.tokens) if n < least]
         for group in self._groups(max(hidden, intermediate)):
             with contextlib.ExitStack() as held:
                 experts = [held.enter_context(self.layer.module.present(number)) for number in group]
@@ -115,12 +112,12 @@ class RoutedWalk:
                 else:
                     first = self._observed(experts, hidden, ("gate_proj", "up_proj"), self._entered)
                     for expert, moment in zip(experts, first, strict=True):
-                        moment.rare = expert.number in self.rare_experts
-                        complete(moment, pool)
+                        moment.rare = self._is_rare(expert, hidden)
+                        complete(moment, pool if moment.rare else None)
                     yield first
                 second = self._observed(experts, intermediate, ("down_proj",), self._activated)
                 for expert, moment in zip(experts, second, strict=True):
-                    moment.rare = expert.number in self.rare_experts and not self._sees_everything
+                    moment.rare = self._is_rare(expert, intermediate)
                     complete(moment, self._of_everybody(expert, intermediate) if moment.rare else None)
                 yield second
                 for batch in range(len(self.rows)):
@@ -208,6 +205,12 @@ class RoutedWalk:
             for leaf, module in (("gate_proj", expert.gate_proj), ("up_proj", expert.up_proj))
         )
         return expert.act(gate, up)
+
+    def _is_rare(self, expert: Expert, width: int) -> bool:
+        tokens = self.tokens[expert.number]
+        if self._sees_everything:
+            return False
+        return is_rare(tokens, width) if self.rare is None else tokens < self.rare
 
     def _of_everybody(self, expert: Expert, width: int) -> SecondMoment:
         """An expert's hidden units for a sample of all that enters the layer, spread over the batches."""

@@ -76,7 +76,7 @@ class ExpertSteps:
 
     Attributes:
         rare_tokens: an expert that fewer calibration tokens reach counts as rare, and is solved with its layer's tokens
-            throughout, see ``methods.pooled``. ``None`` is as many as its narrowest Linear has inputs.
+            beside its own, see ``methods.pooled``. ``None`` is as many as the Linear at hand has inputs.
         all_tokens: let every expert's statistic see all tokens, not only those that the router sends to it.
     """
 
