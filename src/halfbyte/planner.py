@@ -342,7 +342,9 @@ def with_experts(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     used = {
         layer_of[info.slab.stack]
         for name, info in unstacked(checkpoint).tensors.items()
-        if info.slab is not None and recipe.scheme_for(name.removesuffix(".weight")) is not None
+        if info.slab is not None
+        and info.slab.stack in layer_of
+        and recipe.scheme_for(name.removesuffix(".weight")) is not None
     }
     return unstacked(checkpoint, keep=frozenset(n for n, layer in layer_of.items() if layer not in used))
 
