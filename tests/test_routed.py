@@ -32,7 +32,7 @@ def text_ids(rows: int = 4) -> torch.Tensor:
 class Layer:
     """A layer of experts in its block, and what entered it in two batches."""
 
-    def __init__(self, folder: Path, rare: int, everything: bool = False) -> None:
+    def __init__(self, folder: Path, rare: int) -> None:
         self.model = StreamedModel.of(Weights.of(open_checkpoint(folder)), CPU)
         self.index = self.model.num_blocks - 1
         ids = [text_ids(), text_ids(2).flip(1)]
@@ -47,7 +47,7 @@ class Layer:
         self.arguments = [e[1][self.index] for e in embedded]
         self.given: list[tuple[torch.Tensor, ...]] = []
         self.added: dict[int, torch.Tensor] = {}
-        self.rare, self.everything = rare, everything
+        self.rare = rare
 
     def enter(self, block: torch.nn.Module) -> None:
         linears = self.model.linears(self.index)
@@ -74,7 +74,6 @@ class Layer:
             {},
             Ranks(),
             self.rare,
-            self.everything,
         )
 
     def plain(self, block: torch.nn.Module) -> dict[str, SecondMoment]:
@@ -104,59 +103,58 @@ class Layer:
         return found
 
 
+def weighed(moment: SecondMoment, own: SecondMoment, layer: torch.Tensor | None, tokens: int) -> None:
+    """A moment is its own tokens' plus, for as many tokens as it is wide, the layer's mean; and says so."""
+    expected, width = own.finish().clone(), moment.hessian.shape[0]
+    if layer is not None:
+        expected += layer * (min(width, tokens) / tokens)
+    assert moment.pooled == (0 if layer is None else min(width, tokens))
+    standing = moment.tokens + moment.pooled
+    assert moment.shrinkage == pytest.approx(width / standing if standing else 0.0)
+    torch.testing.assert_close(moment.finish(), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rare", [0, 10, 10**9])
 @pytest.mark.parametrize("at_once", [1, 64])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_moments_are_those_of_a_plain_run(
-    family: str, at_once: int, tiny_model: Models, monkeypatch: pytest.MonkeyPatch
+    family: str, at_once: int, rare: int, tiny_model: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of the expert's own tokens, what is solved already in place; of the layer's besides: for gate and up all that
+    enters, for a rare expert's down its own hidden units for that."""
     monkeypatch.setattr(estimates, "MOST_IN_GROUP", at_once)
-    case = Layer(tiny_model(family), rare=0)
+    case = Layer(tiny_model(family), rare)
     with case.model.block(case.index) as block:
         case.enter(block)
+        pairs = list(zip(case.given, case.real, strict=True))
+        x, index, weights = (torch.cat([g[i] if r is None else g[i][r] for g, r in pairs]) for i in range(3))
+        weighs = case.layer.module.weighs_inputs
+        entering = torch.cat([x * weights[:, [k]] if weighs else x for k in range(index.shape[1])])
+        mean = torch.cat([w.mean().expand(len(w)) for w in weights.split([96, len(weights) - 96])])[:, None]
         seen = set()
         for moments in case.walk().moments():
             assert len(moments) <= at_once
-            expected = case.plain(block)  # with what is solved so far in place
+            expected = case.plain(block)
             for moment in moments:
+                name = moment.names[0]
                 seen.update(moment.names)
-                for name in moment.names:
-                    assert moment.tokens == expected[name].tokens
-                    torch.testing.assert_close(moment.finish(), expected[name].finish(), rtol=1e-4, atol=1e-5)
-                    case.linears[name].weight.data.mul_(0.9).round_(decimals=2)  # what comes later must see this
+                assert moment.tokens == expected[name].tokens
+                assert moment.rare == (moment.tokens < rare)
+                if len(moment.names) == 2 and moment.rare:
+                    weighed(moment, expected[name], entering.T @ entering, len(entering))
+                elif moment.rare:
+                    expert = next(e for e in case.layer.module if e.down_proj is case.linears[name])
+                    given = x * mean if weighs else x
+                    hidden = expert.act(expert.gate_proj(given), expert.up_proj(given))
+                    weighed(moment, expected[name], hidden.T @ hidden, len(hidden))
+                else:
+                    weighed(moment, expected[name], None, 0)
+                for solved in moment.names:
+                    case.linears[solved].weight.data.mul_(0.9).round_(decimals=2)  # what comes later must see this
         assert seen == set(case.linears)
         for batch, given in enumerate(case.given):
             torch.testing.assert_close(case.added[batch], case.layer.module(*given), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", ["qwen3-moe", "llama4-text"])
-def test_rare_experts_see_all_tokens(family: str, tiny_model: Models) -> None:
-    """Gate and up have the layer's second moment, down that of the expert's own hidden units for all its tokens."""
-    case = Layer(tiny_model(family), rare=10**9)
-    with case.model.block(case.index) as block:
-        case.enter(block)
-        x = torch.cat([g[0] if r is None else g[0][r] for g, r in zip(case.given, case.real, strict=True)])
-        index, weights = (
-            torch.cat([g[i] if r is None else g[i][r] for g, r in zip(case.given, case.real, strict=True)])
-            for i in (1, 2)
-        )
-        weighed = case.layer.module.weighs_inputs
-        entering = torch.cat([x * weights[:, [k]] if weighed else x for k in range(index.shape[1])])
-        everything = (entering.T @ entering).float()
-        for moments in case.walk().moments():
-            for moment in moments:
-                assert moment.pooled > moment.tokens
-                if len(moment.names) == 2:
-                    torch.testing.assert_close(moment.finish(), everything, rtol=1e-4, atol=1e-4)
-                    continue
-                (name,) = moment.names
-                expert = next(e for e in case.layer.module if e.down_proj is case.linears[name])
-                scale = [w.mean() for w in (weights[:96], weights[96:])] if weighed else [1.0, 1.0]
-                own = torch.cat([x[:96] * scale[0], x[96:] * scale[1]])
-                hidden = expert.act(expert.gate_proj(own), expert.up_proj(own))
-                assert moment.pooled == len(x)
-                torch.testing.assert_close(moment.finish(), hidden.T @ hidden, rtol=1e-3, atol=1e-5)
 
 
 def quantized(source: Path, out: Path, text: Path, **options: Any) -> dict[str, Any]:
@@ -209,12 +207,14 @@ def test_rare_experts_are_named_in_the_manifest(tiny_model: Models, text_file: P
     source, recipe = tiny_model("qwen3-moe"), tmp_path / "recipe.toml"
     recipe.write_text("scheme = 'W4A16'\ngroup_size = 32\n[experts]\nrare_tokens = 100\n")
     halfbyte.quantize(source, tmp_path / "out", recipe=recipe, calibration=f"text:{text_file}", samples=10, seq_len=40)
-    records = json.loads((tmp_path / "out" / "halfbyte.json").read_text())["linears"]
+    manifest = json.loads((tmp_path / "out" / "halfbyte.json").read_text())
+    records = manifest["linears"]
     experts = [r for r in records if ".experts." in r["name"]]
-    rare = [r["name"] for r in experts if r["pooled"]]
-    assert rare == [r["name"] for r in experts if r["tokens"] < 100]
-    assert 0 < len(rare) < len(experts)
-    assert not [r for r in records if ".experts." not in r["name"] and r["pooled"]]
+    assert [r["name"] for r in experts if r["rare"]] == [r["name"] for r in experts if r["tokens"] < 100]
+    rare = manifest["rare_experts"]
+    assert rare == list(dict.fromkeys(r["name"].rpartition(".")[0] for r in experts if r["rare"]))
+    assert 0 < 3 * len(rare) < len(experts)
+    assert not [r for r in records if ".experts." not in r["name"] and (r["rare"] or r["pooled"])]
 
 
 @pytest.mark.filterwarnings("ignore")

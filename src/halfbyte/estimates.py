@@ -24,9 +24,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from halfbyte.architectures import EXPERT_MODULE, FUSED
+from halfbyte.architectures import EXPERT_MODULE, FUSED, NOT_LANGUAGE
 from halfbyte.arithmetic import bfloat16_products
-from halfbyte.calibration import TOKENS_PER_BATCH, available_memory_bytes, self_writing_bytes, writes_itself
+from halfbyte.calibration import (
+    TOKENS_PER_BATCH,
+    available_memory_bytes,
+    may_have_pictures,
+    self_writing_bytes,
+    writes_itself,
+)
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint
 from halfbyte.methods.refine import STRIP
 from halfbyte.methods.scales import CANDIDATES_PER_CALL, SHRINK_FEW_BITS
@@ -214,12 +220,22 @@ def _memory(checkpoint: Checkpoint, blocks: list[list[Shared]], size: Calibratio
         moments.append(("the model writes its calibration text", parts))
     if size.units:
         moments += _measuring_moments(checkpoint, blocks, size)
+    if size.spec is not None and may_have_pictures(size.spec):
+        tower = sum(t.numel for n, t in checkpoint.tensors.items() if NOT_LANGUAGE.search(n))
+        if tower:
+            parts = {f"vision tower and projector, {size.compute}": float(size.dtype.itemsize * tower)}
+            parts["hidden states"] = 0.0 if size.offload else size.dtype.itemsize * size.tokens * _hidden(checkpoint)
+            moments.append(("pictures are looked at", parts))
     if size.spec is not None:
         vocabulary = int(checkpoint.text_config.get("vocab_size") or 0)
         moments.append(("the tokenizer is loaded", {"tokenizer, 2 kB a token": TOKENIZER_BYTES * vocabulary}))
     when, parts = max(moments, key=lambda m: sum(m[1].values()))
     parts = {"runtime (torch, transformers, numba)": RUNTIME_BYTES} | parts
     return Estimate(value=sum(parts.values()), unit="bytes", how=f"what is held while {when}", parts=parts)
+
+
+def _hidden(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.text_config.get("hidden_size") or 0)
 
 
 def _block_moments(
@@ -236,7 +252,7 @@ def _block_moments(
     weights = sum(s.weights for s in block)
     of_experts = sum(s.weights for s in experts)
     resident = of_experts if item * of_experts <= RESIDENT_EXPERTS else 0
-    group = group_size(max((s.width for s in experts), default=1))
+    group = min(group_size(max((s.width for s in experts), default=1)), len(experts) // 2)
     fetched = 0 if resident else group * sum(s.weights for s in experts[:2])
     upcast = 0.0 if size.dtype == torch.float32 else 4.0
     label = "hidden states of both models" if size.tuning else "hidden states"
@@ -289,9 +305,10 @@ def _block_moments(
         at_once = min(group, max(1, BATCH_BYTES // (8 * width**2 + 14 * max(s.weights for s in experts))))
         rest = always | {
             "what enters the experts, and what leaves them": 2 * item * tokens * hidden,
-            "a group of experts' weights": item * fetched,
             f"second moments of {group} experts and of all": 4.0 * (group + 2) * width**2,
         }
+        if fetched:
+            rest |= {f"weights of {group} experts": item * fetched}
         solving = at_once * (8.0 * width**2 + 14.0 * max(s.weights for s in experts))
         activations = item * batch * (3 * max(s.shapes[0][0] for s in experts) + 4 * hidden)
         moments += [

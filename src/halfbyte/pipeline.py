@@ -133,7 +133,8 @@ def quantize(
         out: folder to create; nothing is left under this name unless the run succeeds.
         scheme: a preset of ``schemes.PRESETS``; group_size: 128, 64, 32, ``"channel"`` or ``None`` for the preset's.
         method: ``"gptq"`` or ``"rtn"``; ``None`` is GPTQ for integer schemes, RTN for FP8.
-        calibration: ``self``, ``text:FILE``, ``jsonl:FILE``, ``hf:DATASET[:CONFIG][:SPLIT]`` or ``random-tokens``;
+        calibration: ``self``, ``text:FILE``, ``jsonl:FILE``, ``hf:DATASET[:CONFIG][:SPLIT]``, ``vlm:FOLDER_OR_JSONL``
+            or ``random-tokens``, or a mixture such as ``text:FILE*0.5+vlm:FOLDER*0.5``;
             ``None`` is ``self`` where the model fits in memory.
         samples, seq_len: sequences and tokens in each (128 x 512).
         ignore: Linears to leave alone, exact names or ``re:`` patterns.

@@ -5,10 +5,10 @@ each to. So this takes the layer's inputs once, and then, for a few experts at a
 has them quantised, observes what enters down, has it quantised, and adds the group's part to the layer's output. Only
 one group's Hessians exist at a time, and, where the layer is larger than memory, only one group's weights.
 
-An expert that few tokens reach has a Hessian of low rank, which says more about the calibration text than about the
-expert. It is solved with what the layer's tokens make of it, wherever the router sends them: gate and up with the
-second moment of all that enters the layer, down with that of the expert's own hidden units for a sample of these
-tokens. (The sum of all experts' moments would be no substitute there: each has hidden units of its own.)
+An expert that fewer tokens reach than its inputs are wide has a Hessian of low rank, which says more about the
+calibration text than about the expert. For such a rare expert the layer's tokens count too, wherever the router sends
+them, see ``methods.pooled``: for gate and up through the second moment of all that enters the layer, for down through
+that of the expert's own hidden units for a sample of them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import nn
 from halfbyte.activations import fake_quantize_activations
 from halfbyte.estimates import group_size
 from halfbyte.experts import Expert, Experts
+from halfbyte.methods.pooled import add_layer, is_rare, layer_worth, shrinkage
 from halfbyte.ranks import Ranks
 from halfbyte.schemes import ActivationFormat
 from halfbyte.statistics import SecondMoment
@@ -57,6 +58,16 @@ class ExpertLayer:
         return first.gate_proj.in_features, first.down_proj.in_features
 
 
+def complete(moment: SecondMoment, everybody: SecondMoment | None) -> None:
+    """Add what the layer's tokens are worth, and say how much the moment is to be shrunk."""
+    width = moment.hessian.shape[0]
+    layer_tokens = 0 if everybody is None else everybody.tokens
+    moment.shrinkage = shrinkage(width, moment.tokens, layer_tokens)
+    if everybody is not None and layer_tokens:
+        add_layer(moment.hessian, everybody.hessian, layer_tokens)
+        moment.pooled = round(layer_worth(width, layer_tokens))
+
+
 def linear(module: nn.Linear, x: torch.Tensor, fmt: ActivationFormat | None) -> torch.Tensor:
     """A Linear's output, its input rounded as an engine would where it does."""
     seen = x if fmt is None else fake_quantize_activations(x, fmt)
@@ -72,7 +83,7 @@ class RoutedWalk:
         entering: gives batch ``i``'s tokens ``[tokens, hidden]``, experts ``[tokens, k]`` and weights ``[tokens, k]``.
         rows: which positions are tokens and not padding, ``None`` for all.
         add: adds to batch ``i``'s output ``[tokens, hidden]``.
-        rare: experts with fewer tokens are solved with the layer's pooled moment.
+        rare: experts with fewer tokens are rare; ``None``: with fewer than a Linear has inputs.
         everything: let every expert's statistic see all tokens, wherever they are sent (Llama 4 weighs inputs by where
             they are sent, so its experts see their own in any case).
     """
@@ -84,7 +95,7 @@ class RoutedWalk:
     device: torch.device
     formats: Mapping[str, ActivationFormat]
     ranks: Ranks
-    rare: int
+    rare: int | None
     everything: bool = False
     tokens: list[int] = field(default_factory=list)
 
@@ -100,13 +111,14 @@ class RoutedWalk:
                     yield [self._shared(experts, pool)]
                 else:
                     first = self._observed(experts, hidden, ("gate_proj", "up_proj"), self._entered)
-                    for moment in filter(self._is_rare, first):
-                        moment.pool(pool)
+                    for expert, moment in zip(experts, first, strict=True):
+                        moment.rare = self._is_rare(expert, hidden)
+                        complete(moment, pool if moment.rare else None)
                     yield first
                 second = self._observed(experts, intermediate, ("down_proj",), self._activated)
                 for expert, moment in zip(experts, second, strict=True):
-                    if self._is_rare(moment):
-                        moment.pool(self._of_everybody(expert, intermediate))
+                    moment.rare = self._is_rare(expert, intermediate)
+                    complete(moment, self._of_everybody(expert, intermediate) if moment.rare else None)
                 yield second
                 for batch in range(len(self.rows)):
                     self.add(batch, self._part(experts, batch))
@@ -153,13 +165,10 @@ class RoutedWalk:
         return x[real], index[real], weights[real]
 
     def _groups(self, width: int) -> Iterator[list[int]]:
-        """Experts with many tokens first; those with few, which take more work, last."""
+        """As many experts at a time as there is room for."""
         most = group_size(width)
-        often = [e for e, n in enumerate(self.tokens) if n >= self.rare or self._sees_everything]
-        rarely = [e for e, n in enumerate(self.tokens) if not (n >= self.rare or self._sees_everything)]
-        for part in (often, rarely):
-            for start in range(0, len(part), most):
-                yield part[start : start + most]
+        for start in range(0, len(self.tokens), most):
+            yield list(range(start, min(start + most, len(self.tokens))))
 
     def _observed(
         self,
@@ -197,8 +206,11 @@ class RoutedWalk:
         )
         return expert.act(gate, up)
 
-    def _is_rare(self, moment: SecondMoment) -> bool:
-        return moment.tokens < self.rare
+    def _is_rare(self, expert: Expert, width: int) -> bool:
+        tokens = self.tokens[expert.number]
+        if self._sees_everything:
+            return False
+        return is_rare(tokens, width) if self.rare is None else tokens < self.rare
 
     def _of_everybody(self, expert: Expert, width: int) -> SecondMoment:
         """An expert's hidden units for a sample of all that enters the layer, spread over the batches."""

@@ -79,7 +79,11 @@ class Solver:
         hessian = moment.take().to(self.device)
         steps = self.recipe.gptq
         factors = factor_hessian(
-            hessian, self.recipe.damp_fraction, where=moment.names[0], static_order=steps.static_order
+            hessian,
+            self.recipe.damp_fraction,
+            where=moment.names[0],
+            static_order=steps.static_order,
+            shrinkage=moment.shrinkage,
         )
         solved = {}
         for name in names:
@@ -110,7 +114,11 @@ class Solver:
         for i, moment in enumerate(moments):
             hessians[i].copy_(moment.take())
         factors = factor_hessians(
-            hessians, self.recipe.damp_fraction, where=[m.names[0] for m in moments], static_order=steps.static_order
+            hessians,
+            self.recipe.damp_fraction,
+            where=[m.names[0] for m in moments],
+            static_order=steps.static_order,
+            shrinkage=[m.shrinkage for m in moments],
         )
         weights = torch.stack([torch.cat([modules[n].weight.detach() for n in m.names]) for m in moments])
         results = quantize_gptq_batch(
@@ -152,6 +160,7 @@ class Solver:
             damp_raises=factors.raises[number],
             tokens=moment.tokens,
             pooled=moment.pooled,
+            rare=moment.rare,
             dead_columns=int(factors.dead[number].sum()),
         )
 

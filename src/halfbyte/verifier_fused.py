@@ -11,7 +11,7 @@ transformers, and the experts are decoded by compressed-tensors, the library tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,10 +68,9 @@ def stack_names(model: torch.nn.Module, modules: Sequence[QuantizedModule]) -> s
     return {f"{f.path}.{name}" for f in found if f is not None for name in STACKS}
 
 
-def only_experts(missing: Collection[str], unexpected: Collection[str], stacks: Collection[str]) -> bool:
-    """Whether a model lacks the stacks of experts and nothing else, and what it did not expect are single experts."""
-    names = (place_of(str(key).rpartition(".")[0]) for key in unexpected)
-    return bool(stacks) and set(map(str, missing)) == set(stacks) and all(place is not None for place in names)
+def is_expert(key: str) -> bool:
+    """Whether a tensor is of an expert that stands by itself."""
+    return place_of(key.rpartition(".")[0]) is not None
 
 
 def fill(model: torch.nn.Module, modules: Sequence[QuantizedModule], decoded: Decoder) -> list[str]:

@@ -35,7 +35,14 @@ WEIGHT_COMPANIONS = (
 ACTIVATION_COMPANIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
 PLAIN_CODES = ("I8", "F8_E4M3")
 # Linears that engines fuse into one: all of a row are quantised alike, or none
-FUSED = (("q_proj", "k_proj", "v_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"))
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,7 @@ import transformers
 
 from halfbyte.reference import StoredTensor, decode
 from halfbyte.verifier_experts import place_of
-from halfbyte.verifier_fused import fill, fused_modules, library_decoder, only_experts, stack_names
+from halfbyte.verifier_fused import fill, fused_modules, is_expert, library_decoder, stack_names
 from halfbyte.verifier_layout import QuantizedModule, Skeleton
 
 TORCH_DTYPES = {
@@ -83,8 +83,8 @@ class Loaded:
     """A model and what was said about its keys.
 
     Attributes:
-        problems: missing, unexpected and mismatched keys, and other messages.
-        lacks_experts: whether the only ones are stacks that are missing where single experts were given.
+        problems: missing, unexpected and mismatched keys, and other messages; not those of experts that it lacks.
+        lacks_experts: whether all stacks are missing in which the quantised experts belong.
         predictors: tensors of layers behind the last one, which transformers does not have.
     """
 
@@ -99,16 +99,15 @@ class Loaded:
         layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
         unexpected = sorted(map(str, info["unexpected_keys"]))
         further = predictors(unexpected, layers)
+        missing, stacks = set(map(str, info["missing_keys"])), stack_names(model, stored.modules)
+        lacking = bool(stacks) and stacks <= missing
         keys = {
-            "missing": sorted(map(str, info["missing_keys"])),
-            "unexpected": [k for k in unexpected if k not in further],
-            "mismatched": sorted(map(str, info["mismatched_keys"])),
+            "missing": missing - (stacks if lacking else set()),
+            "unexpected": {k for k in unexpected if k not in further and not (lacking and is_expert(k))},
+            "mismatched": set(map(str, info["mismatched_keys"])),
         }
-        problems = [f"{kind} key {key}" for kind, found in keys.items() for key in found]
-        problems += map(str, info["error_msgs"])
-        lacking = only_experts(keys["missing"], keys["unexpected"], stack_names(model, stored.modules))
-        lacking = lacking and not keys["mismatched"] and not info["error_msgs"]
-        return Loaded(model, problems, lacking, len(further))
+        problems = [f"{kind} key {key}" for kind, found in keys.items() for key in sorted(found)]
+        return Loaded(model, problems + [str(m) for m in info["error_msgs"]], lacking, len(further))
 
 
 def predictors(keys: Sequence[str], layers: int) -> set[str]:
@@ -153,7 +152,7 @@ def load(stored: Stored, *, dequantize: bool, apart: bool = False) -> Loaded:
     )
     loaded = Loaded.of(model, info, stored)
     if apart and loaded.lacks_experts:
-        loaded.problems = fill(model, stored.modules, library_decoder(quantization, model.dtype, as_torch))
+        loaded.problems += fill(model, stored.modules, library_decoder(quantization, model.dtype, as_torch))
     if not dequantize:
         model(torch.zeros(1, 1, dtype=torch.long))  # compressed-tensors decodes at the first forward
     return loaded
@@ -195,7 +194,7 @@ def reference(stored: Stored, architecture: type[Any], experts: Mapping[str, typ
     model, info = like.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
     loaded = Loaded.of(model, info, stored)
     if loaded.lacks_experts:
-        loaded.problems = fill(model, stored.modules, decoded)
+        loaded.problems += fill(model, stored.modules, decoded)
     return loaded
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -85,6 +86,7 @@ def render(console: Console, plan: Plan, *, every_tensor: bool = False) -> None:
         name = t.name
         if not every_tensor and t.block is not None:
             name = name.replace(f"{plan.block_prefix}.{t.block}.", f"{plan.block_prefix}.*.", 1)
+            name = re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
         label = f"{t.scheme} g{t.group_size}" if t.group_size else f"{t.scheme}"
         action = label if t.action == "quantize" else f"copy ({t.reason})"
         row = rows.setdefault((name, " x ".join(map(str, t.shape)), action), [0, 0, 0, t.bits_per_weight or 0.0])
