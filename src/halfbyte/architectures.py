@@ -76,7 +76,7 @@ KNOWN_ARCHITECTURES = frozenset(
         "Olmo3ForCausalLM",
         "OlmoeForCausalLM",
         "Phi3ForCausalLM",
-        "PhimoeForCausalLM",
+        "PhiMoEForCausalLM",
         "Qwen2ForCausalLM",
         "Qwen2MoeForCausalLM",
         "Qwen2VLForConditionalGeneration",

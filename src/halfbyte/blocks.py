@@ -673,9 +673,11 @@ def build_on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         quantization = config.to_dict().get("quantization_config")
         if quantization is not None:
             del config.quantization_config
-        known = vars(transformers.models.auto.modeling_auto)["MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"].values()
+        # By the type too: what a config calls its class need not be transformers' name for it (PhiMoE's is not).
+        kinds = vars(transformers.models.auto.modeling_auto)
+        speaking, seeing = (kinds[f"MODEL_FOR_{k}_MAPPING_NAMES"] for k in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT"))
         factory: Any = transformers.AutoModelForCausalLM
-        if checkpoint.architecture not in known:
+        if checkpoint.architecture not in speaking.values() and config.model_type in seeing:
             factory = transformers.AutoModelForImageTextToText
         try:
             with init_empty_weights(include_buffers=False):
