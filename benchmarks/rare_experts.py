@@ -218,6 +218,10 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         found.append(
             {"router": router, "linear": linear, "tokens": tokens, "hessian": hessian}
             | {"of_all_tokens": math.exp(statistics.fmean(means)), "log_standard_error": error}
+            | {
+                "experts": sum(map(len, by_block.values())),
+                "by_block": {b: round(math.exp(m), 4) for b, m in zip(by_block, means, strict=True)},
+            }
         )
     return found
 
@@ -262,7 +266,6 @@ def main() -> None:
         "format": {"num_bits": FORMAT.num_bits, "group_size": FORMAT.group_size},
         "tokens": {"calibration": len(seen[0]), "held_out": len(unseen[0])},
         "summary": found,
-        "experts_errors": rows,
         "versions": harness.versions(sys.executable, ("halfbyte", "torch", "transformers", "numba")),
         "machine": harness.machine(),
         **harness.git_commit(),

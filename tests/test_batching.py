@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.errors import NumericsError
-from halfbyte.methods.batching import factoring_bytes, largest_batch, peak_bytes, solving_bytes
+from halfbyte.methods.batching import factoring_bytes, largest_batch, peak_bytes, solving_bytes, worthwhile
 from halfbyte.methods.gptq import factor_hessian, factor_hessians, quantize_gptq, quantize_gptq_batch
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.recipe import GptqSteps
@@ -231,3 +231,9 @@ def test_as_many_as_fit() -> None:
         assert batch == 1 or peak_bytes(batch, *shape) <= room
         assert batch == 128 or peak_bytes(batch + 1, *shape) > room
     assert largest_batch(128, *shape, 1 << 40) == 128
+
+
+def test_a_few_threads_need_no_batch() -> None:
+    cpu = torch.device("cpu")
+    assert [worthwhile(cpu, threads) for threads in (1, 2, 7, 8, 64)] == [1, 1, 1, 2, 16]
+    assert worthwhile(torch.device("cuda"), 1) > 128

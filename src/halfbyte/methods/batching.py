@@ -6,11 +6,16 @@ which take one Linear after the other. :mod:`halfbyte.estimates` reckons single 
 
 from __future__ import annotations
 
+import torch
+
 from halfbyte.kernels.dispatch import PANEL
 from halfbyte.methods.gptq import DOUBLE_LIMIT, ENOUGH_FOR_SINGLE
 from halfbyte.methods.refine import STRIP
 from halfbyte.methods.scales import CANDIDATES_PER_CALL, shares
 from halfbyte.schemes import WeightFormat
+
+THREADS_EACH = 4
+UNBOUNDED = 1 << 30
 
 
 def factoring_bytes(batch: int, width: int, damp_fraction: float) -> int:
@@ -56,3 +61,13 @@ def largest_batch(most: int, rows: int, width: int, fmt: WeightFormat, damp_frac
     """How many of ``most`` fit into ``room_bytes``; at least one, which there is no way without."""
     one, two = (peak_bytes(batch, rows, width, fmt, damp_fraction) for batch in (1, 2))
     return max(1, min(most, 1 + max(0, room_bytes - one) // (two - one)))
+
+
+def worthwhile(device: torch.device, threads: int) -> int:
+    """How many at once are worth their memory.
+
+    On a CPU one Linear keeps a few threads busy, and several leave the cache: on one thread batches take 5 to 20 % more
+    processor time than single Linears (benchmarks/experts.py), so it is one for every four threads; that number has not
+    been measured where there are many. On a GPU, which one expert does not fill, memory is the only bound.
+    """
+    return max(1, threads // THREADS_EACH) if device.type == "cpu" else UNBOUNDED
