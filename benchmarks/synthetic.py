@@ -208,7 +208,7 @@ def gemma3_27b(folder: Path, *, layers: int, real_layers: int) -> int:
 
 
 def qwen3_235b(folder: Path, *, layers: int) -> int:
-    """Blocks of Qwen3-235B-A22B, a mixture of 128 experts; the vocabulary is small. Returns the bytes of its tensors."""
+    """Blocks of Qwen3-235B-A22B, a mixture of 128 experts, and a small vocabulary; returns the bytes of its tensors."""
     hidden, inner, experts, vocabulary = 4096, 1536, 128, 1024
     config = {
         "architectures": ["Qwen3MoeForCausalLM"],
