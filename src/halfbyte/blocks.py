@@ -676,8 +676,10 @@ def build_on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
             del config.quantization_config
         known = vars(transformers.models.auto.modeling_auto)["MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"].values()
         factory: Any = transformers.AutoModelForCausalLM
-        if checkpoint.architecture not in known:
-            factory = transformers.AutoModelForImageTextToText
+        # Published names differ from transformers' own here and there (PhiMoEForCausalLM), configs do not.
+        seeing = transformers.AutoModelForImageTextToText
+        if checkpoint.architecture not in known and type(config) in seeing._model_mapping:
+            factory = seeing
         try:
             with init_empty_weights(include_buffers=False):
                 model = factory.from_config(config, dtype=dtype, trust_remote_code=False)
