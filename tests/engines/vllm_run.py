@@ -16,27 +16,16 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
-# Before vLLM is imported: stay offline, in this process, on the cores that this process may use, in little memory.
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    VLLM_NO_USAGE_STATS="1",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_CPU_OMP_THREADS_BIND=",".join(map(str, sorted(os.sched_getaffinity(0))[:2])),
-    VLLM_LOGGING_LEVEL="WARNING",
-)
-
+import vllm_setup  # noqa: F401 -- before vLLM is imported
 import torch
+import vllm_experts
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-import vllm_experts
 
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
