@@ -175,7 +175,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("limit", ["groups", "fetched", "files", "single"])
+@pytest.mark.parametrize("limit", ["groups", "fetched", "files", "batches"])
 def test_limits_of_memory_change_no_byte(
     family: str, limit: str, tiny_model: Models, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,8 +190,8 @@ def test_limits_of_memory_change_no_byte(
         monkeypatch.setattr(estimates, "MOST_IN_GROUP", 3)
     elif limit == "files":
         options["offload"] = True
-    else:
-        monkeypatch.setattr(solver, "BATCH_BYTES", 1)
+    else:  # on a CPU with few threads each would be solved alone
+        monkeypatch.setattr(solver, "worthwhile", lambda *_: 64)
     assert quantized(source, tmp_path / "limited", text_file, **options) == expected
 
 
