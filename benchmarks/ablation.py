@@ -56,7 +56,7 @@ def variant(name: str, weight: torch.Tensor, hessian: torch.Tensor, fmt: WeightF
         return quantize_rtn(weight, fmt, torch.bfloat16).dense()
     factor = factor_hessian(hessian, 0.01, where=name, static_order=steps.static_order)
     if name == "+search diag(H)":
-        factor = replace(factor, importance=hessian.diagonal().contiguous())
+        factor = replace(factor, importance=hessian.diagonal().contiguous()[None])
     return quantize_gptq(weight, hessian, factor, fmt, torch.bfloat16, steps).dense()
 
 

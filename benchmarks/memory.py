@@ -2,13 +2,15 @@
 
     python benchmarks/memory.py layers   [--width 1024] [--layers 4 8 16 32]
     python benchmarks/memory.py gemma27b [--layers 4] [--real-layers 2]
+    python benchmarks/memory.py mixture  [--layers 1]
     python benchmarks/memory.py limit    [--width 2048] [--layers 28] [--limit-mib 1200]
     python benchmarks/memory.py show RESULT.json        the table again, and the picture beside the result
 
 ``layers`` quantises synthetic Llama-shaped checkpoints, with and without ``--offload``, each in a child process whose
 peak memory the kernel reports; it writes a result and a picture. ``gemma27b`` plans the 27B Gemma 3 at its full depth
-and quantises ``--layers`` of its blocks (62 for all: hours on a small CPU, and 17 GB of disk). ``limit`` quantises a
-checkpoint that is larger than the memory which the kernel lets the process have.
+and quantises ``--layers`` of its blocks (62 for all: hours on a small CPU, and 17 GB of disk). ``mixture`` quantises
+blocks in the shapes of Qwen3-235B-A22B, of which one alone has 4.8 GB of experts. ``limit`` quantises a checkpoint that
+is larger than the memory which the kernel lets the process have.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ def main() -> None:
         path, result = options.result, json.loads(options.result.read_text(encoding="utf-8"))
     else:
         with tempfile.TemporaryDirectory(prefix="halfbyte-bench-", dir=options.scratch) as scratch:
-            result = {"layers": layers, "gemma27b": gemma27b, "limit": limit}[options.work](options, Path(scratch))
+            works = {"layers": layers, "gemma27b": gemma27b, "mixture": mixture, "limit": limit}
+            result = works[options.work](options, Path(scratch))
         path = options.result or harness.RESULTS / f"{result['date']}-{result['benchmark']}.json"
         harness.write_result(path, result)
     print(render(result))
@@ -51,11 +54,13 @@ def arguments() -> argparse.Namespace:
     large = works.add_parser("gemma27b", help="plan and quantise the shapes of Gemma 3 27B")
     large.add_argument("--layers", type=int, default=4, help="decoder blocks to quantise (the plan has all 62)")
     large.add_argument("--real-layers", type=int, default=2, help="of these, how many hold random data; others zeros")
+    mixed = works.add_parser("mixture", help="quantise the shapes of Qwen3-235B-A22B")
+    mixed.add_argument("--layers", type=int, default=1)
     limited = works.add_parser("limit", help="a checkpoint larger than the memory limit")
     limited.add_argument("--layers", type=int, default=28)
     limited.add_argument("--width", type=int, default=2048)
     limited.add_argument("--limit-mib", type=int, default=1200)
-    for p, samples, seq_len in ((depth, 8, 256), (large, 2, 64), (limited, 8, 256)):
+    for p, samples, seq_len in ((depth, 8, 256), (large, 2, 64), (mixed, 4, 256), (limited, 8, 256)):
         p.add_argument("--samples", type=int, default=samples)
         p.add_argument("--seq-len", type=int, default=seq_len)
         p.add_argument("--threads", type=int, help="OMP_NUM_THREADS of halfbyte")
@@ -156,6 +161,17 @@ def gemma27b(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     measured = quantize(options, part, scratch, offload=True)
     solved = {"work": "quantize", "layers": options.layers, "checkpoint_bytes": made["tensor_bytes"], **measured}
     result["runs"] = [plan_run, solved]
+    return result
+
+
+def mixture(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Blocks that are larger than what is held of them."""
+    result = header("memory-mixture", options)
+    source = scratch / "mixture"
+    made = harness.json_from([sys.executable, MAKER, "qwen3-235b", source, "--layers", str(options.layers)])
+    measured = quantize(options, source, scratch, offload=False)
+    run = {"work": "quantize", "layers": options.layers, "checkpoint_bytes": made["tensor_bytes"]}
+    result["runs"] = [{**run, **measured}]
     return result
 
 

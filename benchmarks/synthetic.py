@@ -207,6 +207,60 @@ def gemma3_27b(folder: Path, *, layers: int, real_layers: int) -> int:
     return total
 
 
+def qwen3_235b(folder: Path, *, layers: int) -> int:
+    """Blocks of Qwen3-235B-A22B, a mixture of 128 experts, and a small vocabulary; returns the bytes of its tensors."""
+    hidden, inner, experts, vocabulary = 4096, 1536, 128, 1024
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "dtype": "bfloat16",
+        "hidden_size": hidden,
+        "intermediate_size": 12288,
+        "moe_intermediate_size": inner,
+        "num_experts": experts,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+        "eos_token_id": 1,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    shards: dict[str, Shapes] = {
+        "model-embedding.safetensors": {
+            "model.embed_tokens.weight": (vocabulary, hidden),
+            "model.norm.weight": (hidden,),
+        }
+    }
+    for i in range(layers):
+        p = f"model.layers.{i}."
+        matrices = {
+            f"{p}mlp.experts.{e}.{leaf}.weight": (inner, hidden)
+            for e in range(experts)
+            for leaf in ("gate_proj", "up_proj")
+        }
+        matrices |= {f"{p}mlp.experts.{e}.down_proj.weight": (hidden, inner) for e in range(experts)}
+        shards[f"model-layer-{i:03d}.safetensors"] = {
+            **{f"{p}{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")},
+            p + "self_attn.q_norm.weight": (128,),
+            p + "self_attn.k_norm.weight": (128,),
+            p + "self_attn.q_proj.weight": (8192, hidden),
+            p + "self_attn.k_proj.weight": (512, hidden),
+            p + "self_attn.v_proj.weight": (512, hidden),
+            p + "self_attn.o_proj.weight": (hidden, 8192),
+            p + "mlp.gate.weight": (experts, hidden),
+            **matrices,
+        }
+    tile = bfloat16(numpy.random.default_rng(0).standard_normal(TILE_ELEMENTS, "f4") * STANDARD_DEVIATION)
+    total = sum(write_shard(folder / file, shapes, seed=None, tile=tile) for file, shapes in shards.items())
+    write_index(folder, shards, total)
+    return total
+
+
 def gemma_vision(hidden: int) -> Shapes:
     """Names and shapes of the vision tower and the projector."""
     d, inner, p = 1152, 4304, "vision_tower.vision_model."
@@ -231,7 +285,7 @@ def gemma_vision(hidden: int) -> Shapes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=["llama", "gemma3-27b"])
+    parser.add_argument("shape", choices=["llama", "gemma3-27b", "qwen3-235b"])
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, required=True)
     parser.add_argument("--width", type=int, default=1024, help="llama only; a multiple of 256")
@@ -240,6 +294,8 @@ def main() -> None:
     options.out.mkdir(parents=True)
     if options.shape == "llama":
         total = llama(options.out, width=options.width, layers=options.layers)
+    elif options.shape == "qwen3-235b":
+        total = qwen3_235b(options.out, layers=options.layers)
     else:
         total = gemma3_27b(options.out, layers=options.layers, real_layers=options.real_layers)
     print(json.dumps({"tensor_bytes": total}))

@@ -15,12 +15,13 @@ from triton.compiler import ASTSource
 from halfbyte.kernels import gptq_triton, refine_triton
 
 FLOATS, CODES, INDICES = "*fp32", "*i8", "*i64"
-INTEGERS = ("weight_stride", "factor_stride", "gradient_stride", "hessian_stride", "codes_stride", "steps_stride")
+STRIDED = ("weight", "factor", "gradient", "hessian", "codes", "steps")
+INTEGERS = tuple(f"{name}{of}_stride" for name in STRIDED for of in ("", "_batch"))
 TYPES = {"codes": CODES, "group_of": INDICES, "best": INDICES, "q_min": "fp32", "q_max": "fp32"}
-TYPES |= dict.fromkeys((*INTEGERS, "rows", "start", "width", "groups", "count"), "i32")
+TYPES |= dict.fromkeys((*INTEGERS, "rows", "columns", "start", "width", "groups", "count"), "i32")
 CONSTANTS = {"CHUNK": gptq_triton.ROWS, "COLUMNS": gptq_triton.PANEL}
 # What Triton finds out of a launch's arguments: pointers and strides of real Linears are multiples of 16.
-ALIGNED = (*INTEGERS, "start", "width", "rows")
+ALIGNED = (*INTEGERS, "start", "width", "rows", "columns")
 
 
 def compiled(kernel: Any, capability: int) -> Any:

@@ -1,6 +1,6 @@
 """What was run for each family of models: records that tests write, and docs/models.md, which is made of them.
 
-    HALFBYTE_MODEL_RECORDS=docs/models/transformers.jsonl python -m pytest tests/test_models.py
+    HALFBYTE_MODEL_RECORDS=docs/models/transformers.jsonl python -m pytest tests/test_models.py    (a new file)
     python tests/model_records.py            write docs/models.md
     python tests/model_records.py --check    exit 1 when the page does not match the records
 
@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,13 @@ COLUMNS = {
         ("reload", "logits"),
         "loaded by transformers, with the logits of a model that was dequantised by hand",
     ),
-    "pictures": (("logits with pictures",), "the same with pictures in the input"),
+    "halfbyte.load": (("halfbyte.load",), "the same, loaded by `halfbyte.load` into transformers' model class"),
+    "pictures": (("logits with pictures",), "the same logits with pictures in the input, by either"),
     "calibrated with pictures": (("calibrated with pictures",), "quantised on pictures and text, and verified"),
-    "vLLM": (("vllm",), "loaded by vLLM on a CPU, which generated text"),
+    "vLLM": (("vllm",), "loaded by vLLM on a CPU, which generates, with the probabilities of that model"),
+    "vLLM, pictures": (("vllm with pictures",), "the same with a picture in the input"),
 }
-VISION_ONLY = ("pictures", "calibrated with pictures")
+VISION_ONLY = ("pictures", "calibrated with pictures", "vLLM, pictures")
 
 Key = tuple[str, str, str]
 
@@ -72,13 +74,29 @@ def quiet() -> Iterator[None]:
             logging.set_verbosity(level)
 
 
-def passed(family: str, scheme: str, step: str, outcome: str = "passed", **facts: Any) -> None:
-    """Append a record, if records are asked for. ``outcome`` is a reason where the step is known to be impossible."""
+def passed(
+    family: str,
+    scheme: str,
+    step: str,
+    outcome: str = "passed",
+    *,
+    engine: Mapping[str, str] | None = None,
+    **facts: Any,
+) -> None:
+    """Append a record, if records are asked for.
+
+    Args:
+        family, scheme, step: what was run.
+        outcome: a reason where the step is known to be impossible.
+        engine: name and version of what ran it, where that is not transformers: ``{"vllm": "0.32.0"}``.
+        facts: what else the page shows.
+    """
     file = os.environ.get(VARIABLE)
     if not file:
         return
     record = {"family": family, "scheme": scheme, "step": step, "outcome": outcome, **facts}
-    record |= {"versions": {name: version(name) for name in ("transformers", "compressed-tensors", "torch")}}
+    versions = engine or {name: version(name) for name in ("transformers", "compressed-tensors", "torch")}
+    record |= {"versions": dict(versions)}
     with Path(file).open("a", encoding="utf-8") as f:
         f.write(json.dumps(record) + "\n")
 

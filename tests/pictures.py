@@ -128,6 +128,25 @@ FAMILIES = {
             "image_token": "<image>",
         },
     ),
+    # the whole and tiles of 28 x 28 pixels, 4 tokens each, and one more at the end of each row of tokens
+    "llava_next": Pictured(
+        "LlavaNextProcessor",
+        "LlavaNextImageProcessor",
+        ("<image>",),
+        "<image>",
+        {
+            "size": {"shortest_edge": 28},
+            "crop_size": {"height": 28, "width": 28},
+            "image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]],
+            **MEAN_STD,
+        },
+        {
+            "patch_size": 14,
+            "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": "default",
+            "image_token": "<image>",
+        },
+    ),
     # tiles of 28 x 28 pixels, at most 2 x 2 of them and the whole: 1 token a tile
     "idefics3": Pictured(
         "Idefics3Processor",

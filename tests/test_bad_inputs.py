@@ -333,7 +333,8 @@ def test_no_tokenizer(refuse: Callable[..., str], source: Path) -> None:
         (
             ["--calibration", "wikitext"],
             "--calibration: unknown calibration source 'wikitext'. Use one of: self, text:FILE, jsonl:FILE, "
-            "hf:DATASET[:CONFIG][:SPLIT], random-tokens.",
+            "hf:DATASET[:CONFIG][:SPLIT], vlm:FOLDER_OR_JSONL, random-tokens; or several with weights, "
+            "SPEC*0.5+SPEC*0.5.",
         ),
         (["--ignore", "re:["], "--ignore re:[: 're:[' is not a regular expression: unterminated character set at"),
         (["--ignore", "re:.*"], "--ignore: nothing is left to quantise: every Linear is ignored or untargeted."),

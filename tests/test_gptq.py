@@ -42,12 +42,12 @@ def test_factor_is_that_of_the_damped_inverse(n: int, damp_fraction: float) -> N
     assert torch.equal(hessian, kept)
 
     damped = hessian.double().numpy() + damp_fraction * float(hessian.double().diagonal().mean()) * np.eye(n)
-    order = factor.order.numpy()
+    order = factor.order[0].numpy()
     strengths = hessian.diagonal().numpy()[order]
     assert sorted(order.tolist()) == list(range(n))
     assert (np.diff(strengths) <= 0).all()
     expected = np.linalg.inv(damped[np.ix_(order, order)])
-    upper = factor.upper.double().numpy()
+    upper = factor.upper[0].double().numpy()
     assert np.array_equal(upper, np.triu(upper))
     assert (upper.diagonal() > 0).all()
     assert np.allclose(upper.T @ upper, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
@@ -55,13 +55,13 @@ def test_factor_is_that_of_the_damped_inverse(n: int, damp_fraction: float) -> N
     importance = np.empty(n)
     for position, column in enumerate(order):
         importance[column] = 1 / upper[position, position] ** 2
-    assert np.allclose(factor.importance.numpy(), importance, rtol=1e-6)
-    assert (factor.raises, factor.damp_fraction) == (0, damp_fraction)
+    assert np.allclose(factor.importance[0].numpy(), importance, rtol=1e-6)
+    assert (factor.raises, factor.damp_fractions) == ((0,), (damp_fraction,))
     assert not factor.dead.any()
 
 
 def test_equally_strong_columns_keep_their_order() -> None:
-    assert factor_hessian(torch.eye(6), 0.01, where="w").order.tolist() == list(range(6))
+    assert factor_hessian(torch.eye(6), 0.01, where="w").order.tolist() == [list(range(6))]
 
 
 @pytest.mark.parametrize(("damping", "limit"), [(0.01, 4096), (0.0005, 32)])
@@ -86,8 +86,8 @@ def test_dead_inputs_get_weight_zero_and_disturb_nothing(damp_fraction: float) -
     x[:, [3, 40]] = 0.0
     hessian = x.T @ x
     factor = factor_hessian(hessian, damp_fraction, where="w")
-    assert factor.dead.nonzero().flatten().tolist() == [3, 40]
-    assert factor.raises == 0
+    assert factor.dead[0].nonzero().flatten().tolist() == [3, 40]
+    assert factor.raises == (0,)
     result = quantize_gptq(weight, hessian, factor, INT4, torch.float32)
     assert (result.dense()[:, [3, 40]] == 0).all()
 
@@ -114,11 +114,11 @@ def test_inputs_that_are_all_dead_are_quantised_to_zero() -> None:
 def test_damping_rises_in_recorded_steps_where_none_was_asked_for() -> None:
     hessian = torch.ones(8, 8)  # rank 1
     factor = factor_hessian(hessian, 0.0, where="w")
-    assert (factor.raises, factor.damp_fraction) == (1, 0.01)
-    assert factor.damping == pytest.approx(0.01)
+    assert (factor.raises, factor.damp_fractions) == ((1,), (0.01,))
+    assert factor.damping.tolist() == [pytest.approx([0.01] * 8)]
     given = factor_hessian(hessian, 0.01, where="w")
     assert torch.equal(factor.upper, given.upper)
-    assert given.raises == 0
+    assert given.raises == (0,)
 
 
 def test_damping_rises_tenfold_until_the_hessian_can_be_factored() -> None:
@@ -126,9 +126,9 @@ def test_damping_rises_tenfold_until_the_hessian_can_be_factored() -> None:
     hessian[3, 3] = -0.5  # no second moment, but what accumulated rounding can look like, much exaggerated
     mean = (3 - 0.5) / 4
     factor = factor_hessian(hessian, 0.01, where="w")
-    assert factor.raises == 2
-    assert factor.damp_fraction == pytest.approx(1.0)
-    assert factor.damping == pytest.approx(mean)
+    assert factor.raises == (2,)
+    assert factor.damp_fractions == pytest.approx((1.0,))
+    assert factor.damping.tolist() == [pytest.approx([mean] * 4)]
 
 
 def test_a_hopeless_hessian_is_an_error_that_names_the_linear() -> None:
@@ -164,7 +164,7 @@ def test_reported_error_is_the_outputs_energy(
     assert result.scales.dtype == scale_dtype
     assert result.codes.dtype == torch.int8
     assert (result.zero_points is None) == symmetric
-    scales, zeros = searched(weight, factor.importance, fmt, scale_dtype)
+    scales, zeros = searched(weight, factor.importance[0], fmt, scale_dtype)
     assert torch.equal(result.scales.float(), scales)
     if result.zero_points is not None:
         assert torch.equal(result.zero_points.float(), zeros)
@@ -211,7 +211,7 @@ def test_codes_are_those_of_the_closed_form_optimum(n: int) -> None:
         hessian = x.T @ x
         factor = factor_hessian(hessian, 0.0, where="w")
         result = quantize_gptq(weight, hessian, factor, fmt, torch.float32, COLUMNS)
-        order = factor.order.numpy()
+        order = factor.order[0].numpy()
         h = hessian.double().numpy()[np.ix_(order, order)]
         for row in range(3):
             expected = solve_by_first_principles(weight[row].double().numpy()[order], h, float(result.scales[row, 0]))
@@ -234,30 +234,32 @@ def test_factor_and_inverse_in_place(n: int) -> None:
     generator = torch.Generator().manual_seed(n)
     x = torch.randn(2 * n + 1, n, dtype=torch.float64, generator=generator)
     a = x.T @ x / n + torch.eye(n, dtype=torch.float64)
-    upper = a.triu() + torch.tril(torch.full_like(a, torch.nan), -1)  # the lower triangle is not read
-    assert factor_upper(upper)
+    # The lower triangle is not read, and what cannot be factored disturbs no other.
+    upper = torch.stack([a, -a]).triu() + torch.tril(torch.full_like(a, torch.nan), -1)
+    assert factor_upper(upper).tolist() == [True, False]
+    upper = upper[:1]
     assert torch.equal(upper, upper.triu())
-    torch.testing.assert_close(upper @ upper.T, a, rtol=0, atol=1e-10)
+    torch.testing.assert_close(upper[0] @ upper[0].T, a, rtol=0, atol=1e-10)
     inverse = upper.clone()
     invert_upper(inverse)
     assert torch.equal(inverse, inverse.triu())
-    torch.testing.assert_close(inverse @ upper, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close(inverse[0] @ upper[0], torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("place", [0, 300, 699])
 def test_a_matrix_that_is_not_positive_definite_is_not_factored(place: int) -> None:
-    a = torch.eye(700, dtype=torch.float64)
-    a[place, place] = -1.0
-    assert not factor_upper(a)
+    a = torch.eye(700, dtype=torch.float64).repeat(3, 1, 1)
+    a[1, place, place] = -1.0
+    assert factor_upper(a).tolist() == [True, False, True]
 
 
 def test_columns_in_file_order() -> None:
     x = inputs(40)
     hessian = x.T @ x
     factor = factor_hessian(hessian, 0.01, where="w", static_order=False)
-    assert factor.order.tolist() == list(range(40))
-    damped = hessian.double() + factor.damping * torch.eye(40)
-    upper = factor.upper.double()
+    assert factor.order.tolist() == [list(range(40))]
+    damped = hessian.double() + factor.damping[0].diag()
+    upper = factor.upper[0].double()
     torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(40).double(), rtol=0, atol=1e-3)
 
 
@@ -267,3 +269,25 @@ def test_scales_from_the_range() -> None:
     steps = GptqSteps(scale_search=False, scale_refit=False, code_descent=False)
     result = quantize_gptq(weight, hessian, factor_hessian(hessian, 0.01, where="w"), INT4, torch.bfloat16, steps)
     assert torch.equal(result.scales.float(), minmax(weight, INT4, torch.bfloat16)[0])
+
+
+@pytest.mark.parametrize("damp_fraction", [0.0, 0.01])
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_shrinkage_is_a_share_of_the_own_diagonal(damp_fraction: float, group_size: int | None) -> None:
+    """It is as if H had that diagonal, but the reported error is that of the H that was seen."""
+    x, weight = inputs(160, tokens=40), weights(8, 160)
+    x[:, 7] = 0.0
+    hessian, fmt = x.T @ x, WeightFormat(num_bits=4, group_size=group_size)
+    factor = factor_hessian(hessian, damp_fraction, where="w", shrinkage=0.5)
+    plain = damp_fraction * float(hessian.diagonal().double().mean())
+    assert torch.allclose(factor.damping[0], plain + 0.5 * hessian.diagonal(), rtol=1e-6)
+    loaded = hessian + 0.5 * hessian.diagonal().diag()
+    same = factor_hessian(loaded, damp_fraction / 1.5, where="w")
+    assert torch.equal(factor.order, same.order)
+    assert torch.equal(factor.dead, same.dead)
+    live = ~factor.dead[0][factor.order[0]]  # a dead input's pivot is the mean diagonal, which differs
+    torch.testing.assert_close(factor.upper[0][live][:, live], same.upper[0][live][:, live], rtol=1e-3, atol=1e-6)
+    result = quantize_gptq(weight, hessian, factor, fmt, torch.bfloat16)
+    assert float((result.codes == quantize_gptq(weight, loaded, same, fmt, torch.bfloat16).codes).float().mean()) > 0.99
+    error, energy = x @ (result.dense() - weight).T, x @ weight.T
+    assert result.relative_error == pytest.approx(float(error.square().sum() / energy.square().sum()), rel=1e-3)

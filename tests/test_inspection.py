@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma3 import Gemma3ForCausalLM
 
+import tiny
 from halfbyte.cli.inspect import command
 from halfbyte.errors import CheckpointError
 from halfbyte.inspection import Inspection, ModuleGroup, block_errors, inspect
@@ -450,3 +451,31 @@ def test_the_command_prints_for_people_and_for_programs(with_records: Path) -> N
     assert "compare with dense on 512 tokens: kl_mean 0.25" in words
     machine = runner.invoke(command, [str(with_records), "--json"])
     assert from_plain(Inspection, json.loads(machine.stdout)) == inspect(str(with_records))
+
+
+def test_experts_are_counted_by_kind_and_prediction_layers_apart(tmp_path: Path) -> None:
+    """A dense mixture: stacks as they are, single experts in a line each, and a layer behind the last."""
+    source = tiny.build(tmp_path / "stacks", "llama4-text")
+    result = inspect(source)
+    stacks = {g.modules: (g.shape, g.count) for g in result.groups if ".experts." in g.modules}
+    prefix = "model.layers.*.feed_forward.experts"
+    assert stacks == {f"{prefix}.gate_up_proj": ([4, 128, 384], 1), f"{prefix}.down_proj": ([4, 192, 128], 1)}
+    assert result.parameters == sum(t.numel() for t in tiny.stored(source).values())
+
+    source = tiny.build(tmp_path / "single", "deepseek-v3")
+    tensors = tiny.stored(source)
+    result = inspect(source)
+    assert result.blocks == 3
+    assert {g.count for g in result.groups if g.modules == "model.layers.*.mlp.experts.*.up_proj"} == {24}
+    further = [t for n, t in tensors.items() if n.startswith("model.layers.3.")]
+    (part,) = [p for p in result.parts if p.name == "multi-token prediction"]
+    assert (part.tensors, part.parameters) == (len(further), sum(t.numel() for t in further))
+
+
+def test_rare_experts_are_shown(with_records: Path) -> None:
+    manifest = json.loads((with_records / "halfbyte.json").read_text())
+    rare = [f"model.layers.0.mlp.experts.{i}" for i in range(7)]
+    (with_records / "halfbyte.json").write_text(json.dumps(manifest | {"rare_experts": rare}))
+    assert inspect(with_records).rare_experts == rare
+    shown = CliRunner().invoke(command, [str(with_records)]).stdout
+    assert "experts that few calibration tokens reached: 7 (model.layers.0.mlp.experts.0, " in shown

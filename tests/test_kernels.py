@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +63,18 @@ def problem(rows: int, n: int, *, bits: int, symmetric: bool, groups: int = 2, s
     )
 
 
+def stacked(problems: Sequence[Problem]) -> tuple[torch.Tensor, ...]:
+    """What a kernel is called with for a batch; the weight is a copy."""
+    names = ("weight", "factor", "scales", "zeros", "group_of")
+    return tuple(torch.stack([getattr(p, name) for p in problems]) for name in names)
+
+
+def solve(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of one."""
+    codes, loss = gptq_numba.solve_columns(*stacked([p]), p.q_min, p.q_max)
+    return codes[0], loss[0]
+
+
 def off_nearest(exact: Array, codes: npt.NDArray[np.int8], q_min: int, q_max: int) -> Array:
     """How much farther than half a step each code is from the value that it stands for; clipping is no distance."""
     return np.abs(np.clip(exact, q_min, q_max) - codes) - 0.5
@@ -76,7 +89,7 @@ SHAPES = [(rows, n) for rows in (1, 7, 32, 33, 100) for n in (8, 100, 128, 129, 
 def test_columns_match_the_slow_twin(rows: int, n: int, symmetric: bool, bits: int) -> None:
     p = problem(rows, n, bits=bits, symmetric=symmetric)
     weight, factor, scales, zeros, group_of, q_min, q_max = p.in_float64()
-    found, loss = gptq_numba.solve_columns(p.weight.clone(), p.factor, p.scales, p.zeros, p.group_of, p.q_min, p.q_max)
+    found, loss = solve(p)
     codes = found.numpy()
     assert codes.min() >= q_min
     assert codes.max() <= q_max
@@ -112,11 +125,21 @@ def test_a_slip_of_one_column_would_be_seen() -> None:
     slipped = p.factor.clone()
     slipped[:, 1:] = p.factor[:, :-1].triu(1)[:, :]
     slipped.diagonal().copy_(p.factor.diagonal())
-    codes, _ = gptq_numba.solve_columns(p.weight.clone(), slipped, p.scales, p.zeros, p.group_of, q_min, q_max)
+    codes, _ = solve(replace(p, factor=slipped))
     _, exact, _ = gptq_reference.solve_columns(
         weight, factor, scales, zeros, group_of, q_min, q_max, forced_codes=codes.numpy()
     )
     assert off_nearest(exact, codes.numpy(), q_min, q_max).max() > 0.1
+
+
+@pytest.mark.parametrize("rows", [7, 32, 100])
+def test_columns_do_not_depend_on_the_batch(rows: int) -> None:
+    problems = [problem(rows, 300, bits=4, symmetric=False, seed=seed) for seed in range(5)]
+    codes, loss = gptq_numba.solve_columns(*stacked(problems), -8, 7)
+    for p, of_one, its_loss in zip(problems, codes, loss, strict=True):
+        alone, loss_alone = solve(p)
+        assert torch.equal(of_one, alone)
+        assert torch.equal(its_loss, loss_alone)
 
 
 def test_columns_do_not_depend_on_the_number_of_threads() -> None:
@@ -126,9 +149,7 @@ def test_columns_do_not_depend_on_the_number_of_threads() -> None:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            results.append(
-                gptq_numba.solve_columns(p.weight.clone(), p.factor, p.scales, p.zeros, p.group_of, p.q_min, p.q_max)
-            )
+            results.append(solve(p))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

@@ -21,6 +21,7 @@ from halfbyte.checkpoint.reader import open_checkpoint
 from halfbyte.errors import UsageError
 from halfbyte.mixing import budget_of, choose, groups_of, measured_sequences, unit_key
 from halfbyte.recipe import Recipe, SchemeGroup, mixing_problem, wider
+from halfbyte.records import Manifest, read_record
 from halfbyte.schemes import Scheme, preset
 
 W4, W8 = preset("W4A16"), preset("W8A16")
@@ -241,3 +242,28 @@ def test_patterns_are_few() -> None:
         r"re:.*\blayers\.3\.mlp\.down_proj$",
     )
     assert high.targets == (r"re:.*\blayers\.(?:0|1|2|4)\.mlp\.down_proj$",)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["llama4-text", "granite-moe", "qwen3-moe"])
+def test_a_layer_of_experts_is_one_unit(family: str, tiny_model: Models, text_file: Path, tmp_path: Path) -> None:
+    source, out = tiny_model(family), tmp_path / "out"
+    halfbyte.quantize(
+        source,
+        out,
+        scheme="W4A16",
+        group_size=32,
+        target_bits=6.5,
+        calibration=f"text:{text_file}",
+        samples=6,
+        seq_len=40,
+    )
+    manifest = read_record(Manifest, out / "halfbyte.json")
+    assert manifest.bits_per_weight <= 6.5
+    schemes: dict[str, set[str]] = {}
+    for linear in manifest.linears:
+        if ".experts." in linear.name:
+            schemes.setdefault(linear.name.partition(".experts.")[0], set()).add(linear.scheme)
+    assert schemes
+    assert all(len(found) == 1 for found in schemes.values())
+    assert halfbyte.verify(out, source=source).passed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from pathlib import Path
@@ -360,13 +361,43 @@ def test_zero_points_need_eights(tmp_path: Path) -> None:
     assert plan(source, scheme="W4A16").problems == []
 
 
-def test_fused_experts_are_a_problem(tmp_path: Path) -> None:
-    shapes = {**TINY, "model.layers.0.mlp.experts.gate_up_proj": (8, 256, 512)}
-    made = plan(write_checkpoint(tmp_path / "moe", shapes, config(2, 256)))
-    assert made.problems == [
-        "model.layers.0.mlp.experts.gate_up_proj: 1 fused three-dimensional expert weights cannot be quantised yet. "
-        "Mixtures of experts are not supported in this version."
-    ]
+STACKED = {
+    **TINY,
+    "model.layers.0.mlp.experts.gate_up_proj": (8, 768, 256),
+    "model.layers.0.mlp.experts.down_proj": (8, 256, 384),
+    "model.layers.0.mlp.gate.weight": (8, 256),
+}
+
+
+def test_stacked_experts_are_planned_one_by_one(tmp_path: Path) -> None:
+    made = plan(write_checkpoint(tmp_path / "moe", STACKED, config(2, 256)))
+    assert made.problems == []
+    experts = {t.name: (t.action, t.shape) for t in made.tensors if ".experts." in t.name}
+    assert len(experts) == 24
+    assert experts["model.layers.0.mlp.experts.7.up_proj.weight"] == ("quantize", [384, 256])
+    assert not [t for t in made.tensors if t.name == "model.layers.0.mlp.experts.gate_up_proj"]
+    assert made.bytes_before == sum(2 * math.prod(shape) for shape in STACKED.values())
+
+
+def test_stacked_experts_that_are_ignored_stay_stacked(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "moe", STACKED, config(2, 256))
+    made = plan(source, ignore=["re:.*experts.*"])
+    assert made.problems == []
+    kept = {t.name: t.action for t in made.tensors if "experts" in t.name}
+    assert kept == dict.fromkeys((n for n in STACKED if "experts" in n), "copy")
+
+
+@pytest.mark.parametrize("pattern", ["re:.*experts\\.3\\..*", "re:.*experts.*down_proj"])
+def test_experts_of_a_layer_are_treated_alike(pattern: str, tmp_path: Path) -> None:
+    made = plan(write_checkpoint(tmp_path / "moe", STACKED, config(2, 256)), ignore=[pattern])
+    assert [p for p in made.problems if "experts in one tensor" in p and p.startswith("model.layers.0.mlp.experts: ")]
+
+
+def test_gpt_oss_keeps_its_experts(tmp_path: Path) -> None:
+    made = plan(write_checkpoint(tmp_path / "moe", STACKED, config(2, 256) | {"model_type": "gpt_oss"}))
+    assert made.problems == []
+    assert {t.action for t in made.tensors if "experts" in t.name} == {"copy"}
+    assert [n for n in made.notes if n.startswith("this family's experts stay as they are")]
 
 
 def test_ignored_linears_are_copied(tmp_path: Path) -> None:
@@ -453,7 +484,7 @@ def test_ignore_list_names_routers(tmp_path: Path) -> None:
         for e in range(4):
             shapes[f"model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight"] = (512, 256)
     source = write_checkpoint(tmp_path / "moe", shapes, config(2, 256, "MixtralForCausalLM"))
-    assert patterns(source) == ["lm_head", r"re:.*block_sparse_moe\.gate$"]
+    assert patterns(source) == ["lm_head", r"re:.*block_sparse_moe\.gate$", r"re:.*mlp\.router$"]
 
 
 def test_ignore_list_names_layers_after_the_last(tmp_path: Path) -> None:

@@ -202,6 +202,18 @@ def test_blocks_observed_at_once(source: Path, calibration: str, alone: Callable
 # Killed and resumed
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_experts_are_dealt_out(tiny_model: Models, calibration: str, tmp_path: Path) -> None:
+    """Second moments and counts are those of all ranks' tokens, and each expert is solved by one."""
+    source, one, out = tiny_model("qwen3-moe"), tmp_path / "one", tmp_path / "out"
+    options = {"calibration": calibration, **SETTINGS, **W4A16, "effort": "low"}
+    assert finish(start(source, one, **options)) == 0
+    assert finish_ranks(start_ranks(2, source, out, **options)) == [0, 0]
+    require_alike(one, out, source, calibration)
+    require_same_records(one, out, ranks=2)
+    assert halfbyte.verify(out, source=source).passed
+
+
 def test_a_rank_killed_under_torchrun(source: Path, options: dict[str, Any], whole: Path, tmp_path: Path) -> None:
     out, said = tmp_path / "out", tmp_path / "said"
     with open(said, "w") as stderr:

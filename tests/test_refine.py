@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +26,10 @@ TIE = 2e-4
 class Linear:
     """A weight rounded to nearest, and the Hessian of correlated inputs."""
 
-    def __init__(self, rows: int, n: int, fmt: WeightFormat, dtype: torch.dtype = torch.bfloat16) -> None:
-        generator = torch.Generator().manual_seed(rows * 1000 + n)
+    def __init__(
+        self, rows: int, n: int, fmt: WeightFormat, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    ) -> None:
+        generator = torch.Generator().manual_seed(rows * 1000 + n + seed)
         mixing = torch.randn(n, n, generator=generator) / n**0.5 + torch.eye(n)
         x = torch.randn(3 * n, n, generator=generator) @ mixing * torch.rand(n, generator=generator).add(0.1)
         self.hessian = x.T @ x
@@ -40,24 +43,33 @@ class Linear:
         return dequantize(self.codes, self.scales, self.zeros)
 
     def refine(self, *, refit: bool = True, descent: bool = True, sweeps: int = 1) -> float:
-        return refine(
-            self.weight,
-            self.hessian,
-            self.damping,
-            self.codes,
-            self.scales,
-            self.zeros,
-            self.fmt,
-            self.dtype,
-            refit=refit,
-            descent=descent,
-            sweeps=sweeps,
-        )
+        return float(refine_all([self], refit=refit, descent=descent, sweeps=sweeps)[0].sum())
 
     def error(self, *, damped: bool) -> float:
         e = (self.weight - self.dense()).double()
         h = self.hessian.double() + (self.damping if damped else 0.0) * torch.eye(len(self.hessian))
         return float(((e @ h) * e).sum())
+
+
+def refine_all(linears: Sequence[Linear], *, refit: bool, descent: bool, sweeps: int) -> torch.Tensor:
+    """Refine Linears in one batch: each gets what became of its codes and scales; returns the errors left."""
+    codes, scales = (torch.stack(t) for t in zip(*((x.codes, x.scales) for x in linears), strict=True))
+    errors = refine(
+        torch.stack([x.weight for x in linears]),
+        torch.stack([x.hessian for x in linears]),
+        torch.stack([torch.full((len(x.hessian),), x.damping) for x in linears]),
+        codes,
+        scales,
+        torch.stack([x.zeros for x in linears]),
+        linears[0].fmt,
+        linears[0].dtype,
+        refit=refit,
+        descent=descent,
+        sweeps=sweeps,
+    )
+    for linear, c, s in zip(linears, codes, scales, strict=True):
+        linear.codes, linear.scales = c, s
+    return errors
 
 
 FORMATS = [
@@ -135,7 +147,8 @@ def test_the_kernel_matches_the_slow_twin(rows: int, n: int, symmetric: bool, bi
     gradient = (linear.weight - linear.dense()) @ square
     kept, steps = gradient.clone(), torch.full((rows, n), 0.5)
     scales, zeros = linear.scales[:, 0].contiguous(), linear.zeros[:, 0].contiguous()
-    refine_numba.descend(gradient, square, linear.codes, scales, zeros, fmt.q_min, fmt.q_max, steps)
+    tensors = (t[None] for t in (gradient, square, linear.codes, scales, zeros))
+    refine_numba.descend(*tensors, fmt.q_min, fmt.q_max, steps[None])
     assert torch.equal(gradient, kept)
     moved = (linear.codes - start).float() * linear.scales
     torch.testing.assert_close(steps, moved + 0.5, rtol=1e-5, atol=1e-6)
@@ -162,7 +175,8 @@ def test_views_of_codes_are_changed_in_place() -> None:
     gradient = ((linear.weight - linear.dense()) @ linear.hessian)[:, 100:150].contiguous()
     before = linear.codes.clone()
     scales, zeros = linear.scales[:, 0].contiguous(), linear.zeros[:, 0].contiguous()
-    refine_numba.descend(gradient, square, linear.codes[:, 100:150], scales, zeros, -8, 7, torch.zeros(40, 50))
+    tensors = (t[None] for t in (gradient, square, linear.codes[:, 100:150], scales, zeros))
+    refine_numba.descend(*tensors, -8, 7, torch.zeros(1, 40, 50))
     changed = (linear.codes != before).any(dim=0)
     assert changed[100:150].any()
     assert not changed[:100].any()
@@ -189,6 +203,21 @@ def test_an_error_that_overflows_moves_nothing() -> None:
     assert linear.refine() == float("inf")
     assert torch.equal(linear.codes, codes)
     assert torch.equal(linear.scales, scales)
+
+
+def test_an_error_that_overflows_moves_nothing_but_the_others_of_its_batch() -> None:
+    fmt = WeightFormat(num_bits=4)
+    linears, alone = ([Linear(4, 32, fmt, seed=seed) for seed in range(3)] for _ in range(2))
+    for same in (linears[1], alone[1]):
+        same.weight *= 1e37
+        same.scales *= 3e36
+    errors = refine_all(linears, refit=True, descent=True, sweeps=1)
+    expected = [linear.refine() for linear in alone]
+    assert errors.sum(dim=1).tolist() == expected
+    assert expected[1] == float("inf")
+    for one, other in zip(linears, alone, strict=True):
+        assert torch.equal(one.codes, other.codes)
+        assert torch.equal(one.scales, other.scales)
 
 
 def test_each_step_lowers_what_gptq_leaves() -> None:

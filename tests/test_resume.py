@@ -28,6 +28,7 @@ from halfbyte.errors import CheckpointError, OutputError, ResumeError
 from halfbyte.progress import Silent
 from halfbyte.records import read_json
 from interrupted import finish, start
+from pictures import save_pictured_rows
 
 LAYERS = 8
 KILLED = -signal.SIGKILL
@@ -128,6 +129,26 @@ def test_killed_after_chosen_stages(
     assert reached == sorted(reached)
     complete(source, out, options)
     assert contents(out) == contents(whole)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_mixture_that_sees_pictures_is_killed_after_every_stage(
+    tiny_model: Models, text_file: Path, tmp_path: Path
+) -> None:
+    """Experts are written before their block is finished, and pictures are prepared anew."""
+    layers = 4
+    source, rows, out = tiny_model("qwen3-vl-moe", num_hidden_layers=layers), tmp_path / "rows.jsonl", tmp_path / "out"
+    save_pictured_rows(rows, 3)
+    options: dict[str, Any] = {"scheme": "W4A16", "group_size": 32, "samples": 6, "seq_len": 120}
+    options["calibration"] = f"vlm:{rows}*0.5+text:{text_file}*0.5"
+    assert finish(start(source, tmp_path / "whole", **options)) == 0
+    for stage in range(layers):
+        process = start(source, out, resume=partial_of(out).exists(), **options)
+        wait_for(lambda stage=stage: stage_of(out) >= stage, process)
+        process.kill()
+        assert finish(process) == KILLED
+    complete(source, out, options)
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("kind", "offload"), [("kill", False), ("tear", True)])

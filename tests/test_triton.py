@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +21,15 @@ pytest.importorskip("triton", reason="Triton is not installed (it is for Linux o
 from halfbyte.kernels import dispatch, gptq_numba, gptq_reference, gptq_triton, refine_reference, refine_triton
 from halfbyte.methods import gptq, refine, scales
 from halfbyte.schemes import WeightFormat
-from test_kernels import TIE, off_nearest, problem
+from test_kernels import TIE, Problem, off_nearest, problem, stacked
 from test_refine import FORMATS, Linear
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def solve(p, factor: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    tensors = (p.weight.clone(), p.factor if factor is None else factor, p.scales, p.zeros, p.group_of)
-    codes, loss = gptq_triton.solve_columns(*(t.to(DEVICE) for t in tensors), p.q_min, p.q_max)
+def solve(*problems: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    tensors = (t.to(DEVICE) for t in stacked(problems))
+    codes, loss = gptq_triton.solve_columns(*tensors, problems[0].q_min, problems[0].q_max)
     return codes.cpu(), loss.cpu()
 
 
@@ -36,26 +37,28 @@ def solve(p, factor: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Te
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("rows", "n"), [(1, 8), (17, 129), (7, 260)])
 def test_columns_match_the_slow_twin(rows: int, n: int, symmetric: bool, bits: int) -> None:
-    p = problem(rows, n, bits=bits, symmetric=symmetric)
-    found, loss = solve(p)
-    weight, factor, s, z, group_of, q_min, q_max = p.in_float64()
-    codes = found.numpy()
-    free, _, _ = gptq_reference.solve_columns(weight, factor, s, z, group_of, q_min, q_max)
-    _, exact, forced = gptq_reference.solve_columns(weight, factor, s, z, group_of, q_min, q_max, forced_codes=codes)
-    assert off_nearest(exact, codes, q_min, q_max).max() <= TIE
-    assert (free != codes).any(axis=1).mean() <= 0.1
-    assert np.allclose(loss.numpy(), forced, rtol=1e-4)
-    assert codes.min() >= q_min
-    assert codes.max() <= q_max
+    problems = [problem(rows, n, bits=bits, symmetric=symmetric, seed=seed) for seed in range(3)]
+    for p, found, loss in zip(problems, *solve(*problems), strict=True):
+        weight, factor, s, z, group_of, q_min, q_max = p.in_float64()
+        codes = found.numpy()
+        free, _, _ = gptq_reference.solve_columns(weight, factor, s, z, group_of, q_min, q_max)
+        _, exact, forced = gptq_reference.solve_columns(
+            weight, factor, s, z, group_of, q_min, q_max, forced_codes=codes
+        )
+        assert off_nearest(exact, codes, q_min, q_max).max() <= TIE
+        assert (free != codes).any(axis=1).mean() <= 0.1
+        assert np.allclose(loss.numpy(), forced, rtol=1e-4)
+        assert codes.min() >= q_min
+        assert codes.max() <= q_max
 
 
 def test_a_tie_goes_to_the_even_code() -> None:
-    weight = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 7.5, 9.0, -8.5, 1e30]])
-    n = weight.shape[1]
-    one, zero = torch.ones(1, 1, device=DEVICE), torch.zeros(1, 1, device=DEVICE)
-    group_of = torch.zeros(n, dtype=torch.int64, device=DEVICE)
-    codes, _ = gptq_triton.solve_columns(weight.to(DEVICE), torch.eye(n, device=DEVICE), one, zero, group_of, -8, 7)
-    assert codes.tolist() == [[0, 2, 2, 0, -2, 7, 7, -8, 7]]
+    weight = torch.tensor([[[0.5, 1.5, 2.5, -0.5, -1.5, 7.5, 9.0, -8.5, 1e30]]], device=DEVICE)
+    n = weight.shape[2]
+    one, zero = torch.ones(1, 1, 1, device=DEVICE), torch.zeros(1, 1, 1, device=DEVICE)
+    group_of = torch.zeros(1, n, dtype=torch.int64, device=DEVICE)
+    codes, _ = gptq_triton.solve_columns(weight, torch.eye(n, device=DEVICE)[None], one, zero, group_of, -8, 7)
+    assert codes.tolist() == [[[0, 2, 2, 0, -2, 7, 7, -8, 7]]]
 
 
 def test_a_slip_of_one_column_would_be_seen() -> None:
@@ -63,7 +66,7 @@ def test_a_slip_of_one_column_would_be_seen() -> None:
     slipped = p.factor.clone()
     slipped[:, 1:] = p.factor[:, :-1].triu(1)
     slipped.diagonal().copy_(p.factor.diagonal())
-    codes = solve(p, slipped)[0].numpy()
+    codes = solve(replace(p, factor=slipped))[0][0].numpy()
     weight, factor, s, z, group_of, q_min, q_max = p.in_float64()
     _, exact, _ = gptq_reference.solve_columns(weight, factor, s, z, group_of, q_min, q_max, forced_codes=codes)
     assert off_nearest(exact, codes, q_min, q_max).max() > 0.1
@@ -98,31 +101,41 @@ def test_the_first_of_equal_scales_wins() -> None:
 @pytest.mark.parametrize(("rows", "n"), [(1, 8), (33, 100), (7, 128)])
 def test_descent_matches_the_slow_twin(rows: int, n: int, symmetric: bool, bits: int) -> None:
     fmt = WeightFormat(num_bits=bits, symmetric=symmetric)
-    linear = Linear(rows, n, fmt)
-    start = linear.codes.clone()
-    square = linear.hessian + linear.damping * torch.eye(n)
-    square[0] = square[:, 0] = 0.0  # a dead input: its codes stay
-    gradient = (linear.weight - linear.dense()) @ square
+    linears = [Linear(rows, n, fmt, seed=seed) for seed in range(3)]
+    starts = torch.stack([linear.codes for linear in linears])
+    squares = torch.stack([linear.hessian + linear.damping * torch.eye(n) for linear in linears])
+    squares[:, 0] = squares[:, :, 0] = 0.0  # a dead input: its codes stay
+    errors = torch.stack([linear.weight - linear.dense() for linear in linears])
+    gradients = errors @ squares
     # Views of wider matrices, as the caller has them.
-    wide, steps = torch.zeros(rows, n + 5, dtype=torch.int8), torch.full((rows, n), 0.5)
-    wide[:, 5:] = start
-    wide, steps, kept = wide.to(DEVICE), steps.to(DEVICE), gradient.to(DEVICE)
+    wide, steps = torch.zeros(3, rows, n + 5, dtype=torch.int8), torch.full((3, rows, n), 0.5)
+    wide[:, :, 5:] = starts
+    wide, steps, kept = wide.to(DEVICE), steps.to(DEVICE), gradients.to(DEVICE)
     refine_triton.descend(
         kept,
-        square.to(DEVICE),
-        wide[:, 5:],
-        linear.scales[:, 0].to(DEVICE),
-        linear.zeros[:, 0].to(DEVICE),
+        squares.to(DEVICE),
+        wide[:, :, 5:],
+        torch.stack([linear.scales[:, 0] for linear in linears]).to(DEVICE),
+        torch.stack([linear.zeros[:, 0] for linear in linears]).to(DEVICE),
         fmt.q_min,
         fmt.q_max,
         steps,
     )
-    codes = wide[:, 5:].cpu()
-    assert torch.equal(kept.cpu(), gradient)
-    assert not wide[:, :5].any()
+    assert torch.equal(kept.cpu(), gradients)
+    assert not wide[:, :, :5].any()
+    found = zip(linears, starts, squares, wide[:, :, 5:].cpu(), steps.cpu(), strict=True)
+    for linear, start, square, codes, its_steps in found:
+        check_descent(linear, start, square, codes, its_steps)
+
+
+def check_descent(
+    linear: Linear, start: torch.Tensor, square: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor
+) -> None:
+    """Against the slow twin, with these codes forced on it."""
+    fmt, n = linear.fmt, square.shape[0]
     assert torch.equal(codes[:, 0], start[:, 0])
     moved = (codes - start).float() * linear.scales
-    torch.testing.assert_close(steps.cpu(), moved + 0.5, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(steps, moved + 0.5, rtol=1e-5, atol=1e-6)
     assert (moved != 0).any() or n == 8
 
     rest = slice(1, n)

@@ -397,7 +397,7 @@ class TestReload:
         self, pair: Callable[[str], Pair], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A reference decoder with one wrong nibble must not agree with transformers."""
-        import halfbyte.verifier_reload as module
+        import halfbyte.verifier_models as module
 
         right = module.decode
 
@@ -417,7 +417,7 @@ class TestReload:
     ) -> None:
         import halfbyte.verifier_reload as module
 
-        monkeypatch.setattr(module, "_fake_quantize", lambda x, floating: x)
+        monkeypatch.setattr(module, "_fake_quantize", lambda x, floating, dims: x)
         monkeypatch.setattr(module, "ACTIVATION_TOLERANCE", 1e-4)
         record = verify(pair("w8a8").quantized, reload=True)
         assert outcome(record, "activations").status == "failed"

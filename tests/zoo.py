@@ -10,6 +10,7 @@ Vision towers have more layers than the language model, so that a rule which cou
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -54,6 +55,7 @@ class Family:
         tied: whether its head is the embedding table, usually.
         text: options of the language model besides :data:`COMMON`.
         vision: options of the vision tower; ``None`` for language models.
+        published: what the hub's config.json calls the model class, where that is not transformers' name for it.
         pictures: the family in :mod:`pictures` whose processor it has; "" for none.
         top: options of the outer config of a vision-language model.
         renamed: pairs of pattern and replacement that turn the names which transformers writes into those of a
@@ -69,6 +71,7 @@ class Family:
     tied: bool = False
     text: Mapping[str, Any] = field(default_factory=dict)
     vision: Mapping[str, Any] | None = None
+    published: str = ""
     pictures: str = ""
     top: Mapping[str, Any] = field(default_factory=dict)
     renamed: tuple[tuple[str, str], ...] = ()
@@ -93,6 +96,9 @@ class Family:
 
 def publish(folder: Path, family: Family) -> None:
     """Rewrite what ``save_pretrained`` wrote as the family's published checkpoints have it."""
+    if family.published:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": [family.published]}))
     if not (family.renamed or family.transposed or family.doubled or family.predictors):
         return
     for file in sorted(folder.glob("*.safetensors")):
@@ -330,6 +336,7 @@ MIXTURES: dict[str, Family] = {
     "phimoe": Family(
         config="PhimoeConfig",
         model="PhimoeForCausalLM",
+        published="PhiMoEForCausalLM",
         text={**EXPERTS, "num_local_experts": 4, "attention_bias": True, "lm_head_bias": True},
     ),
 }
@@ -480,6 +487,7 @@ VISION: dict[str, Family] = {
         config="LlavaNextConfig",
         model="LlavaNextForConditionalGeneration",
         kind="vision",
+        pictures="llava_next",
         text={**ROOMY, "model_type": "mistral", "sliding_window": None},
         vision=CLIP,
         top={

@@ -1,7 +1,8 @@
 """halfbyte: make a language model small, prove that it is still good, and put it into service.
 
 ``halfbyte.quantize``, ``halfbyte.plan``, ``halfbyte.verify``, ``halfbyte.compare`` and ``halfbyte.inspect`` are the
-Python face of the commands of the same names. They are imported when first used, so ``import halfbyte`` is instant.
+Python face of the commands of the same names; ``halfbyte.load`` gives a checkpoint as a dense transformers model. They
+are imported when first used, so ``import halfbyte`` is instant.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ _PUBLIC = {
     "verify": "halfbyte.verifier",
     "compare": "halfbyte.evaluation.divergence",
     "inspect": "halfbyte.inspection",
+    "load": "halfbyte.loading",
 }
-__all__ = ["compare", "inspect", "plan", "quantize", "verify"]
+__all__ = ["compare", "inspect", "load", "plan", "quantize", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,6 +26,8 @@ NUMBERED = re.compile(r"^(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<rest>.+)$")
 NOT_LANGUAGE = re.compile(r"(^|[._])(vision|visual|vit|image|audio|speech|projector|connector|resampler|encoder|mtp)")
 # Modules inside blocks that hold a 2-D weight and stay in original precision: they steer tokens to experts.
 KEPT_MODULES = re.compile(r"(^|\.)(router(\.layer)?|gate|shared_expert_gate|wg)$")
+# How else transformers' module tree may spell a kept module that it takes to be a Linear (PhiMoE's router).
+OTHER_SPELLINGS = {"block_sparse_moe.gate": "mlp.router"}
 # One Linear of one expert.
 EXPERT_MODULE = re.compile(r"(?P<layer>.+\.experts)\.(?P<number>\d+)\.(?P<leaf>\w+)$")
 # model_type of text configs whose quantised experts no engine reads: vLLM's loader of gpt-oss drops unknown names.
@@ -74,7 +76,7 @@ KNOWN_ARCHITECTURES = frozenset(
         "Olmo3ForCausalLM",
         "OlmoeForCausalLM",
         "Phi3ForCausalLM",
-        "PhimoeForCausalLM",
+        "PhiMoEForCausalLM",
         "Qwen2ForCausalLM",
         "Qwen2MoeForCausalLM",
         "Qwen2VLForConditionalGeneration",

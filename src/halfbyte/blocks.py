@@ -30,6 +30,7 @@ from halfbyte.attention import use_products
 from halfbyte.checkpoint.reader import Checkpoint, bytes_of
 from halfbyte.checkpoint.stacks import unstacked
 from halfbyte.errors import ArchitectureError, CheckpointError, NumericsError
+from halfbyte.estimates import RESIDENT_EXPERTS
 from halfbyte.experts import LEAVES as EXPERT_PARTS
 from halfbyte.experts import Expert, Experts, unfuse
 from halfbyte.gpu import works_ahead
@@ -38,9 +39,6 @@ from halfbyte.names import Names
 from halfbyte.read_ahead import ReadAhead
 from halfbyte.routed import ExpertLayer
 from halfbyte.weights import Weights
-
-# A block's experts stay in memory as long as the block does, up to so many bytes; more are fetched one by one.
-RESIDENT_EXPERTS = 4 << 30
 
 
 class TupleWanted(Exception):
@@ -123,6 +121,7 @@ class StreamedModel:
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else checkpoint.dtype
         model = build_on_meta(checkpoint, dtype)
+        say_device(model, device)
         fused = list(model.state_dict(keep_vars=True))
         experts = unfuse(model)
         if device.type == "cpu" and dtype == torch.bfloat16:
@@ -674,12 +673,12 @@ def build_on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
         quantization = config.to_dict().get("quantization_config")
         if quantization is not None:
             del config.quantization_config
-        known = vars(transformers.models.auto.modeling_auto)["MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"].values()
+        # By the type too: what a config calls its class need not be transformers' name for it (PhiMoE's is not).
+        kinds = vars(transformers.models.auto.modeling_auto)
+        speaking, seeing = (kinds[f"MODEL_FOR_{k}_MAPPING_NAMES"] for k in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT"))
         factory: Any = transformers.AutoModelForCausalLM
-        # Published names differ from transformers' own here and there (PhiMoEForCausalLM), configs do not.
-        seeing = transformers.AutoModelForImageTextToText
-        if checkpoint.architecture not in known and type(config) in seeing._model_mapping:
-            factory = seeing
+        if checkpoint.architecture not in speaking.values() and config.model_type in seeing:
+            factory = transformers.AutoModelForImageTextToText
         try:
             with init_empty_weights(include_buffers=False):
                 model = factory.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -691,6 +690,19 @@ def build_on_meta(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
             ) from None
     assert isinstance(model, nn.Module)
     return model.eval()
+
+
+def say_device(model: nn.Module, device: torch.device) -> None:
+    """Let every part of a model name the device that it works on, though most of its parameters are on meta: some
+    place what they make by it."""
+    from transformers import PreTrainedModel
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            kind = type(module)
+            placed = type(kind.__name__, (kind,), {"device": property(lambda _: device), "__module__": kind.__module__})
+            placed.__qualname__ = kind.__qualname__
+            module.__class__ = placed
 
 
 @contextlib.contextmanager

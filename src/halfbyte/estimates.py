@@ -17,15 +17,22 @@ Time is arithmetic at a rate measured now. Peaks stand beside measured ones in d
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from halfbyte.architectures import FUSED
+from halfbyte.architectures import EXPERT_MODULE, FUSED, NOT_LANGUAGE
 from halfbyte.arithmetic import bfloat16_products
-from halfbyte.calibration import TOKENS_PER_BATCH, available_memory_bytes, self_writing_bytes, writes_itself
+from halfbyte.calibration import (
+    TOKENS_PER_BATCH,
+    available_memory_bytes,
+    may_have_pictures,
+    self_writing_bytes,
+    writes_itself,
+)
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint
 from halfbyte.methods.refine import STRIP
 from halfbyte.methods.scales import CANDIDATES_PER_CALL, SHRINK_FEW_BITS
@@ -42,6 +49,14 @@ DISK_BYTES_PER_S = 400e6
 MEASURED_POSITIONS = 256
 # Of one chunk of positions, while predictions are compared.
 LOGITS_BYTES = 128 << 20
+# What configs call the number of experts that a token is sent to.
+PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
+# A block's experts stay in memory as long as the block does, up to so many bytes; more are fetched one by one.
+RESIDENT_EXPERTS = 4 << 30
+# Hessians of one group of experts, beside their factors; what a batch of experts may take while it is solved.
+GROUP_BYTES = 512 << 20
+MOST_IN_GROUP = 64
+BATCH_BYTES = 1 << 30
 # What may wait in memory between the stages of a block; more goes to files.
 KEPT_IN_MEMORY = 1 << 30
 # Of the memory that is free; the rest is the page cache's and everybody else's.
@@ -104,10 +119,18 @@ class CalibrationWork:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """Linears of one block with one input: their weights' shapes, and the most scales that one of them has."""
+    """Linears of one block with one input.
+
+    Attributes:
+        shapes: of their weights; scales: the most that one of them has.
+        share: of the tokens, what reaches them; 1 but for experts.
+        expert: whether they are an expert's.
+    """
 
     shapes: tuple[tuple[int, ...], ...]
     scales: int
+    share: float = 1.0
+    expert: bool = False
 
     @property
     def width(self) -> int:
@@ -133,7 +156,7 @@ def estimate(
         size: the calibration set.
         after: bytes of the quantised checkpoint.
     """
-    blocks = _blocks(tensors)
+    blocks = _blocks(tensors, experts_per_token(checkpoint))
     return {
         "peak_memory": _memory(checkpoint, blocks, size),
         "time": _time(checkpoint, blocks, size, after),
@@ -145,33 +168,45 @@ def settle_offload(checkpoint: Checkpoint, tensors: Iterable[TensorPlan], size: 
     """Decide where hidden states live, unless that is decided: on disk where the run would not fit beside them."""
     if size.offload is not None or size.spec is None:
         return size
-    peak = _memory(checkpoint, _blocks(tensors), size).value
+    peak = _memory(checkpoint, _blocks(tensors, experts_per_token(checkpoint)), size).value
     return replace(size, offload=peak > MEMORY_SHARE * available_memory_bytes())
 
 
-def _blocks(tensors: Iterable[TensorPlan]) -> list[list[Shared]]:
+def _blocks(tensors: Iterable[TensorPlan], per_token: int) -> list[list[Shared]]:
     by_block: dict[int, list[TensorPlan]] = {}
     for t in tensors:
         if t.block is not None and t.action == "quantize":
             by_block.setdefault(t.block, []).append(t)
-    return [shared_inputs(ts) for ts in by_block.values()]
+    return [shared_inputs(ts, per_token) for ts in by_block.values()]
 
 
-def shared_inputs(linears: Sequence[TensorPlan]) -> list[Shared]:
+def experts_per_token(checkpoint: Checkpoint) -> int:
+    """How many experts a mixture sends each token to, by its config; 1 where it does not say."""
+    config = checkpoint.text_config
+    return next((int(config[k]) for k in PER_TOKEN if isinstance(config.get(k), int)), 1)
+
+
+def shared_inputs(linears: Sequence[TensorPlan], per_token: int = 1) -> list[Shared]:
     """A block's Linears by their input, as their names let expect it; the run itself looks at the tensors."""
+    numbers: dict[str, set[str]] = {}
+    for t in linears:
+        match = EXPERT_MODULE.match(t.name.removesuffix(".weight"))
+        if match is not None:
+            numbers.setdefault(match["layer"], set()).add(match["number"])
     groups: dict[tuple[str, int], list[TensorPlan]] = {}
     for t in linears:
         parent, _, leaf = t.name.removesuffix(".weight").rpartition(".")
         kin = next((i for i, members in enumerate(FUSED) if leaf in members), None)
         key = (t.name, -1) if kin is None else (parent, kin)
         groups.setdefault(key, []).append(t)
-    return [
-        Shared(
-            tuple(tuple(t.shape) for t in ts),
-            max(t.shape[0] * (t.shape[1] // (t.group_size or t.shape[1])) for t in ts),
-        )
-        for ts in groups.values()
-    ]
+    found = []
+    for ts in groups.values():
+        match = EXPERT_MODULE.match(ts[0].name.removesuffix(".weight"))
+        shapes = tuple(tuple(t.shape) for t in ts)
+        scales = max(t.shape[0] * (t.shape[1] // (t.group_size or t.shape[1])) for t in ts)
+        share = 1.0 if match is None else min(1.0, per_token / len(numbers[match["layer"]]))
+        found.append(Shared(shapes, scales, share, match is not None))
+    return found
 
 
 def _memory(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationWork) -> Estimate:
@@ -185,6 +220,12 @@ def _memory(checkpoint: Checkpoint, blocks: list[list[Shared]], size: Calibratio
         moments.append(("the model writes its calibration text", parts))
     if size.units:
         moments += _measuring_moments(checkpoint, blocks, size)
+    if size.spec is not None and may_have_pictures(size.spec):
+        tower = sum(t.numel for n, t in checkpoint.tensors.items() if NOT_LANGUAGE.search(n))
+        if tower:
+            parts = {f"vision tower and projector, {size.compute}": float(size.dtype.itemsize * tower)}
+            parts["hidden states"] = 0.0 if size.offload else size.dtype.itemsize * size.tokens * _hidden(checkpoint)
+            moments.append(("pictures are looked at", parts))
     if size.spec is not None:
         vocabulary = int(checkpoint.text_config.get("vocab_size") or 0)
         moments.append(("the tokenizer is loaded", {"tokenizer, 2 kB a token": TOKENIZER_BYTES * vocabulary}))
@@ -193,21 +234,31 @@ def _memory(checkpoint: Checkpoint, blocks: list[list[Shared]], size: Calibratio
     return Estimate(value=sum(parts.values()), unit="bytes", how=f"what is held while {when}", parts=parts)
 
 
+def _hidden(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.text_config.get("hidden_size") or 0)
+
+
 def _block_moments(
     checkpoint: Checkpoint, block: list[Shared], size: CalibrationWork
 ) -> list[tuple[str, dict[str, float]]]:
     """The moments of one block at which memory may be fullest: when it is, and what is held."""
-    weights = sum(s.weights for s in block)
     if not size.tokens:
         largest = max(s.largest for s in block)
         return [("the largest Linear is rounded", {"rounding the largest Linear": 13.0 * largest})]
     hidden = int(checkpoint.text_config.get("hidden_size", block[0].width))
     item = float(size.dtype.itemsize)
+    experts = [s for s in block if s.expert]
+    block = [s for s in block if not s.expert]
+    weights = sum(s.weights for s in block)
+    of_experts = sum(s.weights for s in experts)
+    resident = of_experts if item * of_experts <= RESIDENT_EXPERTS else 0
+    group = min(group_size(max((s.width for s in experts), default=1)), len(experts) // 2)
+    fetched = 0 if resident else group * sum(s.weights for s in experts[:2])
     upcast = 0.0 if size.dtype == torch.float32 else 4.0
     label = "hidden states of both models" if size.tuning else "hidden states"
     label += " (on disk: --offload)" if size.offload else ""
     always = {
-        f"one block's weights, {size.compute}": item * weights,
+        f"one block's weights, {size.compute}": item * (weights + resident),
         label: 0.0 if size.offload else item * (size.tokens + size.taught_tokens) * hidden,
     }
     batch = size.batch_tokens
@@ -216,10 +267,10 @@ def _block_moments(
     scores = 3.0 * heads * batch * size.seq_len if size.dtype == torch.bfloat16 else 0.0
     moments: list[tuple[str, dict[str, float]]] = []
     if size.tuning:
-        outputs = sum(shape[0] for s in block for shape in s.shapes)
+        outputs = sum(s.share * shape[0] for s in (*block, *experts) for shape in s.shapes)
         tuning = {
             "codes, one Linear's gradient and its weight anew": weights
-            + (10.0 + item + 2 * upcast) * max(s.largest for s in block),
+            + (10.0 + item + 2 * upcast) * max((s.largest for s in block), default=0),
             "one batch's graph": item * batch * (3 * outputs + 12 * hidden) + scores,
         }
         moments.append(("a block is tuned", always | tuning))
@@ -248,7 +299,37 @@ def _block_moments(
             (f"a Hessian of width {s.width} is factored", rest | {"factoring it": factoring}),
             ("a Linear is solved", rest | held),
         ]
+    if experts:
+        width = max(s.width for s in experts)
+        tokens = 0.0 if size.offload else float(size.tokens)
+        at_once = min(group, max(1, BATCH_BYTES // (8 * width**2 + 14 * max(s.weights for s in experts))))
+        rest = always | {
+            "what enters the experts, and what leaves them": 2 * item * tokens * hidden,
+            f"second moments of {group} experts and of all": 4.0 * (group + 2) * width**2,
+        }
+        if fetched:
+            rest |= {f"weights of {group} experts": item * fetched}
+        solving = at_once * (8.0 * width**2 + 14.0 * max(s.weights for s in experts))
+        activations = item * batch * (3 * max(s.shapes[0][0] for s in experts) + 4 * hidden)
+        moments += [
+            ("experts' inputs are observed", rest | {"activations of one batch": activations}),
+            ("experts are solved", rest | {f"solving {at_once} experts": solving}),
+        ]
     return moments
+
+
+def largest_experts(tensors: Iterable[TensorPlan]) -> int:
+    """Weights of all experts of the block that has most."""
+    totals: dict[int, int] = {}
+    for t in tensors:
+        if t.block is not None and ".experts." in t.name:
+            totals[t.block] = totals.get(t.block, 0) + math.prod(t.shape)
+    return max(totals.values(), default=0)
+
+
+def group_size(width: int) -> int:
+    """How many experts' second moments exist at a time."""
+    return max(1, min(MOST_IN_GROUP, GROUP_BYTES // (4 * width * width)))
 
 
 def _measuring_moments(
@@ -293,11 +374,13 @@ def _time(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationW
     rate = matmul_rate(size.dtype)
     with bfloat16_products() if size.dtype == torch.bfloat16 else contextlib.nullcontext():
         moments_rate = matmul_rate(torch.float32)
-    weights = sum(s.weights for block in blocks for s in block)
+    everything = sum(s.weights for block in blocks for s in block)
+    weights = sum(s.share * s.weights for block in blocks for s in block)
+    squares = sum(s.share * s.width**2 for block in blocks for s in block)
     parts = {
         "a pass through the blocks": 2.0 * size.tokens * weights / rate,
-        "second moments": 1.3 * size.tokens * sum(s.width**2 for block in blocks for s in block) / moments_rate,
-        "scales and columns": weights * (9e-8 if size.tokens else 5e-9),
+        "second moments": 1.3 * size.tokens * squares / moments_rate,
+        "scales and columns": everything * (9e-8 if size.tokens else 5e-9),
         "reading and writing": (checkpoint.size_bytes + after) / DISK_BYTES_PER_S,
     }
     if size.tuning:
@@ -309,7 +392,7 @@ def _time(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationW
         passes = size.units / 2 + 1
         positions = min(MEASURED_POSITIONS, size.measured_tokens)
         flops = 2.0 * (size.measured_tokens * passes * weights + positions * (size.units + 1) * head)
-        parts["measuring sensitivities"] = flops / rate + 9e-8 * weights
+        parts["measuring sensitivities"] = flops / rate + 9e-8 * everything
     if size.spec is not None and writes_itself(size.spec):
         parameters = sum(t.size_bytes // DTYPES[t.dtype].itemsize for t in checkpoint.tensors.values())
         parts["writing the calibration text"] = (

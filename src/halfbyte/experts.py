@@ -60,6 +60,8 @@ class Experts(nn.ModuleList):
         fused: the module in whose place this stands; it has no parameters any more.
         in_features, out_features: the model's width.
         weighs_inputs: whether the router's weights multiply what enters an expert, not what leaves it.
+        concatenated, transposed: how the original module holds gate and up (one behind the other, or row by row in
+            turns) and matrices (``[out, in]``, or transposed).
         fetch: brings in the weights of an expert that is not in memory.
     """
 
@@ -68,6 +70,8 @@ class Experts(nn.ModuleList):
         self.__dict__["fused"] = fused
         self.in_features = self.out_features = hidden
         self.weighs_inputs = not hasattr(fused, "_apply_gate")
+        self.concatenated = self.weighs_inputs or bool(fused.is_concatenated)
+        self.transposed = self.weighs_inputs or bool(fused.is_transposed)
         self.fetch: Fetch | None = None
         bias = bool(getattr(fused, "has_bias", False))
         for number in range(count):
@@ -78,8 +82,7 @@ class Experts(nn.ModuleList):
         fused = self.__dict__["fused"]
         if self.weighs_inputs:
             return up * fused.act_fn(gate)  # type: ignore[no-any-return]
-        apart = fused.is_concatenated
-        both = torch.cat([gate, up], dim=-1) if apart else torch.stack([gate, up], dim=-1).flatten(-2)
+        both = torch.cat([gate, up], dim=-1) if self.concatenated else torch.stack([gate, up], dim=-1).flatten(-2)
         return fused._apply_gate(both)  # type: ignore[no-any-return]
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -144,7 +147,7 @@ def unfuse(model: nn.Module) -> dict[str, Experts]:
         if both is None or down is None or both.dim() != 3 or down.dim() != 3:
             continue
         llama4 = not hasattr(module, "_apply_gate")
-        turned = llama4 or bool(getattr(module, "is_transposed", False))
+        turned = llama4 or bool(module.is_transposed)
         count = both.shape[0]
         hidden, intermediate = (down.shape[2], down.shape[1]) if turned else (down.shape[1], down.shape[2])
         if getattr(module, "has_post_expert_norm", False):

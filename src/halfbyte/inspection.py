@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,8 +42,11 @@ PARTS = (
     "norms",
     "lm_head",
     "vision, audio and projector",
+    "multi-token prediction",
     "other",
 )
+# A projection that only layers of multi-token prediction have, behind the last block.
+PREDICTOR = "eh_proj"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +54,11 @@ class ModuleGroup:
     """Modules whose names differ only in their indices, stored alike.
 
     Attributes:
-        modules: their name with ``*`` for each index, e.g. ``model.layers.*.self_attn.q_proj``.
+        modules: their name with ``*`` for each index, e.g. ``model.layers.*.self_attn.q_proj``; of experts in one
+            tensor, that tensor's.
         count: how many there are.
         scheme: how the weight is stored: ``W4A16 g128 sym``, or ``BF16`` when it is dense.
-        shape: ``[out_features, in_features]`` of each.
+        shape: ``[out_features, in_features]`` of each; of experts in one tensor as it is stored.
         parameters: of all of them; bytes: codes, scales and zero points of all of them.
         bits_per_weight: ``8 * bytes / parameters``.
     """
@@ -100,8 +104,9 @@ class Inspection:
         parameters: logical ones; a tied output matrix that is not stored counts once.
         bits_per_weight: over quantised weights, scales included; ``None`` when none is quantised.
         bits_per_parameter: all tensor bytes over all parameters.
-        errors, calibration, recipe, sensitivity, verify, compare: from ``halfbyte.json`` and the records beside it,
-            where present.
+        blocks: decoder blocks, without layers of multi-token prediction behind them.
+        errors, rare_experts, calibration, recipe, sensitivity, verify, compare: from ``halfbyte.json`` and the
+            records beside it, where present.
         notes: contradictions between config and tensors, and records that could not be read.
     """
 
@@ -120,6 +125,7 @@ class Inspection:
     groups: list[ModuleGroup]
     parts: list[Part]
     errors: list[BlockError]
+    rare_experts: list[str]
     recipe: dict[str, Any] | None
     calibration: CalibrationRecord | None
     sensitivity: Sensitivity | None
@@ -153,14 +159,15 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     quantized = [w for w in weights.values() if w.quantized]
     quantized_parameters = sum(w.parameters for w in quantized)
     quantized_bytes = sum(w.code_bytes + w.scale_bytes for w in quantized)
-    parts = _parts(modules, weights, find_block_prefix(checkpoint.tensors))
+    predictors = _predictors(checkpoint.tensors)
+    parts = _parts(modules, weights, find_block_prefix(checkpoint.tensors), predictors)
     parameters = sum(p.parameters for p in parts)
     manifest = _record(Manifest, checkpoint.path / MANIFEST_NAME, notes)
     return Inspection(
         name=checkpoint.name,
         architecture=checkpoint.architecture,
         model_type=str(checkpoint.config.get("model_type", "unknown")),
-        blocks=_num_blocks(checkpoint),
+        blocks=_num_blocks(checkpoint, predictors),
         quantization=_method(config, quantized),
         format=_format(config),
         parameters=parameters,
@@ -169,9 +176,10 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         bits_per_parameter=8 * checkpoint.size_bytes / parameters if parameters else 0.0,
         size_bytes=checkpoint.size_bytes,
         files=len({t.file for t in checkpoint.tensors.values()}),
-        groups=_groups(weights),
+        groups=_groups(weights | _stacks(modules)),
         parts=parts,
         errors=block_errors(manifest.linears) if manifest else [],
+        rare_experts=manifest.rare_experts if manifest else [],
         recipe=manifest.recipe if manifest else None,
         calibration=manifest.calibration if manifest else None,
         sensitivity=manifest.sensitivity if manifest else None,
@@ -179,6 +187,18 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         compare=_record(CompareRecord, checkpoint.path / COMPARE_NAME, notes),
         notes=notes,
     )
+
+
+def _stacks(modules: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, StoredWeight]:
+    """Experts in one tensor (``experts.gate_up_proj [experts, ...]``), which is no module's ``weight``."""
+    return {
+        f"{module}.{leaf}": StoredWeight(
+            scheme=info.dtype, quantized=False, shape=info.shape, code_bytes=info.size_bytes, scale_bytes=0
+        )
+        for module, leaves in modules.items()
+        for leaf, info in leaves.items()
+        if module.endswith("experts") and leaf != "weight" and len(info.shape) == 3
+    }
 
 
 def _groups(weights: Mapping[str, StoredWeight]) -> list[ModuleGroup]:
@@ -204,7 +224,10 @@ def _groups(weights: Mapping[str, StoredWeight]) -> list[ModuleGroup]:
 
 
 def _parts(
-    modules: Mapping[str, Mapping[str, TensorInfo]], weights: Mapping[str, StoredWeight], prefix: str | None
+    modules: Mapping[str, Mapping[str, TensorInfo]],
+    weights: Mapping[str, StoredWeight],
+    prefix: str | None,
+    predictors: frozenset[str],
 ) -> list[Part]:
     counts: dict[str, list[int]] = {name: [0, 0, 0] for name in PARTS}
     for module, leaves in modules.items():
@@ -212,7 +235,9 @@ def _parts(
         for leaf, info in leaves.items():
             side = leaf in SIDE_LEAVES and (coded or "scale" in leaf)
             codes = coded and leaf in ("weight", "weight_packed", "qweight")
-            total = counts[_part(module, leaf, info, prefix, side=side, codes=codes)]
+            further = any(f"{module}.".startswith(f"{path}.") for path in predictors)
+            part = _part(module, leaf, info, prefix, side=side, codes=codes)
+            total = counts["multi-token prediction" if further else part]
             total[0] += 1
             total[1] += weights[module].parameters if codes else 0 if side else info.numel
             total[2] += info.size_bytes
@@ -239,10 +264,16 @@ def _part(module: str, leaf: str, info: TensorInfo, prefix: str | None, *, side:
     return "other"
 
 
-def _num_blocks(checkpoint: Checkpoint) -> int:
+def _num_blocks(checkpoint: Checkpoint, predictors: frozenset[str]) -> int:
     prefix = find_block_prefix(checkpoint.tensors)
     found = (NUMBERED.match(name) for name in checkpoint.tensors)
-    return len({m["index"] for m in found if m is not None and m["prefix"] == prefix})
+    blocks = {m["index"] for m in found if m is not None and m["prefix"] == prefix}
+    return len(blocks - {path.rpartition(".")[2] for path in predictors})
+
+
+def _predictors(names: Iterable[str]) -> frozenset[str]:
+    """Paths of the layers that predict further tokens than the next, such as ``model.layers.61`` of DeepSeek-V3."""
+    return frozenset(n.removesuffix(f".{PREDICTOR}.weight") for n in names if n.endswith(f".{PREDICTOR}.weight"))
 
 
 def _method(config: Mapping[str, Any], quantized: list[StoredWeight]) -> str:

@@ -70,6 +70,7 @@ def finish_checkpoint(
             smoothing=smoothing,
             pairs=pairs,
             tuning=tuning,
+            rare_experts=list(dict.fromkeys(r.name.rpartition(".")[0] for r in linears if r.rare)),
             sensitivity=sensitivity,
             run={**run, "threads": options["threads"]},
         )

@@ -59,10 +59,9 @@ from halfbyte.errors import (
     raise_all,
 )
 from halfbyte.estimates import KEPT_IN_MEMORY, CalibrationWork
-from halfbyte.gpu import full_float32, to_host, wait_for_copies, works_ahead
+from halfbyte.gpu import full_float32, wait_for_copies, works_ahead
 from halfbyte.heap import is_out_of_memory, mapped, release_freed_memory, reuse_freed_memory
 from halfbyte.kernels.dispatch import gpu_problem
-from halfbyte.methods.gptq import factor_hessian, quantize_gptq
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.rtn import quantize_rtn
 from halfbyte.methods.tuned_parts import TunedLinear
@@ -98,8 +97,8 @@ from halfbyte.schemes import ActivationFormat
 from halfbyte.sensitivity import deal_out
 from halfbyte.sequential import AtOnce, Leaf, Route, Sequential, Shelf, Walk, learn_route
 from halfbyte.smoother import Smoother, Solved
+from halfbyte.solver import Solver
 from halfbyte.state import HiddenStates, RunFolder, already_published
-from halfbyte.statistics import SecondMoment
 from halfbyte.tokens import load_calibration, save_calibration
 from halfbyte.weights import Weights
 
@@ -118,6 +117,7 @@ def quantize(
     recipe: Path | None = None,
     effort: Effort | None = None,
     target_bits: float | None = None,
+    all_experts: bool | None = None,
     device: str = "auto",
     dtype: ComputeDtype = "auto",
     offload: bool | None = None,
@@ -133,13 +133,16 @@ def quantize(
         out: folder to create; nothing is left under this name unless the run succeeds.
         scheme: a preset of ``schemes.PRESETS``; group_size: 128, 64, 32, ``"channel"`` or ``None`` for the preset's.
         method: ``"gptq"`` or ``"rtn"``; ``None`` is GPTQ for integer schemes, RTN for FP8.
-        calibration: ``self``, ``text:FILE``, ``jsonl:FILE``, ``hf:DATASET[:CONFIG][:SPLIT]`` or ``random-tokens``;
+        calibration: ``self``, ``text:FILE``, ``jsonl:FILE``, ``hf:DATASET[:CONFIG][:SPLIT]``, ``vlm:FOLDER_OR_JSONL``
+            or ``random-tokens``, or a mixture such as ``text:FILE*0.5+vlm:FOLDER*0.5``;
             ``None`` is ``self`` where the model fits in memory.
         samples, seq_len: sequences and tokens in each (128 x 512).
         ignore: Linears to leave alone, exact names or ``re:`` patterns.
         recipe: a recipe file instead of scheme, group size, method and ignore.
         effort: how long each block is tuned on its output after GPTQ: ``low`` is not at all, ``standard`` a little,
             ``high`` longer; ``None`` is the recipe's.
+        all_experts: let every expert of a mixture see all calibration tokens, not only those routed to it; ``None`` is
+            the recipe's.
         target_bits: stored bits a quantised weight, at most, on average: Linears that suffer most from the scheme get
             W8A16, see ``sensitivity``; ``None`` is the recipe's, which is none unless it says so.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -167,6 +170,7 @@ def quantize(
         recipe=recipe,
         effort=effort,
         target_bits=target_bits,
+        all_experts=all_experts,
     )
     require_calibration(chosen, calibration)
     target = choose_device(device)
@@ -240,6 +244,10 @@ def memory_shortage(planned: Plan, run: RunFolder) -> MemoryShortage:
     )
 
 
+# What stands for codes that are in the file already.
+WRITTEN = QuantizedWeight(codes=torch.empty(0), scales=torch.empty(0), zero_points=None, relative_error=0.0)
+
+
 @dataclass(slots=True)
 class Job:
     """One quantisation: the stages, in order, each ended by an entry in the journal."""
@@ -254,6 +262,8 @@ class Job:
     ranks: Ranks = field(default_factory=Ranks)
     started: float = field(default_factory=time.monotonic)
     sensitivity: Sensitivity | None = None
+    _layout: Layout = field(default_factory=lambda: Layout({}, {}))
+    _digests: dict[str, str] = field(default_factory=dict)
     _saving: Future[None] | None = None
     _solver: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -269,7 +279,7 @@ class Job:
             self._require_space()
         if self.work.budget is not None:
             self._spend(self.work.budget, model)
-        layout = Layout.of(self.work.outputs)
+        layout = self._layout = Layout.of(self.work.outputs)
         if self.run.fresh and self.ranks.first:
             layout.create(self.run.checkpoint)
         calibration = self._calibration()
@@ -282,6 +292,7 @@ class Job:
         else:
             digests = dict(facts["digests"])
             self.reporter.say(f"resuming: {facts['stage']} of {blocks.num_blocks} blocks are done")
+        self._digests = digests
         records = [from_plain(LinearRecord, r) for r in facts.get("linears", [])]
         smoothing = [from_plain(SmoothingRecord, r) for r in facts.get("smoothing", [])]
         pairs = [from_plain(PairRecord, r) for r in facts.get("pairs", [])]
@@ -306,7 +317,7 @@ class Job:
             for index in range(int(facts["stage"]), blocks.num_blocks):
                 clock = time.monotonic()
                 solved = self._solve_block(model, stream, index)
-                write = partial(self._write_block, layout, index, solved, digests) if self.ranks.first else None
+                write = partial(self._write_block, index, solved) if self.ranks.first else None
                 if write is not None and not works_ahead(self.device):
                     write = write()
                 records += [r for r, _ in solved.linears.values()]
@@ -462,7 +473,7 @@ class Job:
         """Quantise one block's Linears; with calibration, also move the hidden states past it."""
         names = [n for n in self.work.blocks.linears[index] if n in self.work.schemes]
         if stream is None:
-            return Solved({n: self._round(n, index) for n in names})
+            return Solved({n: self._put_away(n, *self._round(n, index)) for n in names})
         solved = Solved({})
         results = solved.linears
         last = index + 1 == model.num_blocks
@@ -474,6 +485,7 @@ class Job:
                 stream.aim(block, index)
             formats = self._activation_formats(names)
             smoother = self._smoother(model, block, modules, index)
+            solver = Solver(self.work.schemes, self._dtypes(), self.recipe, self._solver, self.ranks)
             with stream.walk(block, index, modules, formats, self.recipe) as walk:
                 for moments in walk.moments():
                     release_freed_memory()
@@ -484,9 +496,11 @@ class Job:
                         smoother.smooth(walk, moments[0], solved)
                     clock = time.monotonic()
                     with mapped():
-                        for moment in moments:
-                            results |= self._solve_shared(moment, modules, index)
+                        results |= solver.solve(moments, modules, index)
                     solved.solver_seconds += time.monotonic() - clock
+                    if EXPERT_MODULE.match(moments[0].names[0]):
+                        wait_for_copies(self.device)
+                        results |= {n: self._put_away(n, *results[n]) for m in moments for n in m.names}
                     release_freed_memory()
                 if not last and stream.tuning is None:
                     self._await_save()
@@ -502,8 +516,11 @@ class Job:
     def _smoother(
         self, model: StreamedModel, block: nn.Module, modules: Mapping[str, nn.Linear], index: int
     ) -> Smoother:
-        dtypes = {n: DTYPES[t.dtype] for n, t in self.checkpoint.tensors.items() if t.dtype in DTYPES}
-        return Smoother(block, modules, partial(model.disk_name, index), self.work.schemes, dtypes, self.ranks)
+        on_disk = partial(model.disk_name, index)
+        return Smoother(block, modules, on_disk, self.work.schemes, self._dtypes(), self.ranks)
+
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        return {n: DTYPES[t.dtype] for n, t in self.checkpoint.tensors.items() if t.dtype in DTYPES}
 
     def _tune(
         self,
@@ -550,55 +567,6 @@ class Job:
         formats = {n: self.work.schemes[n].activations for n in names}
         return {n: f for n, f in formats.items() if f is not None}
 
-    def _solve_shared(
-        self, moment: SecondMoment, modules: dict[str, nn.Linear], index: int
-    ) -> dict[str, tuple[LinearRecord, QuantizedWeight]]:
-        """Solve the Linears that share one input, each by one rank. Their weights are replaced."""
-        owners = self.ranks.owners([modules[n].weight.shape[0] for n in moment.names])
-        mine = [n for n, owner in zip(moment.names, owners, strict=True) if owner == self.ranks.rank]
-        solved = self._solve_some(mine, moment, modules, index) if mine else {}
-        results = {}
-        for name, owner in zip(moment.names, owners, strict=True):
-            record, result = spread(self.ranks, owner, solved.get(name))
-            modules[name].weight.data.copy_(result.dense())
-            results[name] = (record, hosted(result))
-        return results
-
-    def _solve_some(
-        self, names: Sequence[str], moment: SecondMoment, modules: dict[str, nn.Linear], index: int
-    ) -> dict[str, tuple[LinearRecord, QuantizedWeight]]:
-        """One factorisation, then each Linear in turn; where the Hessian is, or on the CPU if no kernel runs there."""
-        hessian = moment.take().to(self._solver)
-        steps = self.recipe.gptq
-        factor = factor_hessian(
-            hessian, self.recipe.damp_fraction, where=moment.names[0], static_order=steps.static_order
-        )
-        results = {}
-        for name in names:
-            scheme = self.work.schemes[name]
-            weight = modules[name].weight
-            dtype = DTYPES[self.checkpoint.tensors[f"{name}.weight"].dtype]
-            original = weight.detach().to(self._solver, torch.float32)
-            result = quantize_gptq(original, hessian, factor, scheme.weights, dtype, steps)
-            record = LinearRecord(
-                name=name,
-                block=index,
-                scheme=scheme.name,
-                group_size=scheme.weights.group_size,
-                method="gptq",
-                bits_per_weight=scheme.weights.bits_per_weight(
-                    weight.shape[1], weight.shape[0], scale_bits=8 * dtype.itemsize
-                ),
-                relative_error=result.relative_error,
-                damp_fraction=factor.damp_fraction,
-                damp_raises=factor.raises,
-                tokens=moment.tokens,
-                pooled=moment.pooled,
-                dead_columns=int(factor.dead.sum()),
-            )
-            results[name] = (record, result)
-        return results
-
     def _round(self, name: str, index: int) -> tuple[LinearRecord, QuantizedWeight]:
         """Round one weight to nearest."""
         scheme = self.work.schemes[name]
@@ -621,17 +589,26 @@ class Job:
             result,
         )
 
-    def _write_block(
-        self,
-        layout: Layout,
-        index: int,
-        solved: Solved,
-        digests: dict[str, str],
-    ) -> None:
+    def _put_away(
+        self, name: str, record: LinearRecord, result: QuantizedWeight
+    ) -> tuple[LinearRecord, QuantizedWeight]:
+        """Write an expert's Linear at once: the codes of all experts of a block may not fit in memory."""
+        if EXPERT_MODULE.match(name) is None:
+            return record, result
+        if self.ranks.first:
+            self._write_linear(name, result)
+        return record, WRITTEN
+
+    def _write_linear(self, name: str, result: QuantizedWeight) -> None:
+        packed = pack(self.work.schemes[name], result.codes, result.scales, result.zero_points)
+        self._layout.write(self.run.checkpoint, {f"{name}.{leaf}": t for leaf, t in packed.items()})
+        self._digests[f"{name}.weight"] = digest_of(self.checkpoint.read(f"{name}.weight"))
+
+    def _write_block(self, index: int, solved: Solved) -> None:
+        layout, digests = self._layout, self._digests
         for name, (_, result) in solved.linears.items():
-            packed = pack(self.work.schemes[name], result.codes, result.scales, result.zero_points)
-            layout.write(self.run.checkpoint, {f"{name}.{leaf}": t for leaf, t in packed.items()})
-            digests[f"{name}.weight"] = digest_of(self.checkpoint.read(f"{name}.weight"))
+            if result is not WRITTEN:
+                self._write_linear(name, result)
         for name, tensor in solved.rewritten.items():
             layout.write(self.run.checkpoint, {name: tensor})
             digests[name] = digest_of(self.checkpoint.read(name))
@@ -981,28 +958,6 @@ def require_batches(batches: int, ranks: Ranks, tokens: int, *, at_most: str = "
             where="--nproc-per-node",
             remedy=f"Start at most {batches}, or take more --samples.",
         )
-
-
-def spread(
-    ranks: Ranks, owner: int, solved: tuple[LinearRecord, QuantizedWeight] | None
-) -> tuple[LinearRecord, QuantizedWeight]:
-    """What one rank has solved, for all."""
-    record, result = solved or (None, None)
-    if result is not None and ranks.world > 1:
-        result = result.map(torch.Tensor.cpu)
-    known = ranks.decide(lambda: record, owner)
-    codes = ranks.spread(None if result is None else result.codes, owner)
-    scales = ranks.spread(None if result is None else result.scales, owner)
-    zeros = ranks.spread(None if result is None else result.zero_points, owner)
-    assert known is not None
-    assert codes is not None
-    assert scales is not None
-    return known, QuantizedWeight(codes=codes, scales=scales, zero_points=zeros, relative_error=known.relative_error)
-
-
-def hosted(result: QuantizedWeight) -> QuantizedWeight:
-    """The same in main memory, for the writer: on its way there from a GPU, see :func:`wait_for_copies`."""
-    return result.map(to_host)
 
 
 def kind_of(

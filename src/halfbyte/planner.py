@@ -21,6 +21,7 @@ from halfbyte.architectures import (
     KEPT_MODULES,
     KNOWN_ARCHITECTURES,
     NOT_LANGUAGE,
+    OTHER_SPELLINGS,
     BlockMap,
     map_blocks,
 )
@@ -31,7 +32,7 @@ from halfbyte.checkpoint.reader import DTYPES, Checkpoint, TensorInfo
 from halfbyte.checkpoint.source import open_headers
 from halfbyte.checkpoint.stacks import stack_of, unstacked
 from halfbyte.errors import ArchitectureError, CheckpointError, HalfbyteError, RecipeError, UsageError
-from halfbyte.estimates import CalibrationWork, estimate, settle_offload
+from halfbyte.estimates import RESIDENT_EXPERTS, CalibrationWork, estimate, largest_experts, settle_offload
 from halfbyte.methods.tuning import tuning_of
 from halfbyte.mixing import MEASURED_SEQ_LEN, MEASURED_SEQUENCES, Budget, budget_of, measured_sequences
 from halfbyte.packing import stored_tensors
@@ -74,6 +75,7 @@ def plan(
     recipe: Path | None = None,
     effort: Effort | None = None,
     target_bits: float | None = None,
+    all_experts: bool | None = None,
     calibration: str | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
@@ -86,7 +88,7 @@ def plan(
         source: a checkpoint folder or a hub id.
         scheme, group_size, method, ignore: what to do, unless a recipe says so.
         recipe: a recipe file; ``scheme``, ``group_size`` and ``method`` must then be left alone.
-        effort, target_bits: as for :func:`halfbyte.quantize`.
+        effort, target_bits, all_experts: as for :func:`halfbyte.quantize`.
         calibration, samples, seq_len, offload, dtype: as for :func:`halfbyte.quantize`; the estimates depend on them.
 
     Returns:
@@ -104,6 +106,7 @@ def plan(
         recipe=recipe,
         effort=effort,
         target_bits=target_bits,
+        all_experts=all_experts,
     )
     require_calibration(chosen, calibration)
     found: list[HalfbyteError] = []
@@ -123,9 +126,12 @@ def choose_recipe(
     recipe: Path | None,
     effort: Effort | None,
     target_bits: float | None = None,
+    all_experts: bool | None = None,
 ) -> Recipe:
-    """The recipe of a file, or one made of options; ``effort`` and ``target_bits`` go before the recipe's."""
+    """The recipe of a file, or one made of options; ``effort`` and those after it go before the recipe's."""
     chosen = _recipe_of(scheme, group_size, method, ignore, recipe)
+    if all_experts is not None:
+        chosen = replace(chosen, experts=replace(chosen.experts, all_tokens=all_experts))
     if target_bits is not None:
         unmixable = mixing_problem([group.scheme for group in chosen.groups])
         if unmixable:
@@ -310,6 +316,9 @@ def make_plan(
             f"{size.units} units on {measured} calibration tokens"
             + ("" if size.observed else "; for this alone, rounding to nearest needs calibration text")
         )
+    if size.tuning is not None and largest_experts(tensors) * size.dtype.itemsize > RESIDENT_EXPERTS:
+        size = replace(size, tuning=None)
+        notes.append("blocks are not tuned after GPTQ: their experts are too many to be in memory together")
     size = settle_offload(checkpoint, tensors, size)
     summary = _summary(checkpoint, blocks, recipe, tensors, size, problems, notes, budget)
     return WorkPlan(
@@ -333,7 +342,9 @@ def with_experts(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     used = {
         layer_of[info.slab.stack]
         for name, info in unstacked(checkpoint).tensors.items()
-        if info.slab is not None and recipe.scheme_for(name.removesuffix(".weight")) is not None
+        if info.slab is not None
+        and info.slab.stack in layer_of
+        and recipe.scheme_for(name.removesuffix(".weight")) is not None
     }
     return unstacked(checkpoint, keep=frozenset(n for n, layer in layer_of.items() if layer not in used))
 
@@ -367,7 +378,8 @@ def ignore_patterns(blocks: BlockMap, recipe: Recipe, schemes: dict[str, Scheme]
             module, _, leaf = name.rpartition(".")
             if leaf == "weight" and KEPT_MODULES.search(module):
                 tail = module.removeprefix(f"{blocks.prefix}.{i}.")
-                patterns.append(f"re:.*{re.escape(tail)}$")
+                spellings = (tail, OTHER_SPELLINGS[tail]) if tail in OTHER_SPELLINGS else (tail,)
+                patterns += [f"re:.*{re.escape(spelling)}$" for spelling in spellings]
             if ".experts." in name and EXPERT_MODULE.match(module) is None:
                 tail = name.partition(".experts.")[0].removeprefix(f"{blocks.prefix}.{i}.")
                 patterns.append(f"re:.*{re.escape(tail)}\\.experts.*")

@@ -133,7 +133,8 @@ class LinearRecord:
         damp_fraction: share of H's mean diagonal added before factoring (0 where none was factored).
         damp_raises: how often damping had to be raised before H could be factored.
         tokens: calibration tokens that entered its statistic.
-        pooled: tokens of the layer's other experts that stood in for them, where they were too few; else 0.
+        pooled: for experts, how many tokens the moment of the whole layer's tokens counted for beside them.
+        rare: whether it belongs to an expert that few calibration tokens reached.
         dead_columns: input features that were zero in all of them.
     """
 
@@ -148,6 +149,7 @@ class LinearRecord:
     damp_raises: int = 0
     tokens: int = 0
     pooled: int = 0
+    rare: bool = False
     dead_columns: int = 0
 
 
@@ -270,7 +272,8 @@ class Manifest:
     see :func:`halfbyte.checkpoint.reader.combined_digest`). ``recipe`` holds every option that shaped the output.
     ``files`` maps each written safetensors file to its sha256. ``smoothing`` lists the norms that are not the source's:
     a Linear behind one holds ``W diag(s)``, with ``s`` the old gain over the new. ``pairs`` lists Linears that took
-    such factors from a Linear before them, which holds ``diag(1/s) W``. ``sensitivity`` says how bits were dealt out
+    such factors from a Linear before them, which holds ``diag(1/s) W``. ``rare_experts`` names experts that few
+    calibration tokens reached. ``sensitivity`` says how bits were dealt out
     where the recipe has ``target_bits``. ``run`` alone varies between equal runs.
     """
 
@@ -287,6 +290,7 @@ class Manifest:
     smoothing: list[SmoothingRecord] = field(default_factory=list)
     pairs: list[PairRecord] = field(default_factory=list)
     tuning: list[TuningRecord] = field(default_factory=list)
+    rare_experts: list[str] = field(default_factory=list)
     sensitivity: Sensitivity | None = None
     run: dict[str, Any] = field(default_factory=dict)
 

@@ -5,8 +5,10 @@ each to. So this takes the layer's inputs once, and then, for a few experts at a
 has them quantised, observes what enters down, has it quantised, and adds the group's part to the layer's output. Only
 one group's Hessians exist at a time, and, where the layer is larger than memory, only one group's weights.
 
-An expert that few tokens reach has a Hessian of low rank, which says more about the calibration text than about the
-expert. Such experts come last, and get their layer's pooled second moment: see :func:`SecondMoment.pool`.
+An expert that fewer tokens reach than its inputs are wide has a Hessian of low rank, which says more about the
+calibration text than about the expert. For such a rare expert the layer's tokens count too, wherever the router sends
+them, see ``methods.pooled``: for gate and up through the second moment of all that enters the layer, for down through
+that of the expert's own hidden units for a sample of them.
 """
 
 from __future__ import annotations
@@ -19,14 +21,15 @@ import torch
 from torch import nn
 
 from halfbyte.activations import fake_quantize_activations
+from halfbyte.estimates import group_size
 from halfbyte.experts import Expert, Experts
+from halfbyte.methods.pooled import add_layer, is_rare, layer_worth, shrinkage
 from halfbyte.ranks import Ranks
 from halfbyte.schemes import ActivationFormat
 from halfbyte.statistics import SecondMoment
 
-# Hessians of one group of experts, beside their factors.
-GROUP_BYTES = 512 << 20
-MOST_IN_GROUP = 64
+# Tokens that rare experts' hidden units are computed for.
+SAMPLE = 4096
 
 Entering = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -55,6 +58,16 @@ class ExpertLayer:
         return first.gate_proj.in_features, first.down_proj.in_features
 
 
+def complete(moment: SecondMoment, everybody: SecondMoment | None) -> None:
+    """Add what the layer's tokens are worth, and say how much the moment is to be shrunk."""
+    width = moment.hessian.shape[0]
+    layer_tokens = 0 if everybody is None else everybody.tokens
+    moment.shrinkage = shrinkage(width, moment.tokens, layer_tokens)
+    if everybody is not None and layer_tokens:
+        add_layer(moment.hessian, everybody.hessian, layer_tokens)
+        moment.pooled = round(layer_worth(width, layer_tokens))
+
+
 def linear(module: nn.Linear, x: torch.Tensor, fmt: ActivationFormat | None) -> torch.Tensor:
     """A Linear's output, its input rounded as an engine would where it does."""
     seen = x if fmt is None else fake_quantize_activations(x, fmt)
@@ -70,8 +83,9 @@ class RoutedWalk:
         entering: gives batch ``i``'s tokens ``[tokens, hidden]``, experts ``[tokens, k]`` and weights ``[tokens, k]``.
         rows: which positions are tokens and not padding, ``None`` for all.
         add: adds to batch ``i``'s output ``[tokens, hidden]``.
-        rare: experts with fewer tokens are solved with the layer's pooled moment.
-        everything: let every expert's statistic see all tokens, wherever they are sent.
+        rare: experts with fewer tokens are rare; ``None``: with fewer than a Linear has inputs.
+        everything: let every expert's statistic see all tokens, wherever they are sent (Llama 4 weighs inputs by where
+            they are sent, so its experts see their own in any case).
     """
 
     layer: ExpertLayer
@@ -81,7 +95,7 @@ class RoutedWalk:
     device: torch.device
     formats: Mapping[str, ActivationFormat]
     ranks: Ranks
-    rare: int
+    rare: int | None
     everything: bool = False
     tokens: list[int] = field(default_factory=list)
 
@@ -90,20 +104,35 @@ class RoutedWalk:
         hidden, intermediate = self.layer.widths
         counts, pool = self._survey(hidden)
         self.tokens = counts.tolist()
-        pooled_down = SecondMoment.empty(intermediate, self.device)
         for group in self._groups(max(hidden, intermediate)):
             with contextlib.ExitStack() as held:
                 experts = [held.enter_context(self.layer.module.present(number)) for number in group]
-                first = self._observed(experts, hidden, ("gate_proj", "up_proj"), self._entered)
-                self._complete(first, pool)
-                yield first
+                if self._sees_everything:
+                    yield [self._shared(experts, pool)]
+                else:
+                    first = self._observed(experts, hidden, ("gate_proj", "up_proj"), self._entered)
+                    for expert, moment in zip(experts, first, strict=True):
+                        moment.rare = self._is_rare(expert, hidden)
+                        complete(moment, pool if moment.rare else None)
+                    yield first
                 second = self._observed(experts, intermediate, ("down_proj",), self._activated)
-                for moment in second:
-                    pooled_down.merge(moment)
-                self._complete(second, pooled_down)
+                for expert, moment in zip(experts, second, strict=True):
+                    moment.rare = self._is_rare(expert, intermediate)
+                    complete(moment, self._of_everybody(expert, intermediate) if moment.rare else None)
                 yield second
                 for batch in range(len(self.rows)):
                     self.add(batch, self._part(experts, batch))
+
+    @property
+    def _sees_everything(self) -> bool:
+        """Whether all experts' gates and ups have one input: not where the router weighs it for each."""
+        return self.everything and not self.layer.module.weighs_inputs
+
+    def _shared(self, experts: Sequence[Expert], pool: SecondMoment) -> SecondMoment:
+        """What enters a layer, for all gates and ups of a group."""
+        moment = SecondMoment(names=[], hessian=pool.hessian.clone(), tokens=pool.tokens)
+        moment.names.extend(self.layer.names[e.number][leaf] for e in experts for leaf in ("gate_proj", "up_proj"))
+        return moment
 
     def _survey(self, hidden: int) -> tuple[torch.Tensor, SecondMoment]:
         """Tokens of each expert over all ranks, and the moment of all that enters the layer, ``sum_e H_e``."""
@@ -119,7 +148,7 @@ class RoutedWalk:
                     pool.add(self.layer.module.entering(x, weights, rows, torch.full_like(rows, place)))
             else:
                 pool.add(x)
-        if not self.layer.module.weighs_inputs and self.rows:
+        if not self.layer.module.weighs_inputs and not self.everything and self.rows:
             top = self._tokens(0)[1].shape[1]
             pool.hessian *= top
             pool.tokens *= top
@@ -136,13 +165,10 @@ class RoutedWalk:
         return x[real], index[real], weights[real]
 
     def _groups(self, width: int) -> Iterator[list[int]]:
-        """Experts with many tokens first; those with few, which need the others' moments, last."""
-        most = max(1, min(MOST_IN_GROUP, GROUP_BYTES // (4 * width * width)))
-        often = [e for e, n in enumerate(self.tokens) if n >= self.rare or self.everything]
-        rarely = [e for e, n in enumerate(self.tokens) if not (n >= self.rare or self.everything)]
-        for part in (often, rarely):
-            for start in range(0, len(part), most):
-                yield part[start : start + most]
+        """As many experts at a time as there is room for."""
+        most = group_size(width)
+        for start in range(0, len(self.tokens), most):
+            yield list(range(start, min(start + most, len(self.tokens))))
 
     def _observed(
         self,
@@ -159,7 +185,7 @@ class RoutedWalk:
         for batch in range(len(self.rows)):
             x, index, weights = self._tokens(batch)
             for expert, moment in zip(experts, moments, strict=True):
-                if self.everything and not self.layer.module.weighs_inputs:
+                if self._sees_everything:
                     moment.add(seen(expert, x))
                     continue
                 rows, place = torch.where(index == expert.number)
@@ -180,11 +206,25 @@ class RoutedWalk:
         )
         return expert.act(gate, up)
 
-    def _complete(self, moments: Sequence[SecondMoment], pool: SecondMoment) -> None:
-        """Give rare experts the pooled moment."""
-        for moment in moments:
-            if moment.tokens < self.rare and not self.everything:
-                moment.pool(pool)
+    def _is_rare(self, expert: Expert, width: int) -> bool:
+        tokens = self.tokens[expert.number]
+        if self._sees_everything:
+            return False
+        return is_rare(tokens, width) if self.rare is None else tokens < self.rare
+
+    def _of_everybody(self, expert: Expert, width: int) -> SecondMoment:
+        """An expert's hidden units for a sample of all that enters the layer, spread over the batches."""
+        moment = SecondMoment.empty(width, self.device)
+        batches = sum(self.ranks.gather(len(self.rows)))
+        for batch in range(len(self.rows)):
+            x, _, weights = self._tokens(batch)
+            wanted = max(1, -(-SAMPLE // batches))
+            sample = x[:: max(1, len(x) // wanted)][:wanted]
+            if self.layer.module.weighs_inputs:
+                sample = sample * weights.mean().to(sample.dtype)
+            moment.add(self._activated(expert, sample))
+        moment.unite(self.ranks)
+        return moment
 
     def _part(self, experts: Sequence[Expert], batch: int) -> torch.Tensor:
         """What quantised experts add to a batch's output."""

@@ -398,7 +398,7 @@ class AtOnce:
     ranks: Ranks = field(default_factory=Ranks)
     layers: Mapping[str, ExpertLayer] = field(default_factory=dict)
     shelf: Shelf = field(default_factory=lambda: Shelf(None))
-    rare: int = 0
+    rare: int | None = None
     everything: bool = False
 
     def moments(self) -> Iterator[list[SecondMoment]]:
@@ -490,7 +490,7 @@ class Sequential:
     ranks: Ranks = field(default_factory=Ranks)
     pairs: Mapping[int, Pair] = field(default_factory=dict)
     layers: Mapping[str, ExpertLayer] = field(default_factory=dict)
-    rare: int = 0
+    rare: int | None = None
     everything: bool = False
     _batches: int = 0
     _stage: int = 0

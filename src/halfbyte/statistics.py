@@ -33,13 +33,17 @@ class SecondMoment:
         names: the Linears that share this input.
         hessian: ``[in, in]`` float32; below the strips undefined until :meth:`finish`.
         tokens: how many entered.
-        pooled: how many tokens of others stand in for those that were too few, see :meth:`pool`.
+        pooled: for how many more the tokens of an expert's whole layer count, see ``methods.pooled``.
+        shrinkage: share of its own diagonal that is to be added.
+        rare: whether it is that of an expert that few tokens reach.
     """
 
     names: list[str]
     hessian: torch.Tensor
     tokens: int = 0
     pooled: int = 0
+    shrinkage: float = 0.0
+    rare: bool = False
 
     @staticmethod
     def empty(in_features: int, device: torch.device) -> SecondMoment:
@@ -75,16 +79,6 @@ class SecondMoment:
         """Make it the moment of all ranks' tokens."""
         ranks.add_(self.hessian)
         self.tokens = sum(ranks.gather(self.tokens))
-
-    def merge(self, other: SecondMoment) -> None:
-        """Add another's tokens."""
-        self.hessian += other.hessian
-        self.tokens += other.tokens
-
-    def pool(self, everybody: SecondMoment) -> None:
-        """Take the moment of all experts of the layer instead of one's own; ``tokens`` stays what it was."""
-        self.hessian.copy_(everybody.hessian)
-        self.pooled = everybody.tokens
 
     def take(self) -> torch.Tensor:
         """The symmetric ``H``, given away: the moment keeps no reference to it, so that it is freed once used."""

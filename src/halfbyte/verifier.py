@@ -3,11 +3,12 @@
     files     config, weights, index and manifest are there, readable by everybody, and hash to what the manifest says
     headers   every tensor is there once, whole, where its header and the index say
     config    quantization_config parses, and names as quantised exactly what is quantised
-    linears   every quantised Linear has the right tensors, dtypes and shapes
+    linears   every quantised Linear has the right tensors, dtypes and shapes, and no expert of a layer is missing
     scales    finite and positive
     codes     codes and zero points within their range, no NaN
     copies    every other tensor is byte for byte that of the source, but for norms that the manifest says were smoothed
               and biases that it says were divided, which are the source's over the recorded factors
+              (experts that the source holds in stacks count as what they are stacked from)
     error     relative Frobenius error ||W_q - W|| / ||W|| of each Linear against the source is plausible; behind a
               smoothed norm the source's W with its columns multiplied by the old gain over the new; where Linears
               traded factors, the source's W with rows divided and columns multiplied by those recorded, and no row
@@ -15,10 +16,12 @@
     reload    transformers loads it without a missing, unexpected or mismatched key
     weights   its dequantised weights are those of :mod:`halfbyte.reference`, bit for bit
     logits    on a few prompts they equal those of the same model built dense from the reference weights
-    activations  with activations quantised as transformers does it, likewise (schemes that quantise activations)
+    activations  each Linear with activations quantised as transformers does it, likewise (schemes that quantise them)
 
 All but the last four stream, one slice of one tensor at a time. Nothing is imported from the writing side, pickles are
-refused and remote code is never run. A check that cannot be made is ``skipped`` and says why.
+refused and remote code is never run. A check that cannot be made is ``skipped`` and says why. Where transformers cannot
+load a mixture's experts as they are stored, ``reload`` is, and those after it take them as compressed-tensors decodes
+them.
 
 Does not check that an engine other than transformers serves the checkpoint.
 """
@@ -34,6 +37,7 @@ from halfbyte.errors import CheckpointError, raise_all
 from halfbyte.progress import Reporter, Silent
 from halfbyte.records import VERIFY_NAME, Check, Manifest, VerifyRecord, write_json
 from halfbyte.reference import FLOATS, StoredTensor
+from halfbyte.verifier_experts import missing_experts
 from halfbyte.verifier_files import Inventory, files_detail, manifest_problems, read_manifest, take_inventory
 from halfbyte.verifier_layout import (
     QuantizedModule,
@@ -44,8 +48,10 @@ from halfbyte.verifier_layout import (
     parse_rules,
     quantized_parts,
 )
+from halfbyte.verifier_models import build_skeleton
 from halfbyte.verifier_numbers import Traded, copy_problems, pair_factors, scan, smoothing_factors
-from halfbyte.verifier_reload import RELOAD_CHECKS, build_skeleton, reload_checks
+from halfbyte.verifier_reload import RELOAD_CHECKS, reload_checks
+from halfbyte.verifier_stacks import Stacks, stacks_of
 
 DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 LINEAR = frozenset({"Linear"})
@@ -91,19 +97,19 @@ def verify(
         modules.append(QuantizedModule(name, owned, group))
     if rules:
         problems += config_problems(rules, modules, _dense(found, modules), skeleton)
-    misfits = _misfits(modules, found, skeleton, original, strict=manifest is not None)
+    stacks = stacks_of(original.tensors, found.tensors, {f"{n}.weight" for n in parts}) if original else Stacks()
+    dense = None if original is None else {**original.tensors, **stacks.weights}
+    misfits = _misfits(modules, found, skeleton, dense or {}, strict=manifest is not None)
     readable = [m for m in modules if m.decodable and not misfits[m.name]]
     structure = [
         _check("files", found.file_problems + found.mode_problems + changed, files_detail(found, manifest)),
         _check("headers", found.header_problems, f"{len(found.tensors)} tensors in {len(found.files)} files"),
         _check("config", problems, _config_detail(rules, modules, unknown)),
-        _linears_check(modules, misfits),
+        _linears_check(modules, misfits, missing_experts(parts, _dense_modules(found, modules), skeleton.fused)),
     ]
-    changes = _changes(found, original, manifest)
-    scales, codes, error = scan(
-        readable, original.tensors if original else None, len(modules) - len(readable), changes.traded, reporter
-    )
-    copies = _copies_check(found, original, modules, changes, reporter)
+    changes = _changes(found, dense, manifest)
+    scales, codes, error = scan(readable, dense, len(modules) - len(readable), changes.traded, reporter)
+    copies = _copies_check(found, original, stacks, modules, changes, reporter)
     checks = [*structure, scales, codes, copies, error]
     if found.file_problems or any(c.status == "failed" for c in structure[1:]):
         reason = "the structure of the checkpoint has to be right first"
@@ -184,6 +190,11 @@ def _dense(found: Inventory, modules: Sequence[QuantizedModule]) -> dict[str, St
     return {n: t for n, t in found.tensors.items() if n not in owned}
 
 
+def _dense_modules(found: Inventory, modules: Sequence[QuantizedModule]) -> list[str]:
+    """Modules that are dense on disk and have a weight."""
+    return [n.removesuffix(".weight") for n in _dense(found, modules) if n.endswith(".weight")]
+
+
 def _config_detail(rules: Rules | None, modules: Sequence[QuantizedModule], unknown: str) -> str:
     if rules is None:
         return "quantization_config cannot be used"
@@ -197,7 +208,7 @@ def _misfits(
     modules: Sequence[QuantizedModule],
     found: Inventory,
     skeleton: Skeleton,
-    original: Inventory | None,
+    source: Mapping[str, StoredTensor],
     *,
     strict: bool,
 ) -> dict[str, list[str]]:
@@ -206,20 +217,20 @@ def _misfits(
     misfits: dict[str, list[str]] = {m.name: [] for m in modules}
     for m in modules:
         if m.decodable:
-            weight = original.tensors.get(f"{m.name}.weight") if original else None
-            shape = weight.shape if weight else skeleton.shapes.get(m.name)
+            weight = source.get(f"{m.name}.weight")
+            shape = weight.shape if weight else skeleton.shape_of(m.name)
             misfits[m.name] = module_problems(m, model_dtype=dtype, expected_shape=shape)
     return misfits
 
 
-def _linears_check(modules: Sequence[QuantizedModule], misfits: Mapping[str, list[str]]) -> Check:
+def _linears_check(modules: Sequence[QuantizedModule], misfits: Mapping[str, list[str]], missing: list[str]) -> Check:
     beyond = [f"{m.name} ({m.group.unsupported if m.group else 'no group'})" for m in modules if not m.decodable]
     detail = f"{len(modules) - len(beyond)} of {len(modules)} quantised modules"
     if beyond:
         detail += f"; beyond this decoder: {', '.join(beyond[:3])}{', ...' if len(beyond) > 3 else ''}"
-    if len(beyond) == len(modules):
+    if len(beyond) == len(modules) and not missing:
         return Check(name="linears", status="skipped", detail=detail)
-    return _check("linears", [p for problems in misfits.values() for p in problems], detail)
+    return _check("linears", [p for problems in misfits.values() for p in problems] + missing, detail)
 
 
 def _model_dtype(found: Inventory) -> str | None:
@@ -251,11 +262,11 @@ class Changes:
     problems: Sequence[str] = ()
 
 
-def _changes(found: Inventory, original: Inventory | None, manifest: Manifest | None) -> Changes:
-    if original is None or manifest is None:
+def _changes(found: Inventory, source: Mapping[str, StoredTensor] | None, manifest: Manifest | None) -> Changes:
+    if source is None or manifest is None:
         return Changes()
-    columns, misshapen = smoothing_factors(manifest.smoothing, found.tensors, original.tensors)
-    traded, biases, problems = pair_factors(manifest.pairs, found.tensors, original.tensors, columns)
+    columns, misshapen = smoothing_factors(manifest.smoothing, found.tensors, source)
+    traded, biases, problems = pair_factors(manifest.pairs, found.tensors, source, columns)
     norms = frozenset(s.norm for s in manifest.smoothing)
     return Changes(traded=traded, norms=norms, biases=frozenset(biases), problems=misshapen + problems)
 
@@ -263,6 +274,7 @@ def _changes(found: Inventory, original: Inventory | None, manifest: Manifest | 
 def _copies_check(
     found: Inventory,
     original: Inventory | None,
+    stacks: Stacks,
     modules: Sequence[QuantizedModule],
     changes: Changes,
     reporter: Reporter,
@@ -272,12 +284,17 @@ def _copies_check(
     quantized = {f"{m.name}.weight" for m in modules}
     changed = changes.norms | changes.biases
     kept = {n: t for n, t in _dense(found, modules).items() if n not in changed}
-    expected = {n: t for n, t in original.tensors.items() if n not in quantized | changed}
-    problems = [*changes.problems, *copy_problems(kept, expected, reporter)]
-    orphans = sorted(quantized - original.tensors.keys())
+    expected = {n: t for n, t in original.tensors.items() if n not in quantized | changed | stacks.replaced}
+    expected |= {n: t for n, t in stacks.weights.items() if n in kept}
+    kept = {n: t for n, t in kept.items() if n not in stacks.replaced}
+    problems = [*changes.problems, *stacks.problems, *copy_problems(kept, expected, reporter)]
+    orphans = sorted(quantized - original.tensors.keys() - stacks.weights.keys())
     problems += [f"{n} is quantised, but the source has no such tensor" for n in orphans]
     size = sum(t.size_bytes for t in kept.values())
     detail = f"{len(kept)} tensors, {size / 1e6:.1f} MB, equal to the source byte for byte"
     detail += f"; {len(changes.norms)} smoothed norms are not" if changes.norms else ""
     detail += f"; {len(changes.biases)} biases are divided" if changes.biases else ""
+    if stacks.replaced:
+        detail += f"; {len(stacks.replaced)} stacks of experts became {len(stacks.weights)} Linears"
+        detail += f", transposed: {stacks.transposed}" if stacks.transposed else ""
     return _check("copies", problems, detail)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pydantic
@@ -18,6 +18,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from halfbyte.errors import CheckpointError
 from halfbyte.reference import FLOATS, PACKED_BITS, StoredTensor
 from halfbyte.schemes import WeightFormat
+from halfbyte.verifier_experts import Fused, numbers_in, place_of, scheme_problems
 
 Storage = Literal["packed", "plain"]
 
@@ -34,7 +35,14 @@ WEIGHT_COMPANIONS = (
 ACTIVATION_COMPANIONS = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "output_zero_point")
 PLAIN_CODES = ("I8", "F8_E4M3")
 # Linears that engines fuse into one: all of a row are quantised alike, or none
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,10 +168,16 @@ def quantized_parts(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, 
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """Classes and weight shapes of a model's modules, from transformers, by module name; empty where it is unknown."""
+    """What transformers' model has, by module name; empty where it is unknown.
+
+    Attributes:
+        classes: of its modules; shapes: of its Linears' weights.
+        fused: experts in stacks, by the indices in their path.
+    """
 
     classes: Mapping[str, frozenset[str]]
     shapes: Mapping[str, tuple[int, ...]]
+    fused: Mapping[tuple[str, ...], Fused] = field(default_factory=dict)
 
     def classes_of(self, module: str) -> frozenset[str]:
         """Class names of a module; where disk and transformers differ in prefixes, those of modules that end alike."""
@@ -172,6 +186,14 @@ class Skeleton:
         tail = module.split(".")[-2:]
         alike = {c for n, c in self.classes.items() if n.split(".")[-2:] == tail}
         return alike.pop() if len(alike) == 1 else frozenset()
+
+    def shape_of(self, module: str) -> tuple[int, ...] | None:
+        """Shape of a Linear's weight, of one in a stack too; ``None`` where it is unknown."""
+        place = place_of(module)
+        if module in self.shapes or place is None:
+            return self.shapes.get(module)
+        fused = self.fused.get(numbers_in(place.layer))
+        return fused.shape_of(place.leaf) if fused else None
 
 
 def config_problems(
@@ -211,6 +233,32 @@ def config_problems(
                 if len(set(kinds.values())) > 1:
                     listed = ", ".join(f"{s}: {k or 'no group'}" for s, k in kinds.items())
                     problems.append(f"{parent}: engines fuse {'/'.join(fused)}, which must agree ({listed})")
+    return problems + scheme_problems(groups) + _unforeseen(rules, modules, skeleton)
+
+
+def _unforeseen(rules: Rules, modules: Sequence[QuantizedModule], skeleton: Skeleton) -> list[str]:
+    """Linears that the config makes transformers take for quantised, and that are not, under whatever name on disk.
+
+    An ignore entry that is written for the names on disk need not cover transformers' names. Modules are counted by the
+    indices in their names, which both have alike.
+    """
+    targeted: dict[tuple[str, ...], list[str]] = {}
+    for name, classes in skeleton.classes.items():
+        group = rules.group_of(name, classes) if "Linear" in classes and place_of(name) is None else None
+        if group is not None and group.format is not None and rules.ignored_by(name, classes) is None:
+            targeted.setdefault(numbers_in(name), []).append(name)
+    stored: dict[tuple[str, ...], list[str]] = {}
+    for m in modules:
+        if place_of(m.name) is None:
+            stored.setdefault(numbers_in(m.name), []).append(m.name.rpartition(".")[2])
+    problems = []
+    for numbers, names in targeted.items():
+        leaves = stored.get(numbers, [])
+        if len(names) > len(leaves):
+            others = [n for n in names if n.rpartition(".")[2] not in leaves] or names
+            problems += [
+                f"{n} is not quantised, but transformers takes it to be: no ignore entry covers it" for n in others
+            ]
     return problems
 
 

@@ -8,6 +8,7 @@ from halfbyte.calibration.sources import (
     absent_sources,
     calibrate,
     calibration_problems,
+    may_have_pictures,
     parse_spec,
     writes_itself,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "calibrate",
     "calibration_problems",
     "default_spec",
+    "may_have_pictures",
     "parse_spec",
     "self_writing_bytes",
     "writes_itself",

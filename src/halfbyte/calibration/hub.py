@@ -8,6 +8,7 @@ library (datasets >= 4 has no remote code; older versions get ``trust_remote_cod
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def _as_files(datasets: Any, feature: Any) -> Any:
     if isinstance(feature, list):
         return [_as_files(datasets, f) for f in feature]
     if hasattr(feature, "feature"):
-        return type(feature)(_as_files(datasets, feature.feature), length=feature.length)
+        return replace(feature, feature=_as_files(datasets, feature.feature))
     return feature
 
 

@@ -41,17 +41,17 @@ def parts_of(spec: str, names: Collection[str]) -> list[Part]:
     Raises:
         UsageError: a weight is negative or not finite, or none is above zero.
     """
-    if _there(spec):
+    if _there(spec, names):
         return [Part(spec=spec, share=1.0)]
     start = re.compile(r"\+(?=(?:" + "|".join(map(re.escape, names)) + r")(?:[:*+]|$))")
     pieces: list[str] = []
     for piece in start.split(spec):
         whole = f"{pieces[-1]}+{piece}" if pieces else piece
-        if pieces and _there(whole):
+        if pieces and _there(whole, names):
             pieces[-1] = whole
         else:
             pieces.append(piece)
-    weighed = [(p, 1.0) if _there(p) else _weighed(p) for p in pieces]
+    weighed = [(p, 1.0) if _there(p, names) else _weighed(p) for p in pieces]
     total = sum(w for _, w in weighed)
     if any(w < 0 or not math.isfinite(w) for _, w in weighed) or total <= 0:
         raise UsageError(
@@ -62,11 +62,11 @@ def parts_of(spec: str, names: Collection[str]) -> list[Part]:
     return [Part(spec=s, share=w / total) for s, w in weighed]
 
 
-def _there(spec: str) -> bool:
-    """Whether what follows the source's name is the path of something."""
-    _, colon, argument = spec.partition(":")
+def _there(spec: str, names: Collection[str]) -> bool:
+    """Whether it is one source whose argument is the path of something."""
+    name, _, argument = spec.partition(":")
     try:
-        return bool(colon and argument) and Path(argument).exists()
+        return name in names and argument != "" and Path(argument).exists()
     except (OSError, ValueError):  # too long for a path, or not one at all
         return False
 

@@ -109,17 +109,17 @@ def decode(data: bytes, where: str) -> Any:
             warnings.simplefilter("ignore")  # Pillow's own limit on pixels warns; ours is below
             image = Image.open(io.BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN])
             if image.width * image.height > MAX_PIXELS:
-                raise CalibrationError(
-                    f"has {image.width} x {image.height} pixels, and {MAX_PIXELS / 1e6:.0f} million are the most",
-                    where=where,
-                    remedy=SCALE_DOWN,
-                )
+                raise Image.DecompressionBombError
             if not image.width or not image.height:
                 raise CalibrationError("has no pixels", where=where, remedy="Leave it out.")
             image.load()
             return _plain(image, where)
     except CalibrationError:
         raise
+    except Image.DecompressionBombError:  # Pillow's own, from twice its own limit on
+        raise CalibrationError(
+            f"has more than {MAX_PIXELS / 1e6:.0f} million pixels", where=where, remedy=SCALE_DOWN
+        ) from None
     except Exception as e:  # decoders raise errors of many kinds on bad bytes
         raise CalibrationError(
             f"is no picture that can be read: {type(e).__name__}: {first_line(e)}",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def picture_problems(model_path: Path, config: Mapping[str, Any], spec: str) -> 
         remedy = "Calibrate it with self, text:FILE, jsonl:FILE or a data set of text."
         return [CalibrationError("this model takes text alone, no pictures", where=where, remedy=remedy)]
     try:
-        require_pillow(where)
+        require_packages(where)
         if not has_tokenizer(model_path):
             raise CheckpointError(
                 "holds no tokenizer files",
@@ -59,10 +60,20 @@ def picture_problems(model_path: Path, config: Mapping[str, Any], spec: str) -> 
     return []
 
 
-def require_pillow(where: str) -> None:
-    """Raise where Pillow is not installed."""
+def require_packages(where: str) -> None:
+    """Raise where Pillow is not installed, or where torchvision is and does not work: transformers then imports it."""
     if find_spec("PIL") is None:
         raise MissingDependencyError("reading pictures needs Pillow", where=where, remedy=INSTALL_PILLOW)
+    if find_spec("torchvision") is not None:
+        try:
+            with quiet():
+                import_module("torchvision")
+        except Exception as e:  # built for another torch, it fails in several ways
+            raise MissingDependencyError(
+                f"torchvision is installed and cannot be imported: {type(e).__name__}: {first_line(e)}",
+                where=where,
+                remedy="Uninstall it, which most models do without, or install the one that belongs to your torch.",
+            ) from None
 
 
 def load_processor(model_path: Path) -> Any:
@@ -72,7 +83,7 @@ def load_processor(model_path: Path) -> Any:
         CheckpointError: files are missing or cannot be understood, or the class is not one of transformers'.
         MissingDependencyError: Pillow, torchvision or another package is needed and absent.
     """
-    require_pillow(str(model_path))
+    require_packages(str(model_path))
     kind = processor_class(model_path, read_json(model_path / "config.json"))
     parts = {"tokenizer": load_tokenizer(model_path), "image_processor": load_image_processor(model_path)}
 
@@ -114,7 +125,7 @@ def processor_class(model_path: Path, config: Mapping[str, Any]) -> Any:
         from halfbyte.calibration.pixtral import PixtralInPillow
 
         return PixtralInPillow
-    kind = transformers.__dict__.get(name) or getattr(transformers, name, None)
+    kind = getattr(transformers, name, None)
     if not isinstance(kind, type) or not issubclass(kind, transformers.ProcessorMixin):
         raise CheckpointError(
             f"its processor {name} is not among those of transformers {transformers.__version__}",

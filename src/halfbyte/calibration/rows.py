@@ -47,6 +47,8 @@ def parsed_lines(path: Path) -> Iterator[tuple[str, Any]]:
                     where=where,
                     remedy="Every line must be one JSON object.",
                 ) from None
+            except RecursionError:
+                raise CalibrationError("its JSON is nested too deeply to be read", where=where) from None
 
 
 def tokenize_rows(rows: Iterable[tuple[str, Any]], request: Request) -> list[torch.Tensor]:

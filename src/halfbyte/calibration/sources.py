@@ -132,6 +132,11 @@ def writes_itself(spec: str) -> bool:
     return any(s.name == "self" for s in parse_spec(spec))
 
 
+def may_have_pictures(spec: str) -> bool:
+    """Whether some samples of this calibration set may have pictures, as far as the spec tells."""
+    return any(s.name in ("vlm", "hf") for s in parse_spec(spec))
+
+
 def _source(spec: str, share: float) -> Source:
     name, colon, argument = spec.partition(":")
     listed = ", ".join(n if a is None else f"{n}:{a}" for n, (_, a) in SOURCES.items())

@@ -13,7 +13,7 @@ from halfbyte.cli.console import emit, json_option, size
 if TYPE_CHECKING:
     from halfbyte.inspection import Inspection
 
-MOST_SENSITIVE = 5
+SHOWN = 5
 
 
 @click.command("inspect")
@@ -88,6 +88,11 @@ def _errors(result: Inspection) -> Table:
 
 def _records(console: Console, result: Inspection) -> None:
     """Calibration, verification and comparison, each in a line."""
+    if result.rare_experts:
+        named = ", ".join(result.rare_experts[:SHOWN]) + (", ..." if len(result.rare_experts) > SHOWN else "")
+        console.print(
+            f"\nexperts that few calibration tokens reached: {len(result.rare_experts)} ({named})", markup=False
+        )
     c, s, v, d = result.calibration, result.sensitivity, result.verify, result.compare
     if c is not None:
         console.print(
@@ -99,7 +104,7 @@ def _records(console: Console, result: Inspection) -> None:
             f"\nmixed precision: target {s.target_bits:g} bits, {s.bits_per_weight:.3f} reached; sensitivity of "
             f"{len(s.units)} units measured on {s.sequences} sequences, {s.tokens} tokens; the most sensitive:"
         )
-        for u in sorted(s.units, key=lambda u: -u.kl_nats)[:MOST_SENSITIVE]:
+        for u in sorted(s.units, key=lambda u: -u.kl_nats)[:SHOWN]:
             console.print(f"  {u.kl_nats:.2e} nats  {u.scheme}  {', '.join(u.linears[:3])}", markup=False)
     if v is not None:
         failed = [check.name for check in v.checks if check.status == "failed"]

@@ -62,6 +62,12 @@ def scheme_options(function: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["low", "standard", "high"]),
             help="How long each block is tuned on its output after GPTQ: low is not at all.  [default: standard]",
         ),
+        click.option(
+            "--all-experts",
+            is_flag=True,
+            default=None,
+            help="Let every expert of a mixture see all calibration tokens, not only those routed to it.",
+        ),
     ]
     return _with(function, options)
 

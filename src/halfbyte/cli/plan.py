@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +37,7 @@ def command(
     recipe: Path | None,
     effort: Literal["low", "standard", "high"] | None,
     target_bits: float | None,
+    all_experts: bool | None,
     calibration: str | None,
     samples: int | None,
     seq_len: int | None,
@@ -59,6 +61,7 @@ def command(
         recipe=recipe,
         effort=effort,
         target_bits=target_bits,
+        all_experts=all_experts,
         calibration=calibration,
         samples=samples,
         seq_len=seq_len,
@@ -83,6 +86,7 @@ def render(console: Console, plan: Plan, *, every_tensor: bool = False) -> None:
         name = t.name
         if not every_tensor and t.block is not None:
             name = name.replace(f"{plan.block_prefix}.{t.block}.", f"{plan.block_prefix}.*.", 1)
+            name = re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
         label = f"{t.scheme} g{t.group_size}" if t.group_size else f"{t.scheme}"
         action = label if t.action == "quantize" else f"copy ({t.reason})"
         row = rows.setdefault((name, " x ".join(map(str, t.shape)), action), [0, 0, 0, t.bits_per_weight or 0.0])

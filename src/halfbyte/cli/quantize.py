@@ -33,6 +33,7 @@ def command(
     recipe: Path | None,
     effort: Literal["low", "standard", "high"] | None,
     target_bits: float | None,
+    all_experts: bool | None,
     calibration: str | None,
     samples: int | None,
     seq_len: int | None,
@@ -68,6 +69,7 @@ def command(
             recipe=recipe,
             effort=effort,
             target_bits=target_bits,
+            all_experts=all_experts,
             device=device,
             offload=offload,
             dtype=dtype,
@@ -88,6 +90,12 @@ def _render(console: Console, manifest: Manifest, out: Path) -> None:
         f"largest relative error {worst.relative_error:.2e} at {worst.name}; "
         f"{duration(manifest.run['seconds'])}, peak memory {manifest.run['peak_bytes'] / 2**30:.2f} GiB"
     )
+    if manifest.rare_experts:
+        of = len({r.name.rpartition(".")[0] for r in manifest.linears if ".experts." in r.name})
+        console.print(
+            f"{len(manifest.rare_experts)} of {of} experts saw few calibration tokens (rare_experts in halfbyte.json "
+            "names them); more --samples reach more of them"
+        )
     if manifest.sensitivity is not None:
         found = manifest.sensitivity
         wide = sum(u.scheme == WIDER for u in found.units)

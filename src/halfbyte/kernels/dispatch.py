@@ -28,7 +28,7 @@ def solve_columns(
     q_min: int,
     q_max: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """GPTQ over all columns, see :func:`halfbyte.kernels.gptq_numba.solve_columns`."""
+    """GPTQ over all columns of a batch, see :func:`halfbyte.kernels.gptq_numba.solve_columns`."""
     if weight.device.type == "cpu":
         return gptq_numba.solve_columns(weight, factor, scales, zeros, group_of, q_min, q_max)
     from halfbyte.kernels import gptq_triton
@@ -62,7 +62,7 @@ def descend(
     q_max: int,
     steps: torch.Tensor,
 ) -> None:
-    """One sweep over the columns of one panel, see :func:`halfbyte.kernels.refine_numba.descend`."""
+    """One sweep over the columns of one panel of a batch, see :func:`halfbyte.kernels.refine_numba.descend`."""
     if gradient.device.type == "cpu":
         refine_numba.descend(gradient, hessian, codes, scales, zeros, q_min, q_max, steps)
         return
@@ -83,30 +83,30 @@ def gpu_problem(device: torch.device) -> str:
 
 
 def trial(device: torch.device) -> str:
-    """All three Triton kernels on ``device`` against the CPU's on 20 rows of 160 columns; what differs, in words."""
+    """All three Triton kernels on ``device`` against the CPU's on a batch of small Linears; what differs, in words."""
     from halfbyte.kernels import gptq_triton, refine_triton
 
-    rows, n, groups, q_min, q_max = 20, 160, 5, -8, 7
+    batch, rows, n, groups, q_min, q_max = 2, 20, 160, 5, -8, 7
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(rows, n, generator=generator)
-    factor = (torch.randn(n, n, generator=generator) * 0.02).triu(1) + torch.rand(n, generator=generator).add(
-        0.5
-    ).diag()
-    scales = torch.rand(rows, groups, generator=generator).mul(0.1).add(0.25)
-    zeros = torch.randint(-2, 3, (rows, groups), generator=generator).float()
-    group_of = torch.randperm(n, generator=generator) % groups
-    candidates = scales.unsqueeze(-1) * torch.linspace(0.6, 1.1, 20)
-    offsets = zeros.unsqueeze(-1).expand_as(candidates).contiguous()
-    square = factor[:32, :32].T @ factor[:32, :32]
+    weight = torch.randn(batch, rows, n, generator=generator)
+    diagonal = torch.rand(batch, n, generator=generator).add(0.5)
+    factor = (torch.randn(batch, n, n, generator=generator) * 0.02).triu(1) + diagonal.diag_embed()
+    scales = torch.rand(batch, rows, groups, generator=generator).mul(0.1).add(0.25)
+    zeros = torch.randint(-2, 3, (batch, rows, groups), generator=generator).float()
+    group_of = torch.stack([torch.randperm(n, generator=generator) % groups for _ in range(batch)])
+    candidates = scales[0].unsqueeze(-1) * torch.linspace(0.6, 1.1, 20)
+    offsets = zeros[0].unsqueeze(-1).expand_as(candidates).contiguous()
+    square = factor[:, :32, :32].mT @ factor[:, :32, :32]
 
     def run(gptq: ModuleType, refine: ModuleType, of: torch.device) -> list[torch.Tensor]:
-        w, r, s, z, g, c, o, h = (
-            t.clone().to(of) for t in (weight, factor, scales, zeros, group_of, candidates, offsets, square)
+        w, r, s, z, g, c, o, h, d = (
+            t.clone().to(of) for t in (weight, factor, scales, zeros, group_of, candidates, offsets, square, diagonal)
         )
-        best = gptq.search_scales(w, r.diagonal().abs().contiguous(), c, o, q_min, q_max)
+        best = gptq.search_scales(w[0], d[0], c, o, q_min, q_max)
         codes, _ = gptq.solve_columns(w.clone(), r, s, z, g, q_min, q_max)
-        refined, steps = codes[:, :32].clone(), torch.zeros(rows, 32, device=of)
-        refine.descend(w[:, :32].contiguous(), h, refined, s[:, 0].contiguous(), z[:, 0].contiguous(), -8, 7, steps)
+        refined, steps = codes[:, :, :32].clone(), torch.zeros(batch, rows, 32, device=of)
+        first_s, first_z = s[:, :, 0].contiguous(), z[:, :, 0].contiguous()
+        refine.descend(w[:, :, :32].contiguous(), h, refined, first_s, first_z, q_min, q_max, steps)
         return [best.cpu(), codes.cpu(), refined.cpu()]
 
     names = ("the scale search", "the column loop", "the refinement")

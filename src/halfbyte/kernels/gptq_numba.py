@@ -1,8 +1,8 @@
 """The CPU kernels: the GPTQ column loop inside a panel of columns, and the scale search.
 
-Column loop: threads over chunks of rows. A chunk's panel is held transposed (``[columns, rows]``, 16 KiB), so that both
-the rounding and the update of the columns still open run over contiguous rows and vectorise. Between panels one matrix
-product updates everything to the right.
+Column loop: threads over chunks of rows, of all Linears of a batch. A chunk's panel is held transposed (``[columns,
+rows]``, 16 KiB), so that both the rounding and the update of the columns still open run over contiguous rows and
+vectorise. Between panels one matrix product for each Linear updates everything to the right.
 
 Same mathematics as ``gptq_reference``; float32 instead of float64.
 
@@ -52,29 +52,31 @@ def _panel(
     codes: npt.NDArray[np.int8],
     errors: Array,
 ) -> None:
-    """Quantise columns ``start .. start + width`` of all rows; fills ``codes`` and ``errors [rows, width]``."""
-    rows = weight.shape[0]
-    for chunk in numba.prange((rows + ROWS - 1) // ROWS):
-        first = chunk * ROWS
+    """Quantise columns ``start .. start + width`` of all rows; fills ``codes`` and ``errors``."""
+    rows = weight.shape[1]
+    chunks = (rows + ROWS - 1) // ROWS
+    for task in numba.prange(weight.shape[0] * chunks):
+        b = task // chunks
+        first = task % chunks * ROWS
         count = min(ROWS, rows - first)
         open_columns = np.zeros((PANEL, ROWS), dtype=np.float32)
         error = np.zeros(ROWS, dtype=np.float32)
         for r in range(count):
             for j in range(width):
-                open_columns[j, r] = weight[first + r, start + j]
+                open_columns[j, r] = weight[b, first + r, start + j]
         for j in range(width):
-            group = group_of[start + j]
-            reciprocal = np.float32(1.0) / factor[start + j, start + j]
+            group = group_of[b, start + j]
+            reciprocal = np.float32(1.0) / factor[b, start + j, start + j]
             for r in range(count):
-                s = scales[first + r, group]
-                z = zeros[first + r, group]
+                s = scales[b, first + r, group]
+                z = zeros[b, first + r, group]
                 w = open_columns[j, r]
                 q = min(max(np.rint(w / s) + z, q_min), q_max)
-                codes[first + r, start + j] = np.int8(q)
+                codes[b, first + r, start + j] = np.int8(q)
                 error[r] = (w - (q - z) * s) * reciprocal
-                errors[first + r, j] = error[r]
+                errors[b, first + r, j] = error[r]
             for k in range(j + 1, width):
-                f = factor[start + j, start + k]
+                f = factor[b, start + j, start + k]
                 for r in range(ROWS):
                     open_columns[k, r] -= error[r] * f
 
@@ -88,22 +90,22 @@ def solve_columns(
     q_min: int,
     q_max: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """GPTQ over all columns, see :func:`halfbyte.kernels.gptq_reference.solve_columns`.
+    """GPTQ over all columns of a batch, see :func:`halfbyte.kernels.gptq_reference.solve_columns` for one of it.
 
     Args:
-        weight: ``[rows, n]`` float32, columns in the order of processing; overwritten.
-        factor: ``R [n, n]`` float32 upper triangular, ``H^-1 = R^T R``.
-        scales, zeros: ``[rows, groups]`` float32.
-        group_of: ``[n]`` int64.
+        weight: ``[batch, rows, n]`` float32, columns in the order of processing; overwritten.
+        factor: ``R [batch, n, n]`` float32 upper triangular, ``H^-1 = R^T R``.
+        scales, zeros: ``[batch, rows, groups]`` float32.
+        group_of: ``[batch, n]`` int64.
         q_min, q_max: code range.
 
     Returns:
-        codes ``[rows, n]`` int8 and the loss ``[rows]`` float32.
+        codes ``[batch, rows, n]`` int8 and the loss ``[batch, rows]`` float32.
     """
-    rows, n = weight.shape
-    codes = torch.empty((rows, n), dtype=torch.int8)
-    loss = torch.zeros(rows, dtype=torch.float32)
-    errors = torch.empty((rows, PANEL), dtype=torch.float32)
+    batch, rows, n = weight.shape
+    codes = torch.empty((batch, rows, n), dtype=torch.int8)
+    loss = torch.zeros((batch, rows), dtype=torch.float32)
+    errors = torch.empty((batch, rows, PANEL), dtype=torch.float32)
     for start in range(0, n, PANEL):
         width = min(PANEL, n - start)
         with torchs_threads():
@@ -120,10 +122,11 @@ def solve_columns(
                 codes.numpy(),
                 errors.numpy(),
             )
-        e = errors[:, :width]
-        loss += e.square().sum(dim=1)
+        e = errors[:, :, :width]
+        loss += e.square().sum(dim=2)
         if start + width < n:
-            weight[:, start + width :].addmm_(e, factor[start : start + width, start + width :], alpha=-1.0)
+            later = factor[:, start : start + width, start + width :]
+            weight[:, :, start + width :].baddbmm_(e, later, alpha=-1.0)
     return codes, loss
 
 

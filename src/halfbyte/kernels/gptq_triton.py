@@ -1,8 +1,9 @@
 """The GPU kernels: the GPTQ column loop inside a panel of columns, and the scale search.
 
-Column loop: one launch a panel of 128 columns, one program a chunk of 16 rows. A program holds its chunk's panel in
-registers, walks the columns from left to right and spreads each column's error over those still open; nothing is
-exchanged between programs. Between panels one matrix product updates everything to the right.
+Column loop: one launch a panel of 128 columns of all Linears of a batch, one program a chunk of 16 rows. A program
+holds its chunk's panel in registers, walks the columns from left to right and spreads each column's error over those
+still open; nothing is exchanged between programs. Between panels one batched matrix product updates everything to the
+right.
 
 Same mathematics as ``gptq_reference`` and the same order of operations as ``gptq_numba``, in float32: quotients are
 rounded as IEEE asks (``div_rn``; a GPU's plain division is not), so that codes differ at ties only.
@@ -35,25 +36,35 @@ def rint(x):  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _panel(  # type: ignore[no-untyped-def]
     weight,
+    weight_batch_stride,
     weight_stride,
     rows,
     start,
     width,
     factor,
+    factor_batch_stride,
     factor_stride,
     scales,
     zeros,
     groups,
     group_of,
+    columns,
     q_min,
     q_max,
     codes,
-    codes_stride,
     errors,
     CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """Quantise columns ``start .. start + width`` of a chunk of rows; fills ``codes`` and ``errors``."""
+    b = tl.program_id(1).to(tl.int64)
+    weight += b * weight_batch_stride
+    factor += b * factor_batch_stride
+    scales += b * rows * groups
+    zeros += b * rows * groups
+    group_of += b * columns
+    codes += b * rows * columns
+    errors += b * rows * COLUMNS
     row = (tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     real = row < rows
@@ -75,7 +86,7 @@ def _panel(  # type: ignore[no-untyped-def]
         moved = tl.where(later, open_columns - error[:, None] * f[None, :], open_columns)
         open_columns = tl.where(this, error[:, None], moved)
         chosen = tl.where(this, q[:, None], chosen)
-    tl.store(codes + row[:, None] * codes_stride + (start + column)[None, :], chosen.to(tl.int8), mask=inside)
+    tl.store(codes + row[:, None] * columns + (start + column)[None, :], chosen.to(tl.int8), mask=inside)
     tl.store(errors + row[:, None] * COLUMNS + column[None, :], open_columns, mask=inside)
 
 
@@ -88,50 +99,53 @@ def solve_columns(
     q_min: int,
     q_max: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """GPTQ over all columns, see :func:`halfbyte.kernels.gptq_reference.solve_columns`.
+    """GPTQ over all columns of a batch, see :func:`halfbyte.kernels.gptq_reference.solve_columns` for one of it.
 
     Args:
-        weight: ``[rows, n]`` float32, columns in the order of processing, rows contiguous; overwritten.
-        factor: ``R [n, n]`` float32 upper triangular, ``H^-1 = R^T R``, rows contiguous.
-        scales, zeros: ``[rows, groups]`` float32.
-        group_of: ``[n]`` int64.
+        weight: ``[batch, rows, n]`` float32, columns in the order of processing, rows contiguous; overwritten.
+        factor: ``R [batch, n, n]`` float32 upper triangular, ``H^-1 = R^T R``, rows contiguous.
+        scales, zeros: ``[batch, rows, groups]`` float32.
+        group_of: ``[batch, n]`` int64.
         q_min, q_max: code range.
 
     Returns:
-        codes ``[rows, n]`` int8 and the loss ``[rows]`` float32, on the weight's device.
+        codes ``[batch, rows, n]`` int8 and the loss ``[batch, rows]`` float32, on the weight's device.
     """
-    rows, n = weight.shape
+    batch, rows, n = weight.shape
     scales, zeros, group_of = scales.contiguous(), zeros.contiguous(), group_of.contiguous()
-    codes = torch.empty((rows, n), dtype=torch.int8, device=weight.device)
-    loss = torch.zeros(rows, device=weight.device)
-    errors = torch.empty((rows, PANEL), device=weight.device)
+    codes = torch.empty((batch, rows, n), dtype=torch.int8, device=weight.device)
+    loss = torch.zeros((batch, rows), device=weight.device)
+    errors = torch.empty((batch, rows, PANEL), device=weight.device)
     for start in range(0, n, PANEL):
         width = min(PANEL, n - start)
-        _panel[(triton.cdiv(rows, ROWS),)](
+        _panel[(triton.cdiv(rows, ROWS), batch)](
             weight,
             weight.stride(0),
+            weight.stride(1),
             rows,
             start,
             width,
             factor,
             factor.stride(0),
+            factor.stride(1),
             scales,
             zeros,
-            scales.shape[1],
+            scales.shape[2],
             group_of,
+            n,
             float(q_min),
             float(q_max),
             codes,
-            codes.stride(0),
             errors,
             CHUNK=ROWS,
             COLUMNS=PANEL,
             **OPTIONS,
         )
-        e = errors[:, :width]
-        loss += e.square().sum(dim=1)
+        e = errors[:, :, :width]
+        loss += e.square().sum(dim=2)
         if start + width < n:
-            weight[:, start + width :].addmm_(e, factor[start : start + width, start + width :], alpha=-1.0)
+            later = factor[:, start : start + width, start + width :]
+            weight[:, :, start + width :].baddbmm_(e, later, alpha=-1.0)
     return codes, loss
 
 

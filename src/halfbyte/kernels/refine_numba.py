@@ -21,32 +21,34 @@ def _descend(
     codes: npt.NDArray[np.int8],
     steps: Array,
 ) -> None:
-    rows, width = gradient.shape
-    for chunk in numba.prange((rows + ROWS - 1) // ROWS):
-        first = chunk * ROWS
+    batch, rows, width = gradient.shape
+    chunks = (rows + ROWS - 1) // ROWS
+    for task in numba.prange(batch * chunks):
+        b = task // chunks
+        first = task % chunks * ROWS
         count = min(ROWS, rows - first)
         slope = np.zeros((PANEL, ROWS), dtype=np.float32)
         step = np.zeros(ROWS, dtype=np.float32)
         for r in range(count):
             for j in range(width):
-                slope[j, r] = gradient[first + r, j]
+                slope[j, r] = gradient[b, first + r, j]
         for j in range(width):
-            if not hessian[j, j] > 0:
+            if not hessian[b, j, j] > 0:
                 continue
-            reciprocal = np.float32(1.0) / hessian[j, j]
+            reciprocal = np.float32(1.0) / hessian[b, j, j]
             moved = False
             for r in range(count):
-                s = scales[first + r]
-                z = zeros[first + r]
-                q = np.float32(codes[first + r, j])
+                s = scales[b, first + r]
+                z = zeros[b, first + r]
+                q = np.float32(codes[b, first + r, j])
                 nearest = min(max(np.rint((q - z) + slope[j, r] * reciprocal / s) + z, q_min), q_max)
-                codes[first + r, j] = np.int8(nearest)
+                codes[b, first + r, j] = np.int8(nearest)
                 step[r] = (nearest - q) * s
-                steps[first + r, j] += step[r]
+                steps[b, first + r, j] += step[r]
                 moved = moved or nearest != q
             if moved:
                 for k in range(j + 1, width):
-                    h = hessian[j, k]
+                    h = hessian[b, j, k]
                     for r in range(ROWS):
                         slope[k, r] -= step[r] * h
 
@@ -61,14 +63,14 @@ def descend(
     q_max: int,
     steps: torch.Tensor,
 ) -> None:
-    """One sweep over the columns of one panel, see :func:`halfbyte.kernels.refine_reference.descend`.
+    """One sweep over the columns of one panel of a batch, see :func:`halfbyte.kernels.refine_reference.descend`.
 
     Args:
-        gradient: ``(W - W_q) H [rows, width]`` float32, width at most :data:`PANEL`; not changed.
-        hessian: the panel's own block of H ``[width, width]`` float32; columns without a positive diagonal stay.
-        codes: ``[rows, width]`` int8, may be a view; changed.
-        scales, zeros: ``[rows]`` float32.
-        steps: ``[rows, width]`` float32; what each weight ``(q - z) s`` moved by is added.
+        gradient: ``(W - W_q) H [batch, rows, width]`` float32, width at most :data:`PANEL`; not changed.
+        hessian: the panel's own block of H ``[batch, width, width]`` float32; columns without a positive diagonal stay.
+        codes: ``[batch, rows, width]`` int8, may be a view; changed.
+        scales, zeros: ``[batch, rows]`` float32.
+        steps: ``[batch, rows, width]`` float32; what each weight ``(q - z) s`` moved by is added.
     """
     with torchs_threads():
         _descend(

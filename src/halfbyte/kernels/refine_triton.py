@@ -12,22 +12,33 @@ from halfbyte.kernels.gptq_triton import OPTIONS, PANEL, ROWS, rint
 @triton.jit  # type: ignore[untyped-decorator]
 def _descend(  # type: ignore[no-untyped-def]
     gradient,
+    gradient_batch_stride,
     gradient_stride,
     rows,
     width,
     hessian,
+    hessian_batch_stride,
     hessian_stride,
     scales,
     zeros,
     q_min,
     q_max,
     codes,
+    codes_batch_stride,
     codes_stride,
     steps,
+    steps_batch_stride,
     steps_stride,
     CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    b = tl.program_id(1).to(tl.int64)
+    gradient += b * gradient_batch_stride
+    hessian += b * hessian_batch_stride
+    scales += b * rows
+    zeros += b * rows
+    codes += b * codes_batch_stride
+    steps += b * steps_batch_stride
     row = (tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)).to(tl.int64)
     column = tl.arange(0, COLUMNS)
     real = row < rows
@@ -67,33 +78,37 @@ def descend(
     q_max: int,
     steps: torch.Tensor,
 ) -> None:
-    """One sweep over the columns of one panel, see :func:`halfbyte.kernels.refine_reference.descend`.
+    """One sweep over the columns of one panel of a batch, see :func:`halfbyte.kernels.refine_reference.descend`.
 
     Args:
-        gradient: ``(W - W_q) H [rows, width]`` float32, width at most :data:`PANEL`; not changed.
-        hessian: the panel's own block of H ``[width, width]`` float32; columns without a positive diagonal stay.
-        codes: ``[rows, width]`` int8, may be a view; changed.
-        scales, zeros: ``[rows]`` float32.
-        steps: ``[rows, width]`` float32; what each weight ``(q - z) s`` moved by is added.
+        gradient: ``(W - W_q) H [batch, rows, width]`` float32, width at most :data:`PANEL`; not changed.
+        hessian: the panel's own block of H ``[batch, width, width]`` float32; columns without a positive diagonal stay.
+        codes: ``[batch, rows, width]`` int8, may be a view; changed.
+        scales, zeros: ``[batch, rows]`` float32.
+        steps: ``[batch, rows, width]`` float32; what each weight ``(q - z) s`` moved by is added.
 
     Rows of all of them are contiguous.
     """
-    rows, width = gradient.shape
-    _descend[(triton.cdiv(rows, ROWS),)](
+    batch, rows, width = gradient.shape
+    _descend[(triton.cdiv(rows, ROWS), batch)](
         gradient,
         gradient.stride(0),
+        gradient.stride(1),
         rows,
         width,
         hessian,
         hessian.stride(0),
+        hessian.stride(1),
         scales.contiguous(),
         zeros.contiguous(),
         float(q_min),
         float(q_max),
         codes,
         codes.stride(0),
+        codes.stride(1),
         steps,
         steps.stride(0),
+        steps.stride(1),
         CHUNK=ROWS,
         COLUMNS=PANEL,
         **OPTIONS,

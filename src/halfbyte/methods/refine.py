@@ -30,25 +30,33 @@ from halfbyte.schemes import WeightFormat
 STRIP = 1024
 
 
-def output_energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:
-    """``tr(W H W^T)``: the squared outputs of a Linear, summed over tokens; what relative errors are relative to.
+def output_energy(weights: torch.Tensor, hessians: torch.Tensor) -> torch.Tensor:
+    """``diag(W H W^T)``: the squared outputs of each row, summed over tokens; what relative errors are relative to.
 
     H is symmetric, so half of its products are enough: ``sum_p W_p (2 sum_{r right of p} W_r H_rp + W_p H_pp)^T``.
+
+    Args:
+        weights: ``[batch, out, in]`` float32.
+        hessians: ``[batch, in, in]`` float32, symmetric.
+
+    Returns:
+        ``[batch, out]`` float64.
     """
-    n, total = weight.shape[1], 0.0
+    n = weights.shape[2]
+    total = torch.zeros(weights.shape[:2], dtype=torch.float64, device=weights.device)
     for start in range(0, n, PANEL):
         own = slice(start, min(start + PANEL, n))
-        product = torch.mm(weight[:, own], hessian[own, own])
+        product = torch.bmm(weights[:, :, own], hessians[:, own, own])
         if own.stop < n:
-            product.addmm_(weight[:, own.stop :], hessian[own.stop :, own], alpha=2.0)
-        total += float(product.mul_(weight[:, own]).sum(dtype=torch.float64))
+            product.baddbmm_(weights[:, :, own.stop :], hessians[:, own.stop :, own], alpha=2.0)
+        total += product.mul_(weights[:, :, own]).sum(dim=2, dtype=torch.float64)
     return total
 
 
 def refine(
-    weight: torch.Tensor,
-    hessian: torch.Tensor,
-    damping: float,
+    weights: torch.Tensor,
+    hessians: torch.Tensor,
+    damping: torch.Tensor,
     codes: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor,
@@ -58,66 +66,74 @@ def refine(
     refit: bool,
     descent: bool,
     sweeps: int,
-) -> float:
+) -> torch.Tensor:
     """Refine codes and scales in place, ``sweeps`` times.
 
     Args:
-        weight: ``[out, in]`` float32.
-        hessian: ``[in, in]`` float32, symmetric, undamped; not changed.
-        damping: what stands for added on its diagonal.
-        codes: ``[out, in]`` int8; scales, zeros: ``[out, groups]`` float32. Codes and scales are changed.
+        weights: ``[batch, out, in]`` float32.
+        hessians: ``[batch, in, in]`` float32, symmetric, undamped; not changed.
+        damping: ``[batch, in]`` float32, what stands for added on their diagonals.
+        codes: ``[batch, out, in]`` int8; scales, zeros: ``[batch, out, groups]`` float32. Codes and scales are changed.
         fmt: an integer format.
         scale_dtype: what scales are stored in.
         refit, descent: which of the two to do.
 
     Returns:
-        the error left, ``tr(E H E^T)`` without damping; infinite, and nothing changed, where it could overflow float32.
+        ``[batch, out]`` float64, each row's part of the error left, ``tr(E H E^T)`` without damping; infinite, and
+        nothing changed, for each of the batch where it could overflow float32.
     """
-    n = weight.shape[1]
-    width = n // scales.shape[1]
-    error = torch.empty_like(weight)
-    for start in range(0, weight.shape[0], STRIP):
-        rows = slice(start, start + STRIP)
-        dense = dequantize(codes[rows], scales[rows], None if fmt.symmetric else zeros[rows])
-        torch.sub(weight[rows], dense, out=error[rows])
-    lowest, highest = error.aminmax()
-    most = max(-float(lowest), float(highest)) * float(hessian.diagonal().max()) * n
-    if not most < torch.finfo(torch.float32).max:  # what made it so is found in the activations
-        return float("inf")
+    n = weights.shape[2]
+    width = n // scales.shape[2]
+    error = torch.empty_like(weights)
+    for w, c, s, z, e in zip(weights, codes, scales, zeros, error, strict=True):
+        for start in range(0, weights.shape[1], STRIP):
+            rows = slice(start, start + STRIP)
+            torch.sub(w[rows], dequantize(c[rows], s[rows], None if fmt.symmetric else z[rows]), out=e[rows])
+    lowest, highest = error.flatten(1).aminmax(dim=1)
+    most = torch.maximum(-lowest, highest).double() * hessians.diagonal(dim1=1, dim2=2).amax(dim=1) * n
+    fits = most < torch.finfo(torch.float32).max  # what made it so is found in the activations
+    if not bool(fits.all()):
+        remaining = torch.full(weights.shape[:2], torch.inf, dtype=torch.float64, device=weights.device)
+        if bool(fits.any()):
+            w, h, d, c, s, z = (t[fits] for t in (weights, hessians, damping, codes, scales, zeros))
+            remaining[fits] = refine(w, h, d, c, s, z, fmt, scale_dtype, refit=refit, descent=descent, sweeps=sweeps)
+            codes[fits], scales[fits] = c, s
+        return remaining
     if not (refit or descent) or sweeps < 1:
-        return max(0.0, output_energy(error, hessian))
-    remaining = 0.0
+        return output_energy(error, hessians)
+    remaining = torch.zeros(weights.shape[:2], dtype=torch.float64, device=weights.device)
     for sweep in range(sweeps):
         for panel in _panels(n, width):
             if refit and width > PANEL and panel.start % width == 0:
-                _refit_wide(error, hessian, damping, codes, scales, zeros, panel.start // width, scale_dtype)
-            left = torch.mm(error[:, : panel.start], hessian[: panel.start, panel])
-            slope = torch.addmm(left, error[:, panel.start :], hessian[panel.start :, panel])
-            slope.add_(error[:, panel], alpha=damping)
+                _refit_wide(error, hessians, damping, codes, scales, zeros, panel.start // width, scale_dtype)
+            left = torch.bmm(error[:, :, : panel.start], hessians[:, : panel.start, panel])
+            slope = torch.baddbmm(left, error[:, :, panel.start :], hessians[:, panel.start :, panel])
+            slope += error[:, :, panel] * damping[:, None, panel]
             for g in range(panel.start // width, -(-panel.stop // width)):
                 part = slice(max(panel.start, g * width), min(panel.stop, (g + 1) * width))
-                square = hessian[part, part].clone()
-                square.diagonal().add_(damping)
-                here = slope[:, part.start - panel.start : part.stop - panel.start].clone()
+                square = hessians[:, part, part].clone()
+                square.diagonal(dim1=1, dim2=2).add_(damping[:, part])
+                here = slope[:, :, part.start - panel.start : part.stop - panel.start].clone()
                 steps = torch.zeros_like(here)
                 if refit and width <= PANEL:
-                    v = codes[:, part].to(torch.float32) - zeros[:, g, None]
-                    product = torch.mm(v, square)
-                    change = _refit((v * here).sum(dim=1), (v * product).sum(dim=1), scales[:, g], scale_dtype)
-                    steps = v.mul_(change[:, None])
-                    here.sub_(product.mul_(change[:, None]))
+                    v = codes[:, :, part].to(torch.float32) - zeros[:, :, g, None]
+                    product = torch.bmm(v, square)
+                    change = _refit((v * here).sum(dim=2), (v * product).sum(dim=2), scales[:, :, g], scale_dtype)
+                    steps = v.mul_(change.unsqueeze(2))
+                    here.sub_(product.mul_(change.unsqueeze(2)))
                 if descent:
-                    scale, zero = scales[:, g].contiguous(), zeros[:, g].contiguous()
-                    descend(here, square, codes[:, part], scale, zero, fmt.q_min, fmt.q_max, steps)
-                error[:, part].sub_(steps)
+                    scale, zero = scales[:, :, g].contiguous(), zeros[:, :, g].contiguous()
+                    descend(here, square, codes[:, :, part], scale, zero, fmt.q_min, fmt.q_max, steps)
+                error[:, :, part].sub_(steps)
                 if part.stop < panel.stop:
                     later = slice(part.stop, panel.stop)
-                    slope[:, later.start - panel.start :].addmm_(steps, hessian[part, later], alpha=-1.0)
+                    rest = slope[:, :, later.start - panel.start :]
+                    rest.baddbmm_(steps, hessians[:, part, later], alpha=-1.0)
             if sweep == sweeps - 1:
-                own = error[:, panel]
-                left.mul_(2.0).addmm_(own, hessian[panel, panel])
-                remaining += float(left.mul_(own).sum(dtype=torch.float64))
-    return max(0.0, remaining)
+                own = error[:, :, panel]
+                left.mul_(2.0).baddbmm_(own, hessians[:, panel, panel])
+                remaining += left.mul_(own).sum(dim=2, dtype=torch.float64)
+    return remaining
 
 
 def _panels(n: int, width: int) -> Iterator[slice]:
@@ -130,7 +146,7 @@ def _panels(n: int, width: int) -> Iterator[slice]:
 
 
 def _refit(slope: torch.Tensor, curve: torch.Tensor, scales: torch.Tensor, scale_dtype: torch.dtype) -> torch.Tensor:
-    """Move one group's scales ``[rows]``, each to the least of its parabola; returns by how much they moved."""
+    """Move one group's scales ``[batch, rows]``, each to the least of its parabola; returns by how much they moved."""
     wanted = scales + torch.where(curve > 0, slope / curve, 0.0)
     new = wanted.to(scale_dtype).to(torch.float32).clamp(min=LEAST_SCALE[scale_dtype])
     change = new - scales
@@ -142,8 +158,8 @@ def _refit(slope: torch.Tensor, curve: torch.Tensor, scales: torch.Tensor, scale
 
 def _refit_wide(
     error: torch.Tensor,
-    hessian: torch.Tensor,
-    damping: float,
+    hessians: torch.Tensor,
+    damping: torch.Tensor,
     codes: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor,
@@ -151,13 +167,13 @@ def _refit_wide(
     scale_dtype: torch.dtype,
 ) -> None:
     """Refit a group of more columns than a panel has; ``v H_g`` gives slope and curve alike."""
-    width = codes.shape[1] // scales.shape[1]
+    width = codes.shape[2] // scales.shape[2]
     columns = slice(group * width, (group + 1) * width)
-    for start in range(0, codes.shape[0], STRIP):
+    for start in range(0, codes.shape[1], STRIP):
         rows = slice(start, start + STRIP)
-        v = codes[rows, columns].to(torch.float32) - zeros[rows, group, None]
-        product = torch.mm(v, hessian[columns])
-        product[:, columns].add_(v, alpha=damping)
-        slope, curve = (product * error[rows]).sum(dim=1), (product[:, columns] * v).sum(dim=1)
-        change = _refit(slope, curve, scales[rows, group], scale_dtype)
-        error[rows, columns] -= v.mul_(change[:, None])
+        v = codes[:, rows, columns].to(torch.float32) - zeros[:, rows, group, None]
+        product = torch.bmm(v, hessians[:, columns])
+        product[:, :, columns] += v * damping[:, None, columns]
+        slope, curve = (product * error[:, rows]).sum(dim=2), (product[:, :, columns] * v).sum(dim=2)
+        change = _refit(slope, curve, scales[:, rows, group], scale_dtype)
+        error[:, rows, columns] -= v.mul_(change.unsqueeze(2))

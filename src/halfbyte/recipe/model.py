@@ -16,8 +16,6 @@ from halfbyte.schemes import Scheme, preset
 Method = Literal["gptq", "rtn"]
 METHODS: tuple[Method, ...] = ("gptq", "rtn")
 DEFAULT_DAMP_FRACTION = 0.01
-# Experts with fewer tokens are solved with their layer\'s pooled second moment.
-RARE_TOKENS = 128
 LINEAR = "Linear"
 
 
@@ -77,11 +75,12 @@ class ExpertSteps:
     """How the experts of a mixture are observed.
 
     Attributes:
-        rare_tokens: an expert that fewer calibration tokens reach is solved with its layer's pooled second moment.
+        rare_tokens: an expert that fewer calibration tokens reach counts as rare, and is solved with its layer's tokens
+            beside its own, see ``methods.pooled``. ``None`` is as many as the Linear at hand has inputs.
         all_tokens: let every expert's statistic see all tokens, not only those that the router sends to it.
     """
 
-    rare_tokens: int = RARE_TOKENS
+    rare_tokens: int | None = None
     all_tokens: bool = False
 
 
@@ -205,9 +204,10 @@ class Recipe:
             "method": self.method,
             "damp_fraction": self.damp_fraction,
             "gptq": asdict(self.gptq),
-            "experts": asdict(self.experts),
             "effort": self.effort,
-        } | ({} if self.target_bits is None else {"target_bits": self.target_bits})
+            **({} if self.experts == ExpertSteps() else {"experts": asdict(self.experts)}),
+            **({} if self.target_bits is None else {"target_bits": self.target_bits}),
+        }
 
 
 def default_method(schemes: Sequence[Scheme]) -> Method:

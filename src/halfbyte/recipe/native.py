@@ -113,7 +113,7 @@ def _experts(section: Section) -> ExpertSteps:
     rare, everything = section.integer("rare_tokens", 0), section.boolean("all_tokens")
     section.finish()
     return ExpertSteps(
-        rare_tokens=usual.rare_tokens if rare is None else rare,
+        rare_tokens=rare,
         all_tokens=usual.all_tokens if everything is None else everything,
     )
 
