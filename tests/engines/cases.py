@@ -60,7 +60,7 @@ class Case:
         return folder
 
 
-# Published DeepSeeks have it; with rotary embeddings as they come by default, vLLM's CPU kernel turns the wrong dimensions.
+# Published DeepSeeks have it; with plain rotary embeddings vLLM's CPU kernel turns the wrong dimensions.
 YARN: Mapping[str, Any] = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,

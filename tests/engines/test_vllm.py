@@ -26,6 +26,7 @@ from halfbyte.errors import HalfbyteError
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.skipif(engine.python() is None, reason=engine.MISSING),
+    pytest.mark.filterwarnings("ignore:Casting complex values"),  # transformers' Llama 4, when it is made
 ]
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, TOP = 16, 6, 4, 5
