@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from halfbyte.methods.gptq import factor_hessians, quantize_gptq_batch
-from halfbyte.methods.pooled import add_layer, is_rare, shrinkage
+from halfbyte.methods.pooled import add_layer, is_rare, layer_worth, shrinkage
 from halfbyte.schemes import WeightFormat
 
 WIDTH = 64
@@ -20,7 +20,7 @@ def test_the_layers_tokens_count_as_many_as_the_input_is_wide(layer_tokens: int,
     add_layer(hessian, y.T @ y, layer_tokens)
     mean = y.T @ y / max(1, layer_tokens)
     torch.testing.assert_close(hessian, x.T @ x + worth * mean, rtol=1e-5, atol=1e-5)
-    assert shrinkage(WIDTH, 20, layer_tokens) == pytest.approx(WIDTH / (20 + worth))
+    assert shrinkage(WIDTH, 20 + layer_worth(WIDTH, layer_tokens)) == pytest.approx(WIDTH / (20 + worth))
 
 
 def test_who_is_rare() -> None:
@@ -53,5 +53,5 @@ def test_unseen_tokens_gain_where_own_ones_are_few() -> None:
     shrunk = error(own, [shrinkage(WIDTH, few)] * 6)
     for hessian in own:
         add_layer(hessian, layer.T @ layer, len(layer))
-    helped = error(own, [shrinkage(WIDTH, few, len(layer))] * 6)
+    helped = error(own, [shrinkage(WIDTH, few + layer_worth(WIDTH, len(layer)))] * 6)
     assert helped < shrunk < 0.8 * plain

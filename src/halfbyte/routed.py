@@ -23,7 +23,7 @@ from torch import nn
 from halfbyte.activations import fake_quantize_activations
 from halfbyte.estimates import group_size
 from halfbyte.experts import Expert, Experts
-from halfbyte.methods.pooled import add_layer, is_rare, layer_worth, shrinkage
+from halfbyte.methods.pooled import add_layer, is_rare, layer_worth
 from halfbyte.ranks import Ranks
 from halfbyte.schemes import ActivationFormat
 from halfbyte.statistics import SecondMoment
@@ -58,14 +58,10 @@ class ExpertLayer:
         return first.gate_proj.in_features, first.down_proj.in_features
 
 
-def complete(moment: SecondMoment, everybody: SecondMoment | None) -> None:
-    """Add what the layer's tokens are worth, and say how much the moment is to be shrunk."""
-    width = moment.hessian.shape[0]
-    layer_tokens = 0 if everybody is None else everybody.tokens
-    moment.shrinkage = shrinkage(width, moment.tokens, layer_tokens)
-    if everybody is not None and layer_tokens:
-        add_layer(moment.hessian, everybody.hessian, layer_tokens)
-        moment.pooled = round(layer_worth(width, layer_tokens))
+def complete(moment: SecondMoment, everybody: SecondMoment) -> None:
+    """Add what the layer's tokens are worth."""
+    add_layer(moment.hessian, everybody.hessian, everybody.tokens)
+    moment.pooled = layer_worth(moment.hessian.shape[0], everybody.tokens)
 
 
 def linear(module: nn.Linear, x: torch.Tensor, fmt: ActivationFormat | None) -> torch.Tensor:
@@ -113,12 +109,14 @@ class RoutedWalk:
                     first = self._observed(experts, hidden, ("gate_proj", "up_proj"), self._entered)
                     for expert, moment in zip(experts, first, strict=True):
                         moment.rare = self._is_rare(expert, hidden)
-                        complete(moment, pool if moment.rare else None)
+                        if moment.rare:
+                            complete(moment, pool)
                     yield first
                 second = self._observed(experts, intermediate, ("down_proj",), self._activated)
                 for expert, moment in zip(experts, second, strict=True):
                     moment.rare = self._is_rare(expert, intermediate)
-                    complete(moment, self._of_everybody(expert, intermediate) if moment.rare else None)
+                    if moment.rare:
+                        complete(moment, self._of_everybody(expert, intermediate))
                 yield second
                 for batch in range(len(self.rows)):
                     self.add(batch, self._part(experts, batch))

@@ -16,6 +16,7 @@ from halfbyte.estimates import BATCH_BYTES
 from halfbyte.gpu import to_host
 from halfbyte.methods.batching import largest_batch, worthwhile
 from halfbyte.methods.gptq import Factors, factor_hessian, factor_hessians, quantize_gptq, quantize_gptq_batch
+from halfbyte.methods.pooled import shrinkage
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.ranks import Ranks
 from halfbyte.recipe import Recipe
@@ -83,7 +84,7 @@ class Solver:
             self.recipe.damp_fraction,
             where=moment.names[0],
             static_order=steps.static_order,
-            shrinkage=moment.shrinkage,
+            shrinkage=self._shrinkage(hessian.shape[0], moment),
         )
         solved = {}
         for name in names:
@@ -92,6 +93,9 @@ class Solver:
             result = quantize_gptq(weight, hessian, factors, self.schemes[name].weights, dtype, steps)
             solved[name] = (self._record(name, moment, modules[name], result, factors, 0, index), result)
         return solved
+
+    def _shrinkage(self, width: int, moment: SecondMoment) -> float:
+        return shrinkage(width, moment.tokens + moment.pooled) if self.recipe.gptq.shrinkage else 0.0
 
     def _batches(
         self, moments: Sequence[SecondMoment], modules: Mapping[str, nn.Linear]
@@ -119,7 +123,7 @@ class Solver:
             self.recipe.damp_fraction,
             where=[m.names[0] for m in moments],
             static_order=steps.static_order,
-            shrinkage=[m.shrinkage for m in moments],
+            shrinkage=[self._shrinkage(hessians.shape[-1], m) for m in moments],
         )
         weights = torch.stack([torch.cat([modules[n].weight.detach() for n in m.names]) for m in moments])
         results = quantize_gptq_batch(

@@ -34,7 +34,6 @@ class SecondMoment:
         hessian: ``[in, in]`` float32; below the strips undefined until :meth:`finish`.
         tokens: how many entered.
         pooled: for how many more the tokens of an expert's whole layer count, see ``methods.pooled``.
-        shrinkage: share of its own diagonal that is to be added.
         rare: whether it is that of an expert that few tokens reach.
     """
 
@@ -42,7 +41,6 @@ class SecondMoment:
     hessian: torch.Tensor
     tokens: int = 0
     pooled: int = 0
-    shrinkage: float = 0.0
     rare: bool = False
 
     @staticmethod

@@ -1,13 +1,13 @@
-"""Second moments of experts that not enough calibration tokens reach.
+"""Second moments of Linears that not enough calibration tokens reach.
 
 From n tokens of ``width`` numbers each comes a Hessian ``H_n`` whose weak directions are chance, and GPTQ trusts them
 most where n is near half of ``width``: errors on unseen text are then twice those with thousands of tokens, and larger
 than with a few tokens (docs/log.md). In a mixture most experts are near: 32,768 tokens, of which each goes to 8 of 128
 experts, are 2,048 for one, as many as Qwen3-30B-A3B is wide. Two remedies, both weighed by numbers of tokens:
 
-- **shrinkage**, for all experts: ``H + (width / tokens) diag(H)`` draws correlations towards 0 the more, the fewer
-  tokens vouch for them. So do estimators of covariances (Ledoit and Wolf 2004, Journal of Multivariate Analysis 88),
-  whose target is a multiple of the identity and whose weight is estimated; ours is fixed.
+- **shrinkage**, for all Linears, an expert's or not: ``H + (width / tokens) diag(H)`` draws correlations towards 0 the
+  more, the fewer tokens vouch for them. So do estimators of covariances (Ledoit and Wolf 2004, Journal of Multivariate
+  Analysis 88), whose target is a multiple of the identity and whose weight is estimated; ours is fixed.
 - **the layer's tokens**, for rare experts: ``H_n + width C``, with C the mean moment of all tokens that enter the
   layer, so that they count as many as ``width`` of its own. For gate and up, C is the same for all experts. For down it
   is the mean moment of what *this* expert's units make of the layer's tokens, many more of them than ``width``. Other
@@ -44,21 +44,19 @@ def add_layer(hessian: torch.Tensor, layer: torch.Tensor, layer_tokens: int) -> 
         hessian.add_(layer, alpha=layer_worth(hessian.shape[0], layer_tokens) / layer_tokens)
 
 
-def shrinkage(width: int, tokens: int, layer_tokens: int = 0) -> float:
+def shrinkage(width: int, tokens: int) -> float:
     """What share of its own diagonal a Hessian gets: ``width / tokens``.
 
     Args:
         width: inputs.
-        tokens: the expert's own.
-        layer_tokens: those of the layer, where :func:`add_layer` has added them.
+        tokens: that it was gathered from, those of the layer included where :func:`add_layer` has added them.
 
     Returns:
         the share, for :func:`halfbyte.methods.gptq.factor_hessians`; 0 without any token, where there is no diagonal.
     """
-    standing = tokens + layer_worth(width, layer_tokens)
-    return width / standing if standing else 0.0
+    return width / tokens if tokens else 0.0
 
 
-def layer_worth(width: int, layer_tokens: int) -> float:
+def layer_worth(width: int, layer_tokens: int) -> int:
     """How many tokens the layer's moment counts for beside an expert's own."""
-    return min(LAYER_WIDTHS * width, layer_tokens)
+    return round(min(LAYER_WIDTHS * width, layer_tokens))

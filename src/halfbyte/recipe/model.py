@@ -59,6 +59,8 @@ class GptqSteps:
         sweeps: how often refit and descent take turns.
         true_sequential: each Linear is observed where those before it in its block are quantised already.
         smoothing: where inputs are quantised too, their outliers move into the weights first (SmoothQuant).
+        shrinkage: each input's own second moment is raised by its share ``inputs / tokens``, which draws correlations
+            towards 0 the more, the fewer tokens vouch for them; see ``methods.pooled``.
     """
 
     static_order: bool = True
@@ -68,6 +70,7 @@ class GptqSteps:
     sweeps: int = 1
     true_sequential: bool = True
     smoothing: bool = True
+    shrinkage: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
