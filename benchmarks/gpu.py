@@ -36,7 +36,7 @@ import synthetic
 import torch
 from gpu_work import LLAMA_3_8B, TINY, Shapes, finish, made, relative_error, seconds
 
-from halfbyte import blocks, pipeline, quantize
+from halfbyte import blocks, pipeline, quantize, solver
 from halfbyte.kernels.dispatch import gpu_problem
 from halfbyte.methods import gptq
 from halfbyte.methods.gptq import factor_hessian, quantize_gptq
@@ -61,7 +61,7 @@ STAGES: tuple[tuple[Any, str, str], ...] = (
     (Sequential, "_run_to_stage", "forward"),
     (pipeline.Stream, "advance", "forward"),
     (SecondMoment, "add", "second moments"),
-    (pipeline, "factor_hessian", "factor"),
+    (solver, "factor_hessian", "factor"),
     (gptq, "searched", "scale search"),
     (gptq, "solve_columns", "columns"),
     (gptq, "refine", "refinement"),

@@ -107,7 +107,7 @@ def states(model: StreamedModel, ids: torch.Tensor) -> list[torch.Tensor]:
     with torch.no_grad(), model.embeddings(torch.unique(ids)):
         hidden, calls = model.embed(ids, Interner())
     if getattr(model.model.config, "sliding_window", None) is None:
-        assert all(c[1].get("attention_mask") is None for c in calls), "a mask that only says causal is left out"
+        assert all(c.kwargs.get("attention_mask") is None for c in calls), "a mask that only says causal is left out"
     found = []
     for i in range(model.num_blocks):
         with torch.no_grad(), model.block(i) as block:

@@ -17,20 +17,20 @@ from halfbyte.heap import is_out_of_memory
 LIMITED = """
 import resource
 
-from halfbyte import pipeline
+from halfbyte import pipeline, solver
 from halfbyte.cli.main import entry_point
 
-solve = pipeline.quantize_gptq
+solve = solver.quantize_gptq
 
 def solve_and_limit(*arguments):
     result = solve(*arguments)
     status = open("/proc/self/status").read()
     used = 1024 * int(status.split("VmData:")[1].split()[0])
     resource.setrlimit(resource.RLIMIT_DATA, (used + 96 * 2**20, resource.RLIM_INFINITY))
-    pipeline.quantize_gptq = solve
+    solver.quantize_gptq = solve
     return result
 
-pipeline.quantize_gptq = solve_and_limit
+solver.quantize_gptq = solve_and_limit
 entry_point()
 """
 

@@ -210,7 +210,13 @@ def test_experts_are_dealt_out(tiny_model: Models, calibration: str, tmp_path: P
     assert finish(start(source, one, **options)) == 0
     assert finish_ranks(start_ranks(2, source, out, **options)) == [0, 0]
     require_alike(one, out, source, calibration)
-    require_same_records(one, out, ranks=2)
+    a, b = (read_record(Manifest, o / "halfbyte.json").linears for o in (one, out))
+    assert [(r.name, r.tokens, r.pooled) for r in a if r.block == 0] == [
+        (r.name, r.tokens, r.pooled) for r in b if r.block == 0
+    ]
+    # Behind the first block a last bit can send a token to another expert.
+    assert [r.tokens for r in b] == pytest.approx([r.tokens for r in a], rel=0.1)
+    assert sum(r.tokens for r in a if "experts" in r.name) == sum(r.tokens for r in b if "experts" in r.name)
     assert halfbyte.verify(out, source=source).passed
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import halfbyte
 import tiny
@@ -16,6 +18,7 @@ from conftest import Models
 from halfbyte import blocks, estimates, planner, routed, solver
 from halfbyte.blocks import Interner, StreamedModel, run_block
 from halfbyte.checkpoint.reader import open_checkpoint
+from halfbyte.errors import NumericsError
 from halfbyte.ranks import Ranks
 from halfbyte.routed import RoutedWalk
 from halfbyte.statistics import SecondMoment
@@ -172,7 +175,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("limit", ["groups", "fetched", "files", "single"])
+@pytest.mark.parametrize("limit", ["groups", "fetched", "files", "batches"])
 def test_limits_of_memory_change_no_byte(
     family: str, limit: str, tiny_model: Models, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,8 +190,8 @@ def test_limits_of_memory_change_no_byte(
         monkeypatch.setattr(estimates, "MOST_IN_GROUP", 3)
     elif limit == "files":
         options["offload"] = True
-    else:
-        monkeypatch.setattr(solver, "BATCH_BYTES", 1)
+    else:  # on a CPU with few threads each would be solved alone
+        monkeypatch.setattr(solver, "worthwhile", lambda *_: 64)
     assert quantized(source, tmp_path / "limited", text_file, **options) == expected
 
 
@@ -227,6 +230,24 @@ def test_all_tokens_through_all_experts(tiny_model: Models, text_file: Path, tmp
     routed_ones = quantized(source, tmp_path / "routed", text_file)
     assert len({r["tokens"] for r in routed_ones["linears"]}) > 1
     assert routed_ones["files"] != found["files"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("resident", [True, False])
+def test_an_expert_that_is_not_finite_is_named(
+    resident: bool, tiny_model: Models, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, bad = tmp_path / "bad", "model.layers.1.mlp.experts.2.up_proj.weight"
+    shutil.copytree(tiny_model("qwen3-moe"), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors[bad][3, 5] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    if not resident:
+        for module in (blocks, planner):
+            monkeypatch.setattr(module, "RESIDENT_EXPERTS", 0)
+    with pytest.raises(NumericsError, match="NaN or infinity") as caught:
+        quantized(source, tmp_path / "out", text_file)
+    assert caught.value.where == bad
 
 
 def test_a_group_fits_its_bytes() -> None:

@@ -20,6 +20,8 @@ from halfbyte.records import Check, VerifyRecord
 from halfbyte.reference import read_header
 from halfbyte.verifier import verify
 from halfbyte.verifier_experts import fused_of, numbers_in, place_of
+from halfbyte.verifier_fused import fill
+from halfbyte.verifier_layout import QuantizedModule
 from halfbyte.verifier_models import predictors
 from halfbyte.verifier_stacks import stacks_of
 
@@ -377,3 +379,26 @@ def test_keys_of_layers_behind_the_last() -> None:
         "vision.layers.4.mlp.fc1.weight",
     ]
     assert predictors(keys, 4) == set(keys[:2])
+
+
+def test_experts_that_do_not_fit_a_model_are_named() -> None:
+    """Filling stacks leaves nothing at random without saying so."""
+    model = torch.nn.Module()
+    model.experts = torch.nn.Module()
+    model.experts.gate_up_proj = torch.nn.Parameter(torch.zeros(2, 12, 8))
+    model.experts.down_proj = torch.nn.Parameter(torch.zeros(2, 8, 6))
+    shapes = {"0.gate_proj": (6, 8), "0.up_proj": (6, 8), "0.down_proj": (8, 6), "1.w1": (6, 8), "1.w2": (6, 8)}
+    shapes |= {"2.up_proj": (6, 8), "1.other": (6, 8)}
+    modules = [QuantizedModule(f"experts.{name}", {}, None) for name in shapes]
+    weights = {f"experts.{name}": torch.randn(shape) for name, shape in shapes.items()}
+    assert fill(model, modules, lambda m: weights[m.name]) == [
+        "experts.1.w2 is [6, 8], the model's is [8, 6]",
+        "the model has no place for experts.2.up_proj",
+        "the model has no place for experts.1.other",
+        "2 Linears of the experts in experts are missing",
+    ]
+    parts = [weights[f"experts.{name}"] for name in ("0.gate_proj", "0.up_proj", "1.w1")]
+    assert torch.equal(
+        model.experts.gate_up_proj.data, torch.stack([torch.cat(parts[:2]), torch.cat([parts[2], torch.zeros(6, 8)])])
+    )
+    assert torch.equal(model.experts.down_proj.data[0], weights["experts.0.down_proj"])

@@ -300,6 +300,8 @@ class StreamedModel:
                     for parameter, _ in list(module.named_parameters(recurse=False)):
                         name = self._existing(f"{path}.{leaf}", parameter)
                         self._place(module, parameter, self.weights.dense(name))
+                        if not bool(torch.isfinite(module.get_parameter(parameter)).all()):
+                            raise not_finite(name)
             yield
         finally:
             for module in expert.children():

@@ -14,7 +14,7 @@ from torch import nn
 
 from halfbyte.estimates import BATCH_BYTES
 from halfbyte.gpu import to_host
-from halfbyte.methods.batching import largest_batch
+from halfbyte.methods.batching import largest_batch, worthwhile
 from halfbyte.methods.gptq import Factors, factor_hessian, factor_hessians, quantize_gptq, quantize_gptq_batch
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.ranks import Ranks
@@ -101,7 +101,8 @@ class Solver:
         names = moments[0].names
         rows, width = sum(modules[n].out_features for n in names), modules[names[0]].in_features
         fmt, damping = self.schemes[names[0]].weights, self.recipe.damp_fraction
-        most = largest_batch(len(moments), rows, width, fmt, damping, BATCH_BYTES)
+        most = min(len(moments), worthwhile(self.device, torch.get_num_threads()))
+        most = largest_batch(most, rows, width, fmt, damping, BATCH_BYTES)
         for start in range(0, len(moments), most):
             yield moments[start : start + most]
 

@@ -109,9 +109,6 @@ def _part(module: torch.nn.Module, layer: Fused, place: Place) -> torch.Tensor:
     matrix = stack.T if layer.transposed else stack
     if place.leaf in DOWNS:
         return matrix
-    apart = bool(module.__dict__.get("is_concatenated", True))
-    if not apart:
-        return matrix[0::2] if place.leaf in GATES else matrix[1::2]
     return matrix[: layer.intermediate] if place.leaf in GATES else matrix[layer.intermediate :]
 
 

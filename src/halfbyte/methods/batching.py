@@ -66,8 +66,8 @@ def largest_batch(most: int, rows: int, width: int, fmt: WeightFormat, damp_frac
 def worthwhile(device: torch.device, threads: int) -> int:
     """How many at once are worth their memory.
 
-    On a CPU one Linear keeps a few threads busy, and several leave the cache: on one thread batches take 5 to 20 % more
-    processor time than single Linears (benchmarks/experts.py), so it is one for every four threads; that number has not
-    been measured where there are many. On a GPU, which one expert does not fill, memory is the only bound.
+    On a CPU one Linear keeps some threads busy, and several leave the cache: on one thread they take up to a quarter
+    more processor time than single Linears (benchmarks/experts.py). So it is one for every four threads; that number
+    has not been measured where there are many. On a GPU, which one expert does not fill, memory is the only bound.
     """
     return max(1, threads // THREADS_EACH) if device.type == "cpu" else UNBOUNDED
