@@ -132,3 +132,4 @@ CASES: dict[str, Case] = {
     "llava-nested": PLAIN,
     "internvl-nested": PLAIN,
 }
+NOT_IN_VLLM = {"stablelm-2-12b": "vLLM 0.32 has no norms on StableLM's queries and keys"}
