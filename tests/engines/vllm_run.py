@@ -7,8 +7,8 @@ Runs with the interpreter of vLLM's environment and imports nothing of halfbyte'
 JOBS: ``[{"name", "folder", "prompts": [[token id, ...], ...], "new_tokens", "top", "options": {...}}, ...]``.
 A prompt may also be ``{"text", "images": [file, ...]}``, for models that see. ANSWERS maps each name to
 ``{"cpu", "versions", "runs": [run, ...]}`` or to ``{"error", "traceback"}``, and is written anew after each job, so
-that a crash costs only the jobs behind it. A run is ``{"prompt_ids", "prompt_logprobs": [{id: nats} or null, ...], "ids",
-"logprobs": [{id: nats}, ...]}``.
+that a crash costs only the jobs behind it. A run is ``{"prompt_ids", "prompt_logprobs": [{id: nats} or null, ...],
+"ids", "logprobs": [{id: nats}, ...]}``.
 
 A start of vLLM costs up to a minute on two cores, a further model in the same process a few seconds.
 """
