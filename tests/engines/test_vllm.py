@@ -17,6 +17,7 @@ import cases
 import engine
 import expected
 import halfbyte
+import model_records
 import pictures
 import tiny
 import zoo
@@ -113,6 +114,7 @@ def test_it_predicts_what_the_checkpoint_stands_for(made: dict[str, Made], famil
         assert runs[i]["ids"] == wanted[i][PROMPT_TOKENS - 1 : -1].argmax(-1).tolist(), f"prompt {i}"
     unrounded = expected.predictions(dense, family, read, set())  # a measure so sharp that this much shows everywhere
     assert not any(exact(differences(run, logits)) for run, logits in zip(runs, unrounded, strict=True))
+    model_records.passed(family, "W8A8", "vllm", engine=answer["versions"])
 
 
 @pytest.mark.parametrize("family", [name for name, case in cases.CASES.items() if case.picture])
@@ -140,6 +142,7 @@ def test_it_sees(made: dict[str, Made], family: str, tmp_path: Path) -> None:
     saw, saw_another = after(3), after(4)
     assert saw[: len(saw) // 4].max() < 1e-3 or saw.mean() < 0.5 * saw_another.mean()
     assert saw.mean() < saw_another.mean()
+    model_records.passed(family, "W8A8", "vllm with pictures", engine=answer["versions"])
 
 
 def exact(errors: torch.Tensor) -> bool:
@@ -155,7 +158,6 @@ def differences(run: dict[str, Any], wanted: torch.Tensor) -> torch.Tensor:
 
 
 def test_every_family_of_the_zoo_is_here_or_not_for_a_reason() -> None:
-    without = {
-        "stablelm-2-12b": "vLLM 0.32 has no norms on StableLM's queries and keys",
-    }
-    assert zoo.FAMILIES.keys() - cases.CASES.keys() == without.keys()
+    assert zoo.FAMILIES.keys() - cases.CASES.keys() == cases.NOT_IN_VLLM.keys()
+    for family, reason in cases.NOT_IN_VLLM.items():
+        model_records.passed(family, "W8A8", "vllm", reason)

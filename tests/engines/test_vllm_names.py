@@ -7,6 +7,7 @@ vLLM's ``get_scheme_dict`` in its own environment.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,8 +187,11 @@ def built(source: Path, family: str) -> Any:
         return getattr(transformers, zoo.FAMILIES[family].model)(config)
 
 
-def transformers_names(model: Any, names: list[str]) -> dict[str, str]:
+@functools.cache
+def linears(source: Path, family: str) -> dict[str, str]:
     """Module names in transformers by those on disk, of all that are Linears there."""
+    names = [n.removesuffix(".weight") for n in tiny.stored(source) if n.endswith(".weight")]
+    model = built(source, family)
     rules = get_model_conversion_mapping(model)
     renamings = [r for r in rules if not isinstance(r, WeightConverter)]
     converters = [r for r in rules if isinstance(r, WeightConverter)]
@@ -201,10 +205,6 @@ def transformers_names(model: Any, names: list[str]) -> dict[str, str]:
     return found
 
 
-def on_disk(source: Path) -> list[str]:
-    return [n.removesuffix(".weight") for n, t in tiny.stored(source).items() if n.endswith(".weight") and t.dim() == 2]
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_transformers_quantises_what_the_plan_does(
@@ -212,7 +212,7 @@ def test_transformers_quantises_what_the_plan_does(
 ) -> None:
     made = written(tiny_model(family), RECIPES[recipe], tmp_path)
     model = built(made.source, family)
-    names = transformers_names(model, on_disk(made.source))
+    names = linears(made.source, family)
     config = QuantizationConfig.model_validate(
         {k: v for k, v in made.config.items() if k in QuantizationConfig.model_fields}
     )
@@ -242,8 +242,8 @@ def vllm_names(tiny_model: Models, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def question(name: str, family: str, made: Written, config: dict[str, Any]) -> dict[str, Any]:
-    linears = transformers_names(built(made.source, family), on_disk(made.source))
-    modules = {n: "head" if n.endswith("lm_head") else "linear" for n in linears if not UNASKED.search(n)}
+    asked = [n for n in linears(made.source, family) if not UNASKED.search(n)]
+    modules = {n: "head" if n.endswith("lm_head") else "linear" for n in asked}
     modules |= {n: "expert" for n in made.work.schemes if ".experts." in n}
     architecture = cases.CASES[family].published.get("architectures", [zoo.FAMILIES[family].model])[0]
     return {"name": name, "architecture": architecture, "quantization_config": config, "modules": modules}
@@ -272,7 +272,7 @@ def test_vllm_quantises_what_the_plan_does(
 @pytest.mark.parametrize("family", TABLE)
 def test_three_names_of_one_module(family: str, vllm_names: dict[str, Any], tiny_model: Models, tmp_path: Path) -> None:
     made = written(tiny_model(family), MIXED, tmp_path)
-    in_transformers = transformers_names(built(made.source, family), on_disk(made.source))
+    in_transformers = linears(made.source, family)
     answer = vllm_names[f"{family}-mixed"]
     for disk, path, name, bits in TABLE[family]:
         assert (disk, in_transformers[disk], *answer[disk]) == (disk, path, name, bits)

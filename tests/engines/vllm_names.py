@@ -25,24 +25,27 @@ from vllm.model_executor.models.registry import ModelRegistry
 from vllm.model_executor.models.utils import WeightsMapper
 
 KINDS = {"linear": RowParallelLinear, "head": ParallelLMHead, "expert": RoutedExperts}
-# What the model classes add to their mapping when they are built, by what their configs say.
-ALWAYS = {"gate_up_proj": ["gate_proj", "up_proj"]}
-LATER = {
-    "Qwen2MoeForCausalLM": ALWAYS,
-    "Qwen3MoeForCausalLM": ALWAYS,
-    "Qwen3VLMoeForConditionalGeneration": ALWAYS,
-    "DeepseekV2ForCausalLM": {"fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"]},
-    "DeepseekV3ForCausalLM": {"fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"]},
-}
+# Of the language model inside, where a class that sees says nothing itself.
+INNER = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+# What classes add when they are built: mixtures with dense layers or shared experts, latent attention with q_lora_rank.
+LATER = {"gate_up_proj": ["gate_proj", "up_proj"], "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"]}
+
+
+def packed_modules(model: type, modules: list[str]) -> dict[str, list[str]]:
+    """vLLM's fused Linears with their parts."""
+    leaves = {m.rpartition(".")[2] for m in modules}
+    packed = dict(getattr(model, "packed_modules_mapping", None) or INNER)
+    return {fused: parts for fused, parts in LATER.items() if leaves.issuperset(parts)} | packed
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any] | None:
-    model = ModelRegistry.models[question["architecture"]].load_model_cls()
-    if "transformers" in model.__module__:
+    known = ModelRegistry.models.get(question["architecture"])
+    model = known.load_model_cls() if known is not None else None
+    if model is None or "transformers" in model.__module__:
         return None
     mapper: WeightsMapper = getattr(model, "hf_to_vllm_mapper", None) or WeightsMapper()
     renames = mapper.get_rename_mapper()
-    packed = {**getattr(model, "packed_modules_mapping", {}), **LATER.get(question["architecture"], {})}
+    packed = packed_modules(model, [m for m, kind in question["modules"].items() if kind == "linear"])
     config = CompressedTensorsConfig.from_config(copy.deepcopy(question["quantization_config"]))
     config.packed_modules_mapping = packed
     config.apply_vllm_mapper(renames)

