@@ -60,7 +60,7 @@ class GptqSteps:
         true_sequential: each Linear is observed where those before it in its block are quantised already.
         smoothing: where inputs are quantised too, their outliers move into the weights first (SmoothQuant).
         shrinkage: each input's own second moment is raised by its share ``inputs / tokens``, which draws correlations
-            towards 0 the more, the fewer tokens vouch for them; see ``methods.pooled``.
+            towards 0 the more, the fewer tokens vouch for them; see ``methods.pooled``. Experts' always are.
     """
 
     static_order: bool = True
@@ -70,7 +70,7 @@ class GptqSteps:
     sweeps: int = 1
     true_sequential: bool = True
     smoothing: bool = True
-    shrinkage: bool = True
+    shrinkage: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
