@@ -40,16 +40,20 @@ def ask(script: str, question: Any, folder: Path) -> Any:
     # vLLM's environment is another one: nothing of this one's path may reach it.
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "OMP_NUM_THREADS")}
     with log.open("w") as out:
-        done = subprocess.run(
-            [interpreter, HERE / script, asked, answered],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            cwd=folder,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [interpreter, HERE / script, asked, answered],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=folder,
+                timeout=TIMEOUT_S,
+                check=False,
+            )
+            end = f"ended with {done.returncode}"
+        except subprocess.TimeoutExpired:
+            end = f"took longer than {TIMEOUT_S} s"
     if not answered.exists():
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-        raise AssertionError(f"{script} ended with {done.returncode} before it answered:\n{tail}")
-    return json.loads(answered.read_text())
+        raise AssertionError(f"{script} {end} and left no answer:\n{tail}")
+    return json.loads(answered.read_text())  # with a part of the answers where it ended early

@@ -1,6 +1,6 @@
 """What has to be so before vLLM is imported; import this module first.
 
-Offline, in this process, on at most two of the cores that it may use, in little memory. torchvision from an index
+Offline, in this process, in one thread, in little memory. torchvision from an index
 without CPU builds fails at its import because its compiled operators want CUDA; vLLM needs its transforms alone, so the
 operators that the import looks up are declared where they are missing.
 """
@@ -19,7 +19,8 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_CPU_OMP_THREADS_BIND=",".join(map(str, sorted(os.sched_getaffinity(0))[:2])),
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    OMP_NUM_THREADS="1",  # tiny models gain nothing from threads
     VLLM_LOGGING_LEVEL="WARNING",
     # DeepSeek: vLLM's CPU int8 product keeps no weight that its latent attention could take apart.
     VLLM_MLA_DISABLE="1",
