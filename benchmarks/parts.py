@@ -45,7 +45,7 @@ class Variant:
 
     what: str
     keys: Mapping[str, str] = field(default_factory=dict)
-    steps: Mapping[str, bool] = field(default_factory=dict)
+    steps: Mapping[str, bool | float] = field(default_factory=dict)
     words: tuple[str, ...] = ()
 
     def recipe(self, scheme: str, group_size: int | None) -> str:
@@ -63,6 +63,7 @@ RTN = Variant(what="round to nearest", keys={"method": "rtn"})
 AS_IT_IS = Variant(what="the default")
 HIGH = Variant(what="blocks tuned longer", keys={"effort": "high"})
 UNSEQUENTIAL = Variant(what="each block observed before it is quantised", steps={"true_sequential": False})
+UNSHRUNK = Variant(what="correlations of inputs taken as counted", steps={"shrinkage": 0.0})
 VARIANTS: dict[str, dict[str, Variant]] = {
     "W4A16": {
         "rtn": RTN,
@@ -73,6 +74,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "scale_search=off": Variant(what="scales from the range", steps={"scale_search": False}),
         "scale_refit=off": Variant(what="scales not refitted", steps={"scale_refit": False}),
         "code_descent=off": Variant(what="no coordinate descent on codes", steps={"code_descent": False}),
+        "shrinkage=off": UNSHRUNK,
         "true_sequential=off": UNSEQUENTIAL,
         "dtype=float32": Variant(what="blocks compute in float32", words=("--dtype", "float32")),
     },
@@ -80,6 +82,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "rtn": RTN,
         DEFAULT: AS_IT_IS,
         "smoothing=off": Variant(what="outliers stay in the inputs", steps={"smoothing": False}),
+        "shrinkage=off": UNSHRUNK,
         "true_sequential=off": UNSEQUENTIAL,
         "effort=high": HIGH,
     },

@@ -18,6 +18,7 @@ of what this expert's own units make of all of them), the Hessians are, for inpu
     sampled a            the same with C of as many tokens, taken at random
     index by index       down only: the mean moment over all experts, each with its own units and tokens
     ..., diagonal d      H + d width diag(H) / tokens instead of H, tokens being those that H stands for
+    ..., diagonal root   the same with the root of width / tokens as the share
     own, damped f        H_n with f of its mean diagonal added, instead of 0.01
 
 Printed are geometric means over experts of the error relative to that with all of the expert's tokens; with them in
@@ -116,10 +117,13 @@ def candidates(
     yield Tried("own", own)
     yield from (Tried(f"own, damped {f}", own, f) for f in DAMPED)
     yield from (Tried(f"own, diagonal {d}", [diagonally(h, d * width / n) for h in own]) for d in SHARES)
+    yield Tried("own, diagonal root", [diagonally(h, math.sqrt(width / n)) for h in own])
     for a in SHARES:
         mixed = [h + a * width * c for h, c in zip(own, layer, strict=True)]
         yield Tried(f"mixed {a}", mixed)
-        yield Tried(f"mixed {a}, diagonal 1", [diagonally(h, width / (n + a * width)) for h in mixed])
+        share = width / (n + a * width)
+        yield Tried(f"mixed {a}, diagonal 1", [diagonally(h, share) for h in mixed])
+        yield Tried(f"mixed {a}, diagonal root", [diagonally(h, math.sqrt(share)) for h in mixed])
     more = [diagonally(h + c, width / (n + width)) for h, c in zip(own, sampled, strict=True)]
     yield Tried("sampled 1, diagonal 1", more)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -20,6 +21,10 @@ Models = Callable[..., Path]
 
 # Tiny models gain nothing from threads, and on a busy machine threads that wait for each other lose a lot.
 torch.set_num_threads(1)
+
+# An example that takes long says that the machine is busy, not that the code is wrong.
+hypothesis.settings.register_profile("halfbyte", deadline=None)
+hypothesis.settings.load_profile("halfbyte")
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,7 @@ problems = st.fixed_dictionaries(
 
 
 @given(p=problems)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_a_linear_becomes_does_not_depend_on_its_batch(p: dict[str, Any]) -> None:
     n, rows = p["groups"] * p["size"], p["rows"]
     fmt = WeightFormat(num_bits=p["bits"], symmetric=p["symmetric"], group_size=None if p["channel"] else p["size"])

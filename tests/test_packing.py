@@ -58,7 +58,7 @@ def test_announced_tensors_are_those_that_are_made(scheme: Scheme, dtype: torch.
     assert all(t.is_contiguous() for t in tensors.values())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     scheme=st.sampled_from(SCHEMES),
     rows=st.integers(1, 40),
@@ -79,7 +79,7 @@ def test_packing_loses_nothing(scheme: Scheme, rows: int, groups: int, seed: int
         assert same(again[2], zeros)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     bits=st.sampled_from([2, 3, 4, 8]),
     rows=st.integers(1, 7),

@@ -20,7 +20,7 @@ def test_the_layers_tokens_count_as_many_as_the_input_is_wide(layer_tokens: int,
     add_layer(hessian, y.T @ y, layer_tokens)
     mean = y.T @ y / max(1, layer_tokens)
     torch.testing.assert_close(hessian, x.T @ x + worth * mean, rtol=1e-5, atol=1e-5)
-    assert shrinkage(WIDTH, 20 + layer_worth(WIDTH, layer_tokens)) == pytest.approx(WIDTH / (20 + worth))
+    assert shrinkage(WIDTH, 20 + layer_worth(WIDTH, layer_tokens)) == pytest.approx((WIDTH / (20 + worth)) ** 0.5)
 
 
 def test_who_is_rare() -> None:

@@ -29,6 +29,7 @@ from halfbyte import pipeline, reference
 from halfbyte.checkpoint.layout import Layout, TensorSpec
 from halfbyte.kernels import gptq_reference
 from halfbyte.methods.scales import shares
+from halfbyte.recipe import GptqSteps
 from halfbyte.records import CalibrationRecord, LinearRecord, Manifest, read_record
 from halfbyte.schemes import WeightFormat
 
@@ -488,7 +489,8 @@ def check_block(
         n = w.shape[1]
         h = x.T @ x
         order = np.argsort(-np.diag(h), kind="stable")
-        damped = h[order][:, order] + 0.01 * np.diag(h).mean() * np.eye(n)
+        damping = 0.01 * np.diag(h).mean() + GptqSteps().shrinkage * np.sqrt(n / len(x)) * np.diag(h)
+        damped = (h + np.diag(damping))[order][:, order]
         r = np.linalg.cholesky(np.linalg.inv(damped)).T
         importance = np.empty(n)
         importance[order] = 1 / np.diag(r) ** 2
@@ -514,7 +516,7 @@ def check_block(
         assert record.tokens == len(x)
         error = np.einsum("ij,jk,ik->", e, h, e)
         assert record.relative_error == pytest.approx(error / energy, rel=2e-2)
-        assert loss.sum() == pytest.approx(error + 0.01 * np.diag(h).mean() * (e**2).sum(), rel=1e-6)
+        assert loss.sum() == pytest.approx(error + (e**2 @ damping).sum(), rel=1e-6)
         e = nearest(w, fmt, before[f"{name}.weight"].dtype) - w
         assert error < np.einsum("ij,jk,ik->", e, h, e)
 

@@ -198,6 +198,12 @@ WRONG_TOML = [
     ),
     ('scheme = "W4A16"\ndamp_fraction = 1.5', "r.toml, line 2: damp_fraction must be between 0 and 1, not 1.5."),
     ('scheme = "W4A16"\n[gptq]\nsweeps = -1', "r.toml, line 3: sweeps must be at least 0, not -1."),
+    (
+        'scheme = "W4A16"\n[gptq]\nshrinkage = -0.5',
+        "r.toml, line 3: shrinkage must be at least 0 and finite, not -0.5.",
+    ),
+    ('scheme = "W4A16"\n[gptq]\nshrinkage = true', "r.toml, line 3: shrinkage must be a number, not True."),
+    ('scheme = "W4A16"\n[gptq]\nshrinkage = inf', "r.toml, line 3: shrinkage must be at least 0 and finite, not inf."),
     ('scheme = "W4A16"\n[gptq]\nscale_search = 1', "r.toml, line 3: scale_search must be true or false, not 1."),
     (
         'scheme = "W4A16"\n[gptq]\ncode_decent = true',

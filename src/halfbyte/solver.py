@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from halfbyte.architectures import EXPERT_MODULE
 from halfbyte.estimates import BATCH_BYTES
 from halfbyte.gpu import to_host
 from halfbyte.methods.batching import largest_batch, worthwhile
@@ -96,8 +95,7 @@ class Solver:
         return solved
 
     def _shrinkage(self, width: int, moment: SecondMoment) -> float:
-        wanted = self.recipe.gptq.shrinkage or EXPERT_MODULE.match(moment.names[0]) is not None
-        return shrinkage(width, moment.tokens + moment.pooled) if wanted else 0.0
+        return self.recipe.gptq.shrinkage * shrinkage(width, moment.tokens + moment.pooled)
 
     def _batches(
         self, moments: Sequence[SecondMoment], modules: Mapping[str, nn.Linear]

@@ -5,9 +5,11 @@ most where n is near half of ``width``: errors on unseen text are then twice tho
 than with a few tokens (docs/log.md). In a mixture most experts are near: 32,768 tokens, of which each goes to 8 of 128
 experts, are 2,048 for one, as many as Qwen3-30B-A3B is wide. Two remedies, both weighed by numbers of tokens:
 
-- **shrinkage**, for all Linears, an expert's or not: ``H + (width / tokens) diag(H)`` draws correlations towards 0 the
-  more, the fewer tokens vouch for them. So do estimators of covariances (Ledoit and Wolf 2004, Journal of Multivariate
-  Analysis 88), whose target is a multiple of the identity and whose weight is estimated; ours is fixed.
+- **shrinkage**, for all Linears, an expert's or not: ``H + sqrt(width / tokens) diag(H)`` draws correlations towards 0
+  the more, the fewer tokens vouch for them. The root is the size of what chance puts there: the correlations of n
+  independent tokens are off by about ``2 sqrt(width / n)`` in operator norm (Vershynin 2018, High-Dimensional
+  Probability, theorem 4.6.1). Estimators of covariances shrink likewise (Ledoit and Wolf 2004, Journal of Multivariate
+  Analysis 88); their target is a multiple of the identity, and their weight is estimated, where ours is fixed.
 - **the layer's tokens**, for rare experts: ``H_n + width C``, with C the mean moment of all tokens that enter the
   layer, so that they count as many as ``width`` of its own. For gate and up, C is the same for all experts. For down it
   is the mean moment of what *this* expert's units make of the layer's tokens, many more of them than ``width``. Other
@@ -17,6 +19,8 @@ An own Hessian, a layer's alone, and more damping of the usual kind are worse (b
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -45,7 +49,7 @@ def add_layer(hessian: torch.Tensor, layer: torch.Tensor, layer_tokens: int) -> 
 
 
 def shrinkage(width: int, tokens: int) -> float:
-    """What share of its own diagonal a Hessian gets: ``width / tokens``.
+    """What share of its own diagonal a Hessian gets: ``sqrt(width / tokens)``.
 
     Args:
         width: inputs.
@@ -54,7 +58,7 @@ def shrinkage(width: int, tokens: int) -> float:
     Returns:
         the share, for :func:`halfbyte.methods.gptq.factor_hessians`; 0 without any token, where there is no diagonal.
     """
-    return width / tokens if tokens else 0.0
+    return math.sqrt(width / tokens) if tokens else 0.0
 
 
 def layer_worth(width: int, layer_tokens: int) -> int:

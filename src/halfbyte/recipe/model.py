@@ -59,8 +59,9 @@ class GptqSteps:
         sweeps: how often refit and descent take turns.
         true_sequential: each Linear is observed where those before it in its block are quantised already.
         smoothing: where inputs are quantised too, their outliers move into the weights first (SmoothQuant).
-        shrinkage: each input's own second moment is raised by its share ``inputs / tokens``, which draws correlations
-            towards 0 the more, the fewer tokens vouch for them; see ``methods.pooled``. Experts' always are.
+        shrinkage: each input's own second moment is raised by so many times its share ``sqrt(inputs / tokens)``, which
+            draws correlations towards 0 the more, the fewer tokens vouch for them; 0 takes them as counted. See
+            ``methods.pooled``.
     """
 
     static_order: bool = True
@@ -70,7 +71,7 @@ class GptqSteps:
     sweeps: int = 1
     true_sequential: bool = True
     smoothing: bool = True
-    shrinkage: bool = False
+    shrinkage: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

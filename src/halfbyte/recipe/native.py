@@ -101,11 +101,17 @@ def read_native(root: Node, file: str) -> Recipe:
 def _steps(section: Section) -> GptqSteps:
     """The steps that a file switches; those that it does not name are taken."""
     usual = GptqSteps()
-    switches = {f.name: section.boolean(f.name) for f in fields(GptqSteps) if f.name != "sweeps"}
-    sweeps = section.integer("sweeps", 0)
+    numbers = ("sweeps", "shrinkage")
+    switches = {f.name: section.boolean(f.name) for f in fields(GptqSteps) if f.name not in numbers}
+    sweeps, shrinkage = section.integer("sweeps", 0), section.number("shrinkage", 0.0)
     section.finish()
     named = {name: value for name, value in switches.items() if value is not None}
-    return replace(usual, **named, sweeps=usual.sweeps if sweeps is None else sweeps)
+    return replace(
+        usual,
+        **named,
+        sweeps=usual.sweeps if sweeps is None else sweeps,
+        shrinkage=usual.shrinkage if shrinkage is None else shrinkage,
+    )
 
 
 def _experts(section: Section) -> ExpertSteps:

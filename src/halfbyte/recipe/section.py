@@ -7,6 +7,7 @@ nobody asked for becomes a problem with its line, and reading goes on.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -98,12 +99,15 @@ class Section:
             return None
         return node.value
 
-    def number(self, key: str) -> float | None:
+    def number(self, key: str, minimum: float | None = None) -> float | None:
         node = self.get(key)
         if node is None:
             return None
         if not isinstance(node.value, int | float) or isinstance(node.value, bool):
             self.wrong(key, "a number")
+            return None
+        if minimum is not None and not minimum <= node.value < math.inf:
+            self.problems.add(node.line, f"{key} must be at least {minimum:g} and finite, not {node.value}")
             return None
         return float(node.value)
 
