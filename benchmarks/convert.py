@@ -3,10 +3,9 @@
     python benchmarks/convert.py [--bytes 500000000] [--runs 3] [--out results/convert.json]
 
 Makes a checkpoint of random codes (compressed-tensors, W4A16, groups of 128, Linears of 4096 x 4096 and 14336 x 4096),
-then for each target in turn copies it with ``cp`` and converts it, each to a new folder and made durable: after ``cp``
-comes ``sync`` of what was written, and ``convert`` syncs by itself. All is in the page cache before, so that both read
-from memory. What is compared is wall time; the result has every single time. Conversion hashes what it reads and writes,
-which ``cp`` does not; the numbers include that.
+then for each target in turn copies it with ``cp`` and converts it, each to a new folder and made durable: after
+``cp`` its files are synced, and ``convert`` syncs by itself. All is in the page cache before, so both read from memory.
+Wall time is compared; the result has every single time. Conversion hashes what it reads and writes, ``cp`` does not.
 """
 
 from __future__ import annotations

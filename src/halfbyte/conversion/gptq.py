@@ -25,7 +25,7 @@ from halfbyte.architectures import KEPT_MODULES
 from halfbyte.checkpoint.reader import TensorInfo
 from halfbyte.conversion.bits import pack_rows, unpack_rows, words_in
 from halfbyte.conversion.coded import CodedWeight, Grid, Steps
-from halfbyte.conversion.config import dense_blocks, integer_in, plain_modules
+from halfbyte.conversion.config import dense_blocks, integer_in, plain_modules, unrounded
 from halfbyte.conversion.folder_source import Module
 from halfbyte.conversion.source import Entry, Source
 from halfbyte.conversion.target import Facts, Obstacle
@@ -295,7 +295,7 @@ class GptqEncoder:
 
     def notes(self, source: Source, entries: Sequence[Entry]) -> list[str]:
         grids = [e.grid.weights for e in entries if e.grid is not None]
-        found = []
+        found = unrounded(source)
         if not all(w.symmetric and w.num_bits in (4, 8) for w in grids):
             found.append("vLLM 0.32 reads GPTQ checkpoints of 4 and 8 bits that are symmetric, and no others")
         if self.version == V1 and not all(w.symmetric for w in grids):
