@@ -29,7 +29,12 @@ import torch
 BLOCK = 32
 BlockType = Literal["Q4_0", "Q4_1", "Q5_0", "Q8_0"]
 BLOCK_BYTES: dict[BlockType, int] = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q8_0": 34}
-CODE_RANGE: dict[BlockType, tuple[int, int]] = {"Q4_0": (-8, 7), "Q4_1": (0, 15), "Q5_0": (-16, 15), "Q8_0": (-128, 127)}
+CODE_RANGE: dict[BlockType, tuple[int, int]] = {
+    "Q4_0": (-8, 7),
+    "Q4_1": (0, 15),
+    "Q5_0": (-16, 15),
+    "Q8_0": (-128, 127),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +157,7 @@ def grouped(per_block: torch.Tensor, group_size: int | None, in_features: int) -
 
 
 def zero_points_of(d: torch.Tensor, m: torch.Tensor) -> torch.Tensor | None:
-    """Q4_1's minima as zero points of unsigned codes, ``m = -d z`` with z in 0..15, int8; ``None`` where there are none."""
+    """Q4_1's minima as zero points of unsigned codes: int8 z in 0..15 with ``m = -d z``, ``None`` without such z."""
     wide, minimum = d.to(torch.float64), m.to(torch.float64)
     zero = torch.where(wide == 0, 0.0, -minimum / torch.where(wide == 0, 1.0, wide)).round()
     exact = (zero * wide == -minimum) & (zero >= 0) & (zero <= 15)

@@ -125,7 +125,7 @@ FAMILIES: tuple[Family, ...] = (
         architecture="gemma2",
         model_types=("gemma2",),
         model_class="Gemma2ForCausalLM",
-        names=_GEMMA2,
+        names={k: v for k, v in _GEMMA2.items() if k != "output"},  # its head is always the embedding table
         norm_offset=1.0,
         activation="gelu_pytorch_tanh",
         layers_27b=46,
@@ -203,8 +203,9 @@ def head_dim(config: Any) -> int:
 
 def _rope(config: Any, kind: str) -> Mapping[str, Any]:
     """Rotary options, of layers of one type where they differ."""
-    rope: Mapping[str, Any] = config.rope_parameters
-    return rope[kind] if kind in rope else rope
+    rope: dict[str, Any] = config.rope_parameters
+    own: Mapping[str, Any] = rope.get(kind, rope)
+    return own
 
 
 def _windows(config: Any) -> list[bool]:
@@ -231,7 +232,9 @@ def family_problems(config: Any, family: Family) -> list[str]:
         problems.append(f"hidden_act {activation}: llama.cpp computes {family.activation} for this architecture")
     windows = _windows(config)
     if family.swa_period and _period(windows) is None:
-        problems.append("layer_types: llama.cpp has sliding windows in all layers but every n-th, counted from the last")
+        problems.append(
+            "layer_types: llama.cpp has sliding windows in all layers but every n-th, counted from the last"
+        )
     if not family.swa_period and any(windows) and not all(windows):
         problems.append("layer_types: llama.cpp has no sliding windows for this architecture")
     scalar = getattr(config, "query_pre_attn_scalar", None)
@@ -353,8 +356,8 @@ def _scaling(rope: Mapping[str, Any], family: Family) -> Metadata:
 def rope_factors(config: Any) -> torch.Tensor | None:
     """``rope_freqs.weight``: by what Llama 3 divides each rotary frequency, ``[head_dim / 2]`` float32.
 
-    Frequencies ``f = theta**(-2 i / d)`` of wavelengths ``2 pi / f`` under ``L / high`` stay, those over ``L / low`` are
-    divided by the factor, and between them ``f`` becomes ``(1 - t) f / factor + t f`` with
+    Frequencies ``f = theta**(-2 i / d)`` of wavelengths ``2 pi / f`` under ``L / high`` stay, those over ``L / low``
+    are divided by the factor, and between them ``f`` becomes ``(1 - t) f / factor + t f`` with
     ``t = (L / wavelength - low) / (high - low)``; L is the original context length (Llama 3.1's reference code).
     """
     rope = _rope(config, "full_attention")

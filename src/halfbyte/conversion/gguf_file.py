@@ -161,7 +161,9 @@ class _Cursor:
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.place:
-            raise _broken(self.path, f"is not a whole GGUF file: {count} bytes announced, {self.size - self.place} left")
+            raise _broken(
+                self.path, f"is not a whole GGUF file: {count} bytes announced, {self.size - self.place} left"
+            )
         data = self.file.read(count)
         if len(data) != count:
             raise _broken(self.path, "is not a whole GGUF file: its header is cut short")

@@ -83,7 +83,7 @@ class GgufSource:
     def sha256(self) -> str:
         for name in self.file.tensors:
             if name not in self._digests:
-                self._raw(name)
+                self._raw(_Origin(tensor=name))
         return combined_digest(self._digests)
 
     def dense(self, name: str) -> torch.Tensor:
@@ -153,7 +153,7 @@ class GgufSource:
 
 
 def _with_zero_points(codes: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Q5_0's codes ``q - z`` as signed codes q, and unsigned zero points that make them fit: the lowest ones that do."""
+    """Q5_0's codes ``q - z`` as signed codes q, and the lowest unsigned zero points with which these fit."""
     groups = codes.reshape(codes.shape[0], -1, group_size)
     zeros = (-groups.amin(-1)).clamp(0, 15)
     return (groups + (zeros - 8).unsqueeze(-1)).reshape(codes.shape), zeros
@@ -299,9 +299,7 @@ def _grid(tensor: GgufTensor, shape: tuple[int, ...], noted: Mapping[str, Any] |
     if not tensor.name.startswith("blk.") or len(shape) != 2 or ".ffn_gate_inp" in tensor.name:
         return None
     if noted is not None and tensor.kind in BLOCK_BYTES:
-        weights = WeightFormat(
-            num_bits=noted["bits"], symmetric=noted["symmetric"], group_size=noted["group_size"]
-        )
+        weights = WeightFormat(num_bits=noted["bits"], symmetric=noted["symmetric"], group_size=noted["group_size"])
         return Grid(weights=weights, scale_dtype=noted["scale_dtype"])
     if tensor.kind not in _PLAIN_BITS:
         return None

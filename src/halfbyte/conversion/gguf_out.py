@@ -139,9 +139,7 @@ class GgufTarget:
                 continue
             if entry.grid is not None:
                 entry = replace(entry, grid=replace(entry.grid, scale_dtype="F16"))
-            elif len(entry.shape) == 1 or place.name in model_vectors(model):
-                entry = replace(entry, dtype="F32")
-            elif entry.dtype not in _FLOATS:
+            elif len(entry.shape) == 1 or place.name in model_vectors(model) or entry.dtype not in _FLOATS:
                 entry = replace(entry, dtype="F32")
             elif self.dtype is not None:
                 entry = replace(entry, dtype=self.dtype)
@@ -222,8 +220,8 @@ class GgufTarget:
         limit = context_length(model.config, model.family)
         if limit < model.config.max_position_embeddings:
             notes.append(
-                f"llama.cpp has no sliding window for this architecture: context_length is {limit}, within which nothing "
-                "differs"
+                f"llama.cpp has no sliding window for this architecture: context_length is {limit}, within which "
+                "nothing differs"
             )
         if model.skipped:
             notes.append(f"left behind: {', '.join(model.skipped[:3])}{' ...' if len(model.skipped) > 3 else ''}")

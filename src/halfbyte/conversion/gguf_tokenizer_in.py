@@ -87,6 +87,7 @@ def _whole(
     before, behind = around
     processor = None
     if before or behind:
+
         def template(letter: str, number: int) -> list[dict[str, Any]]:
             special = [[{"SpecialToken": {"id": t, "type_id": number}} for t in side] for side in around]
             return [*special[0], {"Sequence": {"id": letter, "type_id": number}}, *special[1]]
@@ -129,9 +130,7 @@ def _added(tokens: Sequence[str], kinds: Sequence[int]) -> list[dict[str, Any]]:
     ]
 
 
-def _around(
-    fields: Mapping[str, Any], tokens: Sequence[str], bos_by_default: bool
-) -> tuple[list[str], list[str]]:
+def _around(fields: Mapping[str, Any], tokens: Sequence[str], bos_by_default: bool) -> tuple[list[str], list[str]]:
     bos, eos = fields.get("ggml.bos_token_id"), fields.get("ggml.eos_token_id")
     before = [tokens[bos]] if bos is not None and fields.get("ggml.add_bos_token", bos_by_default) else []
     behind = [tokens[eos]] if eos is not None and fields.get("ggml.add_eos_token", False) else []

@@ -43,7 +43,7 @@ class WrittenTokenizer:
 
 
 def read_tokenizer_files(files: Mapping[str, bytes]) -> TokenizerFiles | None:
-    """From the contents of ``tokenizer.json``, ``tokenizer_config.json`` and chat templates; ``None`` without the first."""
+    """From the contents of tokenizer.json (``None`` without it), tokenizer_config.json and chat templates."""
     if "tokenizer.json" not in files:
         return None
     config = json.loads(files.get("tokenizer_config.json", b"{}"))
@@ -60,9 +60,7 @@ def read_tokenizer_files(files: Mapping[str, bytes]) -> TokenizerFiles | None:
             templates.setdefault("default", json.loads(content)["chat_template"])
         elif name.startswith("additional_chat_templates/"):
             templates[name.split("/")[1].removesuffix(".jinja")] = content.decode("utf-8")
-    return TokenizerFiles(
-        tokenizer=json.loads(files["tokenizer.json"]), tokenizer_config=config, templates=templates
-    )
+    return TokenizerFiles(tokenizer=json.loads(files["tokenizer.json"]), tokenizer_config=config, templates=templates)
 
 
 def tokenizer_metadata(
@@ -143,8 +141,8 @@ def _byte_level(out: WrittenTokenizer, found: TokenizerFiles, merges: Sequence[t
     if name is None:
         shown = json.dumps(pre_tokenizer)
         out.problems.append(
-            f"the tokenizer splits text (ignore_merges {str(whole_words).lower()}) in a way that halfbyte knows no name "
-            f"for in llama.cpp: {shown[:300]}"
+            f"the tokenizer splits text (ignore_merges {str(whole_words).lower()}) in a way that halfbyte knows no "
+            f"name for in llama.cpp: {shown[:300]}"
         )
         return
     _normalizer(out, found.tokenizer.get("normalizer"), ())
@@ -252,7 +250,7 @@ def _special_tokens(
     final_ids: Sequence[int],
 ) -> None:
     for key, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        i = _special_id(found.tokenizer_config.get(f"{key}_token"), vocabulary)
+        i: Any = _special_id(found.tokenizer_config.get(f"{key}_token"), vocabulary)
         if i is None:
             given = ids.get(f"{key}_token_id")
             i = given[0] if isinstance(given, list) and given else given
