@@ -142,15 +142,17 @@ def config_of(
     return config
 
 
-def llama3_rope(config: Mapping[str, Any], factors: torch.Tensor, where: str) -> dict[str, Any]:
-    """``rope_parameters`` of which a file's ``rope_freqs.weight`` are the factors.
+def llama3_rope(
+    config: Mapping[str, Any], factors: torch.Tensor, where: str, noted: Mapping[str, Any]
+) -> dict[str, Any]:
+    """``rope_parameters`` of which a file's ``rope_freqs.weight`` are the factors: those ``noted``, or Llama 3's.
 
     Raises:
         CheckpointError: they are not those of any Llama 3 that was published.
     """
     from transformers import CONFIG_MAPPING
 
-    rope = dict(config["rope_parameters"]) | {"rope_type": "llama3", "factor": float(factors.max()), **_LLAMA3}
+    rope = dict(config["rope_parameters"]) | {"rope_type": "llama3", "factor": float(factors.max()), **_LLAMA3, **noted}
     made = CONFIG_MAPPING[config["model_type"]].from_dict({**config, "rope_parameters": rope})
     expected = rope_factors(made)
     if expected is None or not torch.allclose(expected, factors.float().flatten(), rtol=1e-4):

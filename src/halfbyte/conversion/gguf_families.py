@@ -25,6 +25,9 @@ import torch
 
 Metadata = dict[str, tuple[Any, str]]  # key -> value, gguf's name of its type
 
+# Metadata that halfbyte adds for the way back.
+GRIDS_KEY, DTYPE_KEY, ROPE_KEY = "halfbyte.grids", "halfbyte.dtype", "halfbyte.rope"
+
 _LAYER = "model.layers.{}."
 _SHARED = {
     "token_embd": "model.embed_tokens",

@@ -26,7 +26,7 @@ from halfbyte.checkpoint.reader import DTYPES, combined_digest, companion_files,
 from halfbyte.conversion.coded import CodedWeight, Grid, Steps
 from halfbyte.conversion.gguf_blocks import BLOCK, BLOCK_BYTES, BlockType, decode, grouped, heads, zero_points_of
 from halfbyte.conversion.gguf_configs import config_of, family_in, llama3_rope
-from halfbyte.conversion.gguf_families import Family, is_norm, turned_heads, unpermute
+from halfbyte.conversion.gguf_families import DTYPE_KEY, GRIDS_KEY, ROPE_KEY, Family, is_norm, turned_heads, unpermute
 from halfbyte.conversion.gguf_file import SPLIT_NAME, GgufFile, GgufTensor, open_gguf
 from halfbyte.conversion.gguf_tokenizer_in import tokenizer_files
 from halfbyte.conversion.source import Entry
@@ -34,7 +34,6 @@ from halfbyte.errors import CheckpointError
 from halfbyte.records import read_json
 from halfbyte.schemes import WeightFormat
 
-GRIDS_KEY, DTYPE_KEY = "halfbyte.grids", "halfbyte.dtype"
 _NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _PLAIN_BITS = {"Q4_0": 4, "Q8_0": 8}
 _FLOATS = frozenset(_NAMES)
@@ -235,7 +234,8 @@ def _config(file: GgufFile, family: Family, dtype: str, where: str) -> dict[str,
     if "rope_freqs.weight" in file.tensors:
         factors = file.floats("rope_freqs.weight", torch.float32, file.raw("rope_freqs.weight"))
         if bool((factors != 1).any()):
-            config["rope_parameters"] = llama3_rope(config, factors, where)
+            noted = file.metadata.get(ROPE_KEY)
+            config["rope_parameters"] = llama3_rope(config, factors, where, json.loads(noted) if noted else {})
     return config
 
 

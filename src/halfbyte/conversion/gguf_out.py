@@ -5,8 +5,9 @@ llama.cpp wants it, codes with their scales. Norms, biases and other vectors are
 head, what was not quantised) stay as they are or become float16 or bfloat16. What a block cannot hold exactly is said
 beforehand.
 
-Besides what llama.cpp reads, the metadata keep under ``halfbyte.`` what a way back needs and blocks do not say: group
-sizes and the dtype of scales. Does not cover: float8 weights, input features that are not a multiple of 32.
+Besides what llama.cpp reads, the metadata keep under ``halfbyte.`` what a way back needs and llama.cpp does not: group
+sizes, dtypes of scales and dense weights, what Llama 3's rotary factors were made from. Does not cover: float8 weights,
+input features that are not a multiple of 32.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from halfbyte.conversion.coded import CodedWeight, Grid
 from halfbyte.conversion.folder_target import write_companions
 from halfbyte.conversion.gguf_blocks import BLOCK, BlockType, block_type, encode
 from halfbyte.conversion.gguf_families import (
+    DTYPE_KEY,
+    GRIDS_KEY,
+    ROPE_KEY,
     Family,
     Metadata,
     context_length,
@@ -46,7 +50,6 @@ from halfbyte.conversion.target import Facts, Obstacle
 from halfbyte.schemes import WeightFormat
 
 MODEL_NAME, VISION_NAME = "model.gguf", "mmproj.gguf"
-GRIDS_KEY, DTYPE_KEY = "halfbyte.grids", "halfbyte.dtype"
 # general.file_type, llama.cpp's LLAMA_FTYPE, by the type of most weights
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "BF16": 32}
 _FLOATS = ("F32", "F16", "BF16")
@@ -273,6 +276,8 @@ class GgufTarget:
         if grids:
             values["general.quantization_version"] = (2, "UINT32")
             values[GRIDS_KEY] = (json.dumps(grids, sort_keys=True), "STRING")
+        if rope_factors(model.config) is not None:
+            values[ROPE_KEY] = (json.dumps(dict(model.config.rope_parameters), sort_keys=True), "STRING")
         values[DTYPE_KEY] = (_dtype_of(source, model), "STRING")
         return values
 
