@@ -33,6 +33,7 @@ from halfbyte.conversion.gguf_blocks import (
 from halfbyte.conversion.gguf_families import FAMILIES, permute, rope_factors, unpermute
 from halfbyte.conversion.gguf_file import GgufFiles, GgufSpec, Planned, open_gguf
 from halfbyte.conversion.gguf_splitting import GPT2, LLAMA3, QWEN2, SPLITTINGS, TEKKEN, expressions_of, name_of
+from halfbyte.conversion.gguf_tokenizer_out import merges_from_scores, scores_from_merges
 from halfbyte.errors import CheckpointError, UsageError
 
 KINDS: tuple[BlockType, ...] = ("Q4_0", "Q4_1", "Q5_0", "Q8_0")
@@ -526,6 +527,16 @@ def test_merges_that_are_not_sentencepieces_stop_the_conversion(tiny_model: Mode
     with pytest.raises(UsageError, match="merges are not SentencePiece's: 1 pairs") as e:
         halfbyte.convert(source, tmp_path / "out", to="gguf")
     assert dropped[0] in str(e.value)
+
+
+def test_merges_follow_scores_then_parts() -> None:
+    tokens = ["a", "b", "ab", "ba", "aba", "<x>"]
+    kinds, scores = [1, 1, 1, 1, 1, 4], [0.0, 0.0, -2.0, -1.0, -3.0, 0.0]
+    vocabulary = {t: i for i, t in enumerate(tokens)}
+    merges = merges_from_scores(tokens, kinds, scores, vocabulary)
+    assert merges == [("b", "a"), ("a", "b"), ("a", "ba"), ("ab", "a")]
+    back = scores_from_merges(tokens, kinds, merges, vocabulary)
+    assert merges_from_scores(tokens, kinds, back, vocabulary) == merges
 
 
 def test_gpt2_is_what_byte_level_does() -> None:

@@ -6,7 +6,8 @@ llama.cpp dislikes can end the process.
 The question is ``{"model": PATH, "mmproj": PATH or null, "context": n, "tokenize": [text, ...], "prefixes": [[id, ...],
 ...], "count": n, "continue": [[id, ...], steps], "chat": [messages, steps]}``. The answer has, for each text, its ids;
 for each prefix, the ``count`` largest log probabilities of the next token as pairs of id and value; and the greedy
-continuation, ids and text. Keys and values are kept in float32, so that only products of weights are rounded.
+continuation, ids and text. "picture" is ``[prompt with <__media__> in it, base64 of a PNG]``; its answer, the log
+probabilities of the next token. Keys and values are kept in float32, so that only products of weights are rounded.
 """
 
 from __future__ import annotations
@@ -63,6 +64,12 @@ def main(question: Path, answer: Path) -> None:
         body = {"prompt": prompt, "n_predict": steps, "temperature": -1.0, "return_tokens": True, "ignore_eos": True}
         reply = post("/completion", body)
         found["continuation"], found["text"] = reply["tokens"], reply["content"]
+    if asked.get("picture"):
+        prompt, data = asked["picture"]
+        body = {"prompt": {"prompt_string": prompt, "multimodal_data": [data]}, "n_predict": 1, "temperature": -1.0}
+        body |= {"n_probs": asked["count"], "logit_bias": [[plain, 1000.0]]}
+        listed = post("/completion", body)["completion_probabilities"][0]["top_logprobs"]
+        found["next"].append([[p["id"], p["logprob"]] for p in listed])
     if asked.get("chat"):
         messages, steps = asked["chat"]
         body = {"messages": messages, "max_tokens": steps, "temperature": 0, "logprobs": True, "top_logprobs": 20}

@@ -44,7 +44,7 @@ from halfbyte.conversion.gguf_families import (
 )
 from halfbyte.conversion.gguf_file import GgufFiles, GgufSpec, Planned
 from halfbyte.conversion.gguf_tokenizer_out import WrittenTokenizer, read_tokenizer_files, tokenizer_metadata
-from halfbyte.conversion.gguf_vision import Vision, vision_of
+from halfbyte.conversion.gguf_vision import BREAK_EMBEDDING, FLOAT32, Vision, vision_of
 from halfbyte.conversion.source import Entry, Source
 from halfbyte.conversion.target import Facts, Obstacle
 from halfbyte.schemes import WeightFormat
@@ -85,6 +85,7 @@ class _Model:
     family: Family
     vision: Vision | None
     places: dict[str, _Place]
+    blind: bool
     skipped: list[str]
     unknown: list[str]
     tokenizer: WrittenTokenizer
@@ -101,6 +102,7 @@ class GgufTarget:
     dtype: str | None = None
     _models: dict[int, _Model] = field(default_factory=dict)
     _kinds: dict[str, str] = field(default_factory=dict)
+    _inexact: set[str] = field(default_factory=set)
 
     @property
     def format(self) -> str:
@@ -131,6 +133,7 @@ class GgufTarget:
                 obstacle = _block_problem(entry, entry.grid, facts[name])
                 if obstacle is not None:
                     found.append(obstacle)
+                    self._inexact.add(name)
         return found
 
     def entries(self, source: Source, facts: Mapping[str, Facts]) -> list[Entry]:
@@ -142,7 +145,7 @@ class GgufTarget:
                 continue
             if entry.grid is not None:
                 entry = replace(entry, grid=replace(entry.grid, scale_dtype="F16"))
-            elif len(entry.shape) == 1 or place.name in model_vectors(model) or entry.dtype not in _FLOATS:
+            elif len(entry.shape) == 1 or _only_float32(place.name) or entry.dtype not in _FLOATS:
                 entry = replace(entry, dtype="F32")
             elif self.dtype is not None:
                 entry = replace(entry, dtype=self.dtype)
@@ -156,13 +159,8 @@ class GgufTarget:
         for entry in entries:
             place = model.places[entry.name]
             shape = entry.shape
-            if place.vision:
-                assert model.vision is not None
-                shape = model.vision.shape(place.name, shape)
             if place.expert is not None:
                 shape = (expert_count(model.config), *shape)
-            elif place.name.endswith("ffn_gate_inp_shexp.weight"):
-                shape = shape[-1:]
             specs[place.name] = GgufSpec(name=place.name, kind=self._kinds[place.name], shape=shape)
         seen = {model.places[e.name].name for e in entries if model.places[e.name].vision}
         text = [s for n, s in specs.items() if n not in seen]
@@ -181,17 +179,24 @@ class GgufTarget:
             )
         ]
         if seen:
-            assert model.vision is not None
-            planned.append(
-                Planned(
-                    file=VISION_NAME,
-                    architecture="clip",
-                    metadata={"general.type": ("mmproj", "STRING"), **_name(source), **model.vision.metadata},
-                    tensors=[s for n, s in specs.items() if n in seen],
-                    constants={},
-                )
-            )
+            planned.append(self._vision_file(source, model, [s for n, s in specs.items() if n in seen]))
         return GgufFiles(planned)
+
+    def _vision_file(self, source: Source, model: _Model, specs: list[GgufSpec]) -> Planned:
+        assert model.vision is not None
+        constants: dict[str, torch.Tensor] = {}
+        if model.vision.break_token is not None:
+            table = next(n for n, p in model.places.items() if p.name == "token_embd.weight")
+            row = source.dense(table)[model.vision.break_token].to(torch.float32).clone()
+            constants[BREAK_EMBEDDING] = row
+            specs.append(GgufSpec(name=BREAK_EMBEDDING, kind="F32", shape=tuple(row.shape)))
+        return Planned(
+            file=VISION_NAME,
+            architecture="clip",
+            metadata={"general.type": ("mmproj", "STRING"), **_name(source), **model.vision.metadata},
+            tensors=specs,
+            constants=constants,
+        )
 
     def encode(self, entry: Entry, weight: CodedWeight) -> dict[str, torch.Tensor]:
         place = self._places()[entry.name]
@@ -226,7 +231,11 @@ class GgufTarget:
                 f"llama.cpp has no sliding window for this architecture: context_length is {limit}, within which "
                 "nothing differs"
             )
-        if model.skipped:
+        if model.blind:
+            notes.append(
+                "the vision tower is left out: halfbyte does not write its kind for llama.cpp, so it sees text alone"
+            )
+        elif model.skipped:
             notes.append(f"left behind: {', '.join(model.skipped[:3])}{' ...' if len(model.skipped) > 3 else ''}")
         return notes
 
@@ -256,9 +265,11 @@ class GgufTarget:
         grids: dict[str, dict[str, Any]] = {}
         for entry in entries:
             place = model.places[entry.name]
-            counts[self._kinds[place.name]] = counts.get(self._kinds[place.name], 0) + (len(entry.shape) > 1)
+            kind = self._kinds[place.name]
+            counts[kind] = counts.get(kind, 0) + (len(entry.shape) > 1 and not place.vision)
             if entry.grid is not None:
-                found = source.entries[entry.name].grid or entry.grid
+                found = None if entry.name in self._inexact else source.entries[entry.name].grid
+                found = found or entry.grid
                 w = entry.grid.weights
                 grids[place.name] = {
                     "bits": w.num_bits,
@@ -282,10 +293,9 @@ class GgufTarget:
         return values
 
 
-def model_vectors(model: _Model) -> frozenset[str]:
-    """GGUF names of matrices that llama.cpp takes in float32 alone: routers, and what the vision tower has of them."""
-    routers = {n for n in (p.name for p in model.places.values()) if ".ffn_gate_inp" in n}
-    return frozenset(routers | (set() if model.vision is None else set(model.vision.float32)))
+def _only_float32(name: str) -> bool:
+    """Whether llama.cpp takes a matrix (by its GGUF name) in float32 alone: routers, and some of the vision tower."""
+    return ".ffn_gate_inp" in name or name in FLOAT32
 
 
 def _read_config(config: Mapping[str, Any]) -> Any:
@@ -305,7 +315,7 @@ def _model_of(source: Source) -> _Model:
     places: dict[str, _Place] = {}
     skipped, unknown = [], []
     dense_names = _inverted(family)
-    for name, entry in source.entries.items():
+    for name in source.entries:
         plain = text_name(name)
         place = _place(plain, dense_names, family, config)
         in_tower = vision.place(name) if vision is not None and place is None else None
@@ -319,12 +329,12 @@ def _model_of(source: Source) -> _Model:
             skipped.append(name)
         else:
             unknown.append(name)
-        del entry
     return _Model(
         config=config,
         family=family,
         vision=vision,
         places=places,
+        blind=outer is not config and vision is None,
         skipped=skipped,
         unknown=unknown,
         tokenizer=_tokenizer(source, config),
