@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from halfbyte.conversion.gguf_blocks import (
     in_float16,
     zero_points_of,
 )
+from halfbyte.conversion.gguf_cache import to_gguf
 from halfbyte.conversion.gguf_families import FAMILIES, permute, rope_factors, unpermute
 from halfbyte.conversion.gguf_file import GgufFiles, GgufSpec, Planned, open_gguf
 from halfbyte.conversion.gguf_splitting import GPT2, LLAMA3, QWEN2, SPLITTINGS, TEKKEN, expressions_of, name_of
@@ -705,3 +707,36 @@ def test_everything_arrives_beside_the_weights(tiny_model: Models, tmp_path: Pat
     assert (found["tokenizer.ggml.bos_token_id"], found["tokenizer.ggml.eos_token_id"]) == (1, 2)
     assert found["tokenizer.ggml.add_bos_token"] is True
     assert found["general.file_type"] == 32
+
+
+def test_a_conversion_is_kept_and_reused(tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "model"
+    halfbyte.quantize(tiny_model("llama"), source, method="rtn", group_size=32)
+    first = to_gguf(source, tmp_path / "cache")
+    assert first.model.exists()
+    assert first.mmproj is None
+    stamp = first.model.stat().st_mtime_ns
+    assert to_gguf(source, tmp_path / "cache").model.stat().st_mtime_ns == stamp
+    assert to_gguf(source, tmp_path / "cache", dtype="float32").folder != first.folder
+    os.utime(source / "model.safetensors", ns=(1, 1))
+    assert to_gguf(source, tmp_path / "cache").folder != first.folder
+
+
+@pytest.mark.parametrize("family", ["gemma3-vision", "mistral3"])
+def test_what_sees_pictures_becomes_two_files(family: str, tiny_model: Models, tmp_path: Path) -> None:
+    """Every tensor of tower and projector arrives, once; the language model comes back by itself."""
+    source = tiny_model(family)
+    halfbyte.quantize(source, tmp_path / "q", method="rtn", group_size=32)
+    made = to_gguf(tmp_path / "q", tmp_path / "cache")
+    assert made.mmproj is not None
+    seen = open_gguf(made.mmproj)
+    tower = [n for n in tiny.stored(source) if "vision" in n or "projector" in n]
+    assert len(seen.tensors) == len(tower) + (family == "mistral3")
+    assert seen.metadata["clip.projector_type"] == {"gemma3-vision": "gemma3", "mistral3": "pixtral"}[family]
+    record = halfbyte.convert(made.folder, tmp_path / "back", to="compressed-tensors")
+    assert "vision tower stays behind" in record.notes[0]
+    theirs = {n.removeprefix("language_model."): t for n, t in tiny.stored(tmp_path / "q").items() if n not in tower}
+    ours = tiny.stored(tmp_path / "back")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(t, ours[n]) for n, t in theirs.items())
+    assert logits(tmp_path / "back").isfinite().all()

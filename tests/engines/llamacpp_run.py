@@ -13,12 +13,15 @@ probabilities of the next token. Keys and values are kept in float32, so that on
 from __future__ import annotations
 
 import json
+import os
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
-import xllamacpp
+os.environ["LLAMA_MEDIA_MARKER"] = "<__media__>"  # otherwise another one in each process
+import xllamacpp  # noqa: E402
 
 
 def main(question: Path, answer: Path) -> None:
@@ -41,8 +44,11 @@ def main(question: Path, answer: Path) -> None:
         request = urllib.request.Request(
             server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=600) as reply:
-            return json.load(reply)
+        try:
+            with urllib.request.urlopen(request, timeout=600) as reply:
+                return json.load(reply)
+        except urllib.error.HTTPError as e:
+            raise RuntimeError(f"{path}: {e.code} {e.read().decode()}") from None
 
     found: dict[str, Any] = {"version": xllamacpp.__version__}
     found["tokens"] = [

@@ -48,6 +48,20 @@ class _Values:
         return self.metadata[self.prefix + key]
 
 
+def head_counts(metadata: Mapping[str, Any], family: Family, where: str) -> tuple[int, int]:
+    """Heads of queries, and of keys and values.
+
+    Raises:
+        CheckpointError: they are not there, or differ between layers.
+    """
+    v = _Values(metadata, family.architecture, where)
+    heads = v.need("attention.head_count")
+    kv_heads = v.get("attention.head_count_kv", heads)
+    if isinstance(heads, list) or isinstance(kv_heads, list):
+        raise CheckpointError("has layers with different numbers of heads, which halfbyte cannot read", where=where)
+    return int(heads), int(kv_heads)
+
+
 def config_of(
     metadata: Mapping[str, Any], family: Family, tensors: Mapping[str, tuple[int, ...]], dtype: str, where: str
 ) -> dict[str, Any]:
@@ -66,9 +80,7 @@ def config_of(
     v = _Values(metadata, family.architecture, where)
     if "token_embd.weight" not in tensors:
         raise CheckpointError("tensor token_embd.weight is missing", where=where)
-    heads = v.need("attention.head_count")
-    if isinstance(heads, list):
-        raise CheckpointError("has layers with different numbers of heads, which halfbyte cannot read", where=where)
+    heads, kv_heads = head_counts(metadata, family, where)
     vocab_size, hidden = tensors["token_embd.weight"]
     width = v.get("attention.key_length") or v.get("rope.dimension_count") or hidden // heads
     layers = v.need("block_count")
@@ -81,7 +93,7 @@ def config_of(
         "intermediate_size": v.need("feed_forward_length"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": v.get("attention.head_count_kv", heads),
+        "num_key_value_heads": kv_heads,
         "head_dim": width,
         "max_position_embeddings": v.need("context_length"),
         "rms_norm_eps": _decimal(v.need("attention.layer_norm_rms_epsilon")),

@@ -25,7 +25,7 @@ import torch
 from halfbyte.checkpoint.reader import DTYPES, combined_digest, companion_files, digest_of
 from halfbyte.conversion.coded import CodedWeight, Grid, Steps
 from halfbyte.conversion.gguf_blocks import BLOCK, BLOCK_BYTES, BlockType, decode, grouped, heads, zero_points_of
-from halfbyte.conversion.gguf_configs import config_of, family_in, llama3_rope
+from halfbyte.conversion.gguf_configs import config_of, family_in, head_counts, llama3_rope
 from halfbyte.conversion.gguf_families import DTYPE_KEY, GRIDS_KEY, ROPE_KEY, Family, is_norm, turned_heads, unpermute
 from halfbyte.conversion.gguf_file import SPLIT_NAME, GgufFile, GgufTensor, open_gguf
 from halfbyte.conversion.gguf_tokenizer_in import tokenizer_files
@@ -198,6 +198,10 @@ def open_gguf_source(path: Path, name: str | None = None) -> GgufSource:
         if not isinstance(config, dict):
             raise CheckpointError("holds no JSON object", where=str(folder / "config.json"))
         companions = tuple(companion_files(folder))
+        if "text_config" in config:
+            notes.append("the vision tower stays behind: the language model alone is read out of a GGUF")
+            config = _config(file, family, dtype, where)
+            companions = tuple(p for p in companions if "processor" not in p.name)
     else:
         config = _config(file, family, dtype, where)
         extra = tokenizer_files(file.metadata, config["max_position_embeddings"], where)
@@ -205,7 +209,7 @@ def open_gguf_source(path: Path, name: str | None = None) -> GgufSource:
         generation = {k: v for k, v in config.items() if k.endswith("_token_id")}
         generation |= {"eos_token_id": finals[0] if len(finals) == 1 else finals} if finals else {}
         extra["generation_config.json"] = (json.dumps(generation, indent=2) + "\n").encode()
-    entries, origins = _listed(file, family, config, dtype, where)
+    entries, origins = _listed(file, family, dtype, where)
     return GgufSource(
         name=name or str(path),
         file=file,
@@ -244,14 +248,10 @@ def _final_ids(metadata: Mapping[str, Any]) -> list[int]:
     return list(dict.fromkeys(metadata[k] for k in keys if k in metadata))
 
 
-def _listed(
-    file: GgufFile, family: Family, config: Mapping[str, Any], dtype: str, where: str
-) -> tuple[dict[str, Entry], dict[str, _Origin]]:
+def _listed(file: GgufFile, family: Family, dtype: str, where: str) -> tuple[dict[str, Entry], dict[str, _Origin]]:
     """Entries by dense name in the order of the file, experts one by one, and where each lies."""
-    text = config.get("text_config", config)
-    query_heads, kv_heads = text["num_attention_heads"], text["num_key_value_heads"]
+    query_heads, kv_heads = head_counts(file.metadata, family, where)
     grids = _noted_grids(file)
-    prefix = "language_model." if "text_config" in config else ""
     entries: dict[str, Entry] = {}
     origins: dict[str, _Origin] = {}
     for name, tensor in file.tensors.items():
@@ -268,7 +268,7 @@ def _listed(
         shape = tensor.shape[1:] if "{e}" in dense else tensor.shape
         grid = _grid(tensor, shape, grids.get(name))
         for expert in experts:
-            full = prefix + (dense if expert is None else dense.replace("{e}", str(expert)))
+            full = dense if expert is None else dense.replace("{e}", str(expert))
             entries[full] = Entry(name=full, dtype=dtype, shape=shape, grid=grid)
             origins[full] = _Origin(tensor=name, expert=expert, heads=turned_heads(family, name, query_heads, kv_heads))
     return entries, origins

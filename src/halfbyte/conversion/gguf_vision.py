@@ -104,7 +104,7 @@ def vision_of(config: Any, files: Mapping[str, bytes]) -> Vision | None:
         config: transformers' config object of the whole model.
         files: contents of ``preprocessor_config.json``, ``processor_config.json`` and ``tokenizer.json``, if there.
     """
-    tower = getattr(config, "vision_config", None)
+    tower: Any = getattr(config, "vision_config", None)
     kind = None if tower is None else (config.model_type, tower.model_type)
     if kind == ("gemma3", "siglip_vision_model"):
         side = tower.image_size // tower.patch_size
