@@ -96,7 +96,9 @@ def shape_of(arrays: Mapping[str, ArrayInfo], where: str) -> tuple[Shape, TowerS
         if info is None:
             near = ", ".join(sorted(arrays)[:3])
             stacked = any("stacked" in n for n in arrays)
-            why = "its layers are stacked into one array each" if stacked else f"it holds {len(arrays)} arrays: {near}..."
+            why = (
+                "its layers are stacked into one array each" if stacked else f"it holds {len(arrays)} arrays: {near}..."
+            )
             raise CheckpointError(
                 f"is no Flax checkpoint of Gemma 3: there is no {name}",
                 where=where,
@@ -112,9 +114,7 @@ def shape_of(arrays: Mapping[str, ArrayInfo], where: str) -> tuple[Shape, TowerS
     _, kv_heads, _, _ = dims(f"{TEXT}/layer_0/attn/kv_einsum", 4)
     _, ffw, _ = dims(f"{TEXT}/layer_0/mlp/gating_einsum", 3)
     layers = _count(arrays, f"{TEXT}/layer_")
-    text = Shape(
-        layers=layers, hidden=hidden, ffw=ffw, heads=heads, kv_heads=kv_heads, head_dim=head_dim, vocab=vocab
-    )
+    text = Shape(layers=layers, hidden=hidden, ffw=ffw, heads=heads, kv_heads=kv_heads, head_dim=head_dim, vocab=vocab)
     if not any(n.startswith(f"{TOWER}/") for n in arrays):
         return text, None
     block = f"{TOWER}/Transformer/encoderblock_"
@@ -175,7 +175,9 @@ def _vector(name: str, array: str, size: int) -> Piece:
 def _layer(text: Shape, ours: str, theirs: str) -> Iterator[Piece]:
     hidden, ffw, heads, kv, dim = text.hidden, text.ffw, text.heads, text.kv_heads, text.head_dim
 
-    def linear(name: str, array: str, stored: tuple[int, ...], shape: tuple[int, int], turn: str, part: int | None) -> Piece:
+    def linear(
+        name: str, array: str, stored: tuple[int, ...], shape: tuple[int, int], turn: str, part: int | None
+    ) -> Piece:
         return Piece(
             name=f"{ours}.{name}.weight",
             array=f"{theirs}/{array}",
@@ -210,7 +212,9 @@ def _tower(tower: TowerShape) -> Iterator[Piece]:
 
     def pair(name: str, array: str, stored: tuple[int, ...], shape: tuple[int, ...], turn: str) -> Iterator[Piece]:
         """A weight and its bias, which has a value for each output."""
-        yield Piece(name=f"{ours}.{name}.weight", array=f"{TOWER}/{array}/kernel", stored=stored, shape=shape, turn=turn)
+        yield Piece(
+            name=f"{ours}.{name}.weight", array=f"{TOWER}/{array}/kernel", stored=stored, shape=shape, turn=turn
+        )
         many = turn == "tower heads out"
         yield Piece(
             name=f"{ours}.{name}.bias",
@@ -240,7 +244,9 @@ def _tower(tower: TowerShape) -> Iterator[Piece]:
         yield from norm(f"{layer}.layer_norm2", f"{block}/LayerNorm_1")
         for name, array in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
             heads = (width, tower.heads, dim)
-            yield from pair(f"{layer}.self_attn.{name}", f"{attention}/{array}", heads, (width, width), "tower heads out")
+            yield from pair(
+                f"{layer}.self_attn.{name}", f"{attention}/{array}", heads, (width, width), "tower heads out"
+            )
         merged = (tower.heads, dim, width)
         yield from pair(f"{layer}.self_attn.out_proj", f"{attention}/out", merged, (width, width), "heads in")
         up, down = (width, tower.ffw), (tower.ffw, width)

@@ -1,8 +1,8 @@
 """Recover the int4 grid that a fake-quantised weight lies on, exactly: zero error, or no grid.
 
 Quantisation-aware training leaves weights in which every group of 32 inputs is ``w = round(q s)`` with ``q`` in -8..7,
-one scale ``s`` for the group, and ``round`` that of the dtype they are stored in; ``s`` itself is not stored. Here ``s``
-and ``q`` are found again, and what is found is checked by computing ``round(q s)`` and comparing all bits.
+one scale ``s`` for the group, and ``round`` that of the dtype they are stored in; ``s`` itself is not stored. Here
+``s`` and ``q`` are found again, and what is found is checked by computing ``round(q s)`` and comparing all bits.
 
 For one group let ``m = max|w|``. Some code ``a`` in 1..8 belongs to it. With the right ``a`` all ``a w / m`` are whole
 numbers but for rounding, and two different choices of codes that both fit are multiples of each other: ratios of whole
@@ -77,7 +77,7 @@ class Lattice:
 def recover(weight: torch.Tensor, *, with_codes: bool = True) -> Lattice | OffGrid:
     """Grid of a weight ``[out, in]`` in bfloat16 or float32, ``in`` a multiple of 32.
 
-    ``(codes * scales).to(weight.dtype)``, multiplied in float32, is ``weight``, bit for bit (but for the sign of zeros).
+    ``(codes * scales).to(weight.dtype)``, multiplied in float32, is ``weight``, bit for bit but for the sign of zeros.
     """
     rows, columns = weight.shape
     rounded = weight.dtype == torch.bfloat16

@@ -1,6 +1,6 @@
 """Orbax checkpoints, read with tensorstore alone: one array at a time, headers first, nothing unpickled, no code run.
 
-Orbax writes each array as zarr (version 2, or 3), in a folder of its own or, as Kaggle ships them, all of them inside an
+Orbax writes each array as zarr (version 2, or 3), in a folder of its own or, as Kaggle ships them, all of them in an
 OCDBT database (``manifest.ocdbt``, ``d/``, ``ocdbt.process_*``). An array's key is the names of the levels of the tree,
 joined by dots; the levels of Flax parameters contain slashes themselves: ``transformer/layer_0/attn/q_einsum.w``. Here
 dots become slashes, so that flat and nested trees have the same names.
@@ -8,7 +8,7 @@ dots become slashes, so that flat and nested trees have the same names.
 Missing chunks of a zarr array are read as zeros. So every chunk is looked for when the folder is opened, and a
 checkpoint that lost some of its files is refused.
 
-Does not cover: remote storage; Flax's msgpack files from before orbax; arrays that several hosts wrote and never merged.
+Does not cover: remote storage; Flax's msgpack files from before orbax; parts that several hosts wrote and never merged.
 """
 
 from __future__ import annotations
@@ -109,7 +109,14 @@ class OrbaxCheckpoint:
 
 def is_orbax(path: Path) -> bool:
     """Whether a folder looks like an orbax checkpoint, finished or not."""
-    return path.is_dir() and any((path / n).exists() for n in (METADATA, MANIFEST)) or bool(_unmerged(path))
+    return path.is_dir() and (any((path / n).exists() for n in (METADATA, MANIFEST)) or bool(_unmerged(path)))
+
+
+def holds_orbax(path: Path) -> bool:
+    """Whether a folder is an orbax checkpoint or has one in it, and no config of its own."""
+    if not path.is_dir() or (path / "config.json").exists():
+        return False
+    return is_orbax(path) or any(is_orbax(p) for p in path.iterdir())
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -157,7 +164,9 @@ def open_orbax(path: Path) -> OrbaxCheckpoint:
     metadata = _metadata(path)
     database = (path / MANIFEST).exists()
     if not database and metadata.get("use_ocdbt") is True:
-        raise CheckpointError(f"has no {MANIFEST}, though {METADATA} says that it should", where=str(path), remedy=AGAIN)
+        raise CheckpointError(
+            f"has no {MANIFEST}, though {METADATA} says that it should", where=str(path), remedy=AGAIN
+        )
     keys, read = _database(path) if database else _folders(path)
     arrays, lost = {}, []
     held = _Counted(keys)
@@ -209,9 +218,7 @@ def _header(path: Path, key: str, driver: str, raw: bytes) -> tuple[ArrayInfo, i
             raise ValueError("odd shape")
     except (ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"header of {_name([key])} is broken ({e!r})", where=str(path), remedy=AGAIN) from None
-    info = ArrayInfo(
-        name=_name([key]), key=key, driver=driver, dtype=_FLOATS.get(str(stated), ""), shape=tuple(shape)
-    )
+    info = ArrayInfo(name=_name([key]), key=key, driver=driver, dtype=_FLOATS.get(str(stated), ""), shape=tuple(shape))
     return info, math.prod(math.ceil(s / c) for s, c in zip(shape, chunks, strict=True))
 
 
@@ -239,9 +246,7 @@ def _tree(metadata: Mapping[str, Any], path: Path) -> list[Mapping[str, Any]]:
             and leaf.get("value_metadata", {}).get("value_type") in ("jax.Array", "np.ndarray")
         ]
     except (AttributeError, KeyError, TypeError) as e:
-        raise CheckpointError(
-            f"is not as orbax writes it ({e!r})", where=str(path / METADATA), remedy=AGAIN
-        ) from None
+        raise CheckpointError(f"is not as orbax writes it ({e!r})", where=str(path / METADATA), remedy=AGAIN) from None
 
 
 def _database(path: Path) -> tuple[list[str], Any]:
