@@ -26,7 +26,7 @@ import tiny
 Array = npt.NDArray[Any]
 
 VOCAB, HEADS = tiny.VOCAB, 4
-needs_orbax = not all(importlib.util.find_spec(m) for m in ("orbax", "jax", "tensorstore"))
+has_orbax = all(importlib.util.find_spec(m) for m in ("orbax", "jax", "tensorstore"))
 
 TEXT: dict[str, Any] = {
     "vocab_size": VOCAB,

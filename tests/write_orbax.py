@@ -1,8 +1,9 @@
 """Write orbax checkpoints, with orbax itself; run as a program of its own: ``python write_orbax.py JOBS.json``.
 
-JAX registers hooks and threads in the process that imports it, which the tests' own process is better without. Each job:
-``{"arrays": FILE.npz, "out": FOLDER, "ocdbt": bool, "zarr3": bool, "nested": bool}``; arrays of bfloat16 come as uint16,
-under names that end in ``:bf16``. A key's last part is the leaf, all before it one level of the tree, as Kaggle has it.
+JAX registers hooks and threads in the process that imports it, which the tests' own process is better without. Each
+job: ``{"arrays": FILE.npz, "out": FOLDER, "ocdbt": bool, "zarr3": bool, "nested": bool}``; arrays of bfloat16 come as
+uint16, under names that end in ``:bf16``. A key's last part is the leaf, all before it one level of the tree, as Kaggle
+has it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from halfbyte.architectures import NOT_LANGUAGE, NUMBERED, find_block_prefix
+from halfbyte.architectures import EMBEDDING, HEAD, NOT_LANGUAGE, NUMBERED, find_block_prefix
 from halfbyte.checkpoint.reader import Checkpoint, TensorInfo
 from halfbyte.checkpoint.source import open_headers
 from halfbyte.errors import CheckpointError
@@ -33,8 +33,6 @@ from halfbyte.records import (
 
 T = TypeVar("T")
 
-EMBEDDING = re.compile(r"(^|\.)(embed_tokens\w*|wte|word_embeddings|tok_embeddings|embed_in)(\.|$)")
-HEAD = re.compile(r"(^|\.)(lm_head|embed_out)(\.|$)")
 PARTS = (
     "embeddings",
     "decoder linears",

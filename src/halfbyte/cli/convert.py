@@ -16,7 +16,7 @@ SHOWN_WEIGHTS = 5
 @click.command("convert", short_help="Write a checkpoint in another format, codes and scales carried over.")
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--to", required=True, metavar="FORMAT", help="compressed-tensors or dense.")
+@click.option("--to", required=True, metavar="FORMAT", help="compressed-tensors, awq, gptq, gptq-v2 or dense.")
 @click.option(
     "--from",
     "source_format",

@@ -19,18 +19,18 @@ from typing import Any
 
 import torch
 
-from halfbyte.architectures import BlockMap, map_blocks
-from halfbyte.checkpoint.reader import Checkpoint, TensorInfo
+from halfbyte.checkpoint.reader import TensorInfo
 from halfbyte.conversion.bits import pack_rows, unpack_rows, words_in
 from halfbyte.conversion.coded import CodedWeight, Grid, Steps
+from halfbyte.conversion.config import dense_blocks
 from halfbyte.conversion.folder_source import Module
 from halfbyte.conversion.source import Entry, Source
 from halfbyte.conversion.target import Facts, Obstacle
-from halfbyte.errors import ArchitectureError, CheckpointError
+from halfbyte.errors import CheckpointError
 from halfbyte.inspection_formats import config_group
 from halfbyte.mixing import groups_of
 from halfbyte.planner import ignore_patterns
-from halfbyte.recipe import Recipe, SchemeGroup
+from halfbyte.recipe import Recipe, SchemeGroup, matches
 from halfbyte.schemes import ActivationFormat, Scheme, StorageFormat, WeightFormat, quantization_config
 
 FLOATS = ("F16", "BF16", "F32")
@@ -236,6 +236,7 @@ class CompressedTensorsEncoder:
         ignore = ignore_patterns(blocks, recipe, schemes)
         known = source.quantization.get("ignore") if source.format == self.format else None
         listed = list(dict.fromkeys([*known, *ignore])) if isinstance(known, list) else ignore
+        listed = [p for p in listed if not any(matches(p, m) for m in schemes)]
         return quantization_config([(g.scheme, list(g.targets)) for g in groups], listed)
 
     def notes(self, source: Source, entries: Sequence[Entry]) -> list[str]:
@@ -255,16 +256,3 @@ def scheme_of(grid: Grid) -> Scheme:
     return Scheme(
         name=f"W{grid.weights.num_bits}", weights=grid.weights, activations=grid.activations, storage=storage_of(grid)
     )
-
-
-def dense_blocks(source: Source) -> BlockMap:
-    """Where the source's tensors would be in the dense model."""
-    tensors = {
-        e.name: TensorInfo(name=e.name, dtype=e.dtype, shape=e.shape, file="", offset=0, size_bytes=0)
-        for e in source.entries.values()
-    }
-    dense = Checkpoint(path=source.path, name=source.name, config=source.config, tensors=tensors)
-    try:
-        return map_blocks(dense)
-    except ArchitectureError:
-        return BlockMap(prefix="", linears=(), others=(), outside=tuple(tensors), unsupported=())

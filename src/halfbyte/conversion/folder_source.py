@@ -28,6 +28,8 @@ from halfbyte.conversion.source import Entry
 from halfbyte.errors import CheckpointError, HalfbyteError, raise_all
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+# Files that say how the source was quantised, and would say it of the target.
+STALE = frozenset({"quantize_config.json", "quant_config.json", "recipe.yaml"})
 NESTED_CONFIGS = ("text_config", "llm_config", "language_config")
 
 
@@ -133,7 +135,7 @@ class FolderSource:
 
     @property
     def companions(self) -> Sequence[Path]:
-        return tuple(companion_files(self.checkpoint.path))
+        return tuple(f for f in companion_files(self.checkpoint.path) if f.name not in STALE)
 
     def fingerprint(self) -> str:
         return self.checkpoint.fingerprint()

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from halfbyte.checkpoint.reader import Checkpoint, open_checkpoint
 from halfbyte.checkpoint.source import resolve
+from halfbyte.conversion.awq import AwqDecoder, AwqEncoder
 from halfbyte.conversion.compressed_tensors import CompressedTensorsDecoder, CompressedTensorsEncoder
 from halfbyte.conversion.dense import DTYPES, DenseTarget
 from halfbyte.conversion.flax_qat import open_flax
-from halfbyte.conversion.folder_source import open_folder
-from halfbyte.conversion.folder_target import FolderTarget
+from halfbyte.conversion.folder_source import Decoder, open_folder
+from halfbyte.conversion.folder_target import Encoder, FolderTarget
+from halfbyte.conversion.gptq import GptqDecoder, GptqEncoder
 from halfbyte.conversion.orbax import holds_orbax
 from halfbyte.conversion.source import Source
 from halfbyte.conversion.target import Target
 from halfbyte.errors import CheckpointError, UsageError
 from halfbyte.inspection_formats import quantization_config
+from halfbyte.records import read_json
 
-SOURCES = ("auto", "compressed-tensors", "dense", "flax")
-TARGETS = ("compressed-tensors", "dense")
+SOURCES = ("auto", "compressed-tensors", "awq", "gptq", "gptq-v2", "dense", "flax")
+TARGETS = ("compressed-tensors", "awq", "gptq", "gptq-v2", "dense")
+# How older tools call a quantization_config that is a file of its own, and its quant_method.
+LOOSE_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +62,12 @@ def open_source(source: str | Path, source_format: str, beside: Beside | None = 
         if value is not None:
             raise UsageError("is for checkpoints that come without one", where=option, remedy="Leave it out.")
     checkpoint = open_checkpoint(resolve(source), str(source))
-    found = _folder_format(checkpoint)
-    if source_format not in ("auto", found):
+    opened = _open_folder(checkpoint)
+    if source_format not in ("auto", opened.format):
         raise UsageError(
-            f"the checkpoint's format is {found}", where=f"--from {source_format}", remedy="Leave --from out."
+            f"the checkpoint's format is {opened.format}", where=f"--from {source_format}", remedy="Leave --from out."
         )
-    return _FOLDERS[found](checkpoint)
+    return opened
 
 
 def target_of(to: str, dtype: str | None) -> Target:
@@ -76,27 +82,69 @@ def target_of(to: str, dtype: str | None) -> Target:
         )
     if to == "dense":
         return DenseTarget(DTYPES[dtype] if dtype else None)
-    return FolderTarget(CompressedTensorsEncoder())
+    return FolderTarget(_ENCODERS[to])
 
 
-def _folder_format(checkpoint: Checkpoint) -> str:
-    method = str(quantization_config(checkpoint).get("quant_method", "dense"))
-    if method not in _FOLDERS:
+def _open_folder(checkpoint: Checkpoint) -> Source:
+    config = _quantization(checkpoint)
+    method = str(config.get("quant_method", "dense"))
+    decoder: Decoder | None
+    if method == "auto-round":
+        method, config = _auto_round(config, checkpoint.name)
+    if method == "dense":
+        decoder = None
+    elif method == "compressed-tensors":
+        decoder = CompressedTensorsDecoder(config)
+    elif method == "awq":
+        decoder = AwqDecoder.of(config, checkpoint.name)
+    elif method == "gptq":
+        decoder = GptqDecoder.of(config, checkpoint.name)
+    else:
         raise CheckpointError(
             f"its weights are in {method} format, which cannot be read",
             where=checkpoint.name,
             remedy=f"Formats that can are {', '.join(SOURCES[1:])}.",
         )
-    return method
+    source = open_folder(checkpoint, decoder, config)
+    if isinstance(decoder, AwqDecoder) and all(decoder.is_symmetric(m) for m in source.modules.values()):
+        source = open_folder(checkpoint, replace(decoder, symmetric=True), config)
+    return source
 
 
-def _compressed_tensors(checkpoint: Checkpoint) -> Source:
-    config = quantization_config(checkpoint)
-    return open_folder(checkpoint, CompressedTensorsDecoder(config), config)
+def _quantization(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The quantisation config, in config.json or beside it."""
+    found = quantization_config(checkpoint)
+    for name, method in LOOSE_CONFIGS.items():
+        if not found and (checkpoint.path / name).exists():
+            loose = read_json(checkpoint.path / name)
+            if not isinstance(loose, dict):
+                raise CheckpointError("holds no JSON object", where=str(checkpoint.path / name))
+            found = {"quant_method": method} | loose
+    return found
 
 
-# quant_method of config.json -> how to open it
-_FOLDERS: dict[str, Callable[[Checkpoint], Source]] = {
-    "compressed-tensors": _compressed_tensors,
-    "dense": lambda checkpoint: open_folder(checkpoint, None, {}),
+def _auto_round(config: Mapping[str, Any], where: str) -> tuple[str, Mapping[str, Any]]:
+    """Which of the other layouts AutoRound's own is: it names one in ``packing_format``."""
+    packing = str(config.get("packing_format") or "auto_round")
+    if packing not in _PACKINGS:
+        raise CheckpointError(
+            f"AutoRound's packing_format {packing} is not read",
+            where=where,
+            remedy="Export it as auto_gptq, auto_awq or llm_compressor.",
+        )
+    method, version = _PACKINGS[packing]
+    return method, {k: v for k, v in config.items() if k not in ("format", "version")} | {"checkpoint_format": version}
+
+
+_PACKINGS = {
+    "auto_round:auto_gptq": ("gptq", "gptq"),
+    "auto_round": ("gptq", "gptq_v2"),
+    "auto_round:gptqmodel": ("gptq", "gptq_v2"),
+    "auto_round:auto_awq": ("awq", ""),
+}
+_ENCODERS: dict[str, Encoder] = {
+    "compressed-tensors": CompressedTensorsEncoder(),
+    "awq": AwqEncoder(),
+    "gptq": GptqEncoder("gptq"),
+    "gptq-v2": GptqEncoder("gptq_v2"),
 }
