@@ -100,12 +100,6 @@ def inputs_of(model: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def same_weights(model: Any, made: flax.Made, dtype: torch.dtype) -> None:
-    theirs = model.state_dict()
-    for name, tensor in made.model.state_dict().items():
-        assert torch.equal(theirs[name].to(dtype), tensor.to(dtype)), name
-
-
 @pytest.mark.parametrize("kind", [*KINDS, "nested"])
 def test_dense_is_the_model_that_the_checkpoint_was_made_from(
     cases: Mapping[str, Case], kind: str, tmp_path: Path
@@ -113,17 +107,17 @@ def test_dense_is_the_model_that_the_checkpoint_was_made_from(
     case = cases[kind]
     dtype = "float32" if kind.endswith("f32") else "bfloat16"
     record = convert(case.path, tmp_path / "dense", to="dense", dtype=dtype, **case.options)
-    model = loaded(tmp_path / "dense")
-    assert model.dtype == getattr(torch, dtype)
-    same_weights(model, case.made, model.dtype)
+    stored = tiny.stored(tmp_path / "dense")
+    assert {t.dtype for t in stored.values()} == {getattr(torch, dtype)}
     assert record.source["format"] == "flax"
+    model = loaded(tmp_path / "dense", dtype=torch.float32)
+    theirs = model.state_dict()
+    for name, tensor in case.made.model.state_dict().items():
+        assert torch.equal(theirs[name], tensor), name
     inputs = inputs_of(model)
     with torch.no_grad():
-        ours = model.to(torch.float32)(**inputs).logits
-        original = case.made.model(**inputs).logits
-    assert torch.equal(ours, original)
-    if "pictures" in kind:
-        stored = tiny.stored(tmp_path / "dense")
+        assert torch.equal(model(**inputs).logits, case.made.model(**inputs).logits)
+    if not kind.startswith("text"):
         embedding = stored["language_model.model.embed_tokens.weight"]
         assert embedding.shape[0] == flax.VOCAB + 64
         assert not embedding[flax.VOCAB :].any()
@@ -154,7 +148,7 @@ def test_codes_and_scales_are_those_of_the_training(cases: Mapping[str, Case], k
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("to", ["compressed-tensors", "awq"])
+@pytest.mark.parametrize("to", ["compressed-tensors", "awq", "gptq"])
 def test_quantised_targets_hold_the_weights_of_the_dense_copy(
     cases: Mapping[str, Case], kind: str, to: str, tmp_path: Path
 ) -> None:
@@ -165,7 +159,7 @@ def test_quantised_targets_hold_the_weights_of_the_dense_copy(
     assert record.exact == record.quantized == 49
     assert not record.requantized
     again = convert(tmp_path / "small", tmp_path / "again", to="dense")
-    assert again.exact == 0 or again.quantized == 49
+    assert again.quantized == 49
     first, second = tiny.stored(tmp_path / "dense"), tiny.stored(tmp_path / "again")
     assert first.keys() == second.keys()
     for name, tensor in first.items():

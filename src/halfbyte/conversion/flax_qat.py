@@ -285,6 +285,7 @@ def _given_config(file: Path, text: gemma3.Shape, tower: gemma3.TowerShape | Non
     if wrong:
         raise UsageError(f"does not fit the checkpoint: {'; '.join(wrong)}", where=f"--config {file}")
     contents.pop("quantization_config", None)
+    contents.setdefault("architectures", ["Gemma3ForCausalLM" if tower is None else "Gemma3ForConditionalGeneration"])
     parts = [contents, *(contents[k] for k in ("text_config", "vision_config") if isinstance(contents.get(k), dict))]
     for part in parts:
         part |= {k: dtype for k in ("dtype", "torch_dtype") if k in part}
