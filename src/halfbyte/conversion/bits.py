@@ -41,7 +41,8 @@ def pack_rows(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack_rows(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Inverse of :func:`pack_rows`: int32 ``[rows, words]`` to uint8 ``[rows, count]``."""
-    octets = words.contiguous().view(torch.uint8)
+    # A column of single words counts as contiguous whatever its stride; a view as bytes wants stride 1.
+    octets = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     if 32 % bits:
         stream = np.unpackbits(octets.numpy(), axis=1, count=count * bits, bitorder="little")
         weights = (1 << np.arange(bits)).astype(np.uint8)
