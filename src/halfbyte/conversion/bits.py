@@ -36,7 +36,7 @@ def pack_rows(values: torch.Tensor, bits: int) -> torch.Tensor:
     while bits < 8:  # neighbours join: two of b bits are one of 2 b
         octets_of = octets_of[:, 0::2] | (octets_of[:, 1::2] << bits)
         bits *= 2
-    return octets_of.contiguous().view(torch.int32)
+    return octets_of.reshape(-1).view(torch.int32).reshape(rows, words)
 
 
 def unpack_rows(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:

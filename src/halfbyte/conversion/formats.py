@@ -23,8 +23,8 @@ from halfbyte.errors import CheckpointError, UsageError
 from halfbyte.inspection_formats import quantization_config
 from halfbyte.records import read_json
 
-SOURCES = ("auto", "compressed-tensors", "awq", "gptq", "gptq-v2", "dense", "flax")
-TARGETS = ("compressed-tensors", "awq", "gptq", "gptq-v2", "dense")
+SOURCES = ("auto", "compressed-tensors", "awq", "gptq", "gptq-v2", "gguf", "dense", "flax")
+TARGETS = ("compressed-tensors", "awq", "gptq", "gptq-v2", "gguf", "dense")
 # How older tools call a quantization_config that is a file of its own, and its quant_method.
 LOOSE_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
@@ -61,27 +61,49 @@ def open_source(source: str | Path, source_format: str, beside: Beside | None = 
     for option, value in (("--config", beside.config), ("--tokenizer", beside.tokenizer)):
         if value is not None:
             raise UsageError("is for checkpoints that come without one", where=option, remedy="Leave it out.")
+    if is_gguf(source):
+        if source_format not in ("auto", "gguf"):
+            raise _other_format("gguf", source_format)
+        from halfbyte.conversion.gguf_in import open_gguf_source
+
+        return open_gguf_source(Path(source))
     checkpoint = open_checkpoint(resolve(source), str(source))
     opened = _open_folder(checkpoint)
     if source_format not in ("auto", opened.format):
-        raise UsageError(
-            f"the checkpoint's format is {opened.format}", where=f"--from {source_format}", remedy="Leave --from out."
-        )
+        raise _other_format(opened.format, source_format)
     return opened
+
+
+def _other_format(found: str, source_format: str) -> UsageError:
+    return UsageError(
+        f"the checkpoint's format is {found}", where=f"--from {source_format}", remedy="Leave --from out."
+    )
+
+
+def is_gguf(source: str | Path) -> bool:
+    """Whether a path is a GGUF file, or a folder that holds one and no safetensors."""
+    path = Path(source)
+    if path.is_dir():
+        return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
+    return path.is_file() and path.suffix == ".gguf"
 
 
 def target_of(to: str, dtype: str | None) -> Target:
     """The target of a name; ``dtype`` belongs to dense ones."""
     if to not in TARGETS:
         raise UsageError(f"unknown format {to!r}", where="--to", remedy=f"Use one of {', '.join(TARGETS)}.")
-    if dtype is not None and (to != "dense" or dtype not in DTYPES):
+    if dtype is not None and (to not in ("dense", "gguf") or dtype not in DTYPES):
         raise UsageError(
             f"{dtype} is no dtype of a {to} checkpoint",
             where="--dtype",
-            remedy=f"Use {', '.join(DTYPES)}, with --to dense.",
+            remedy=f"Use {', '.join(DTYPES)}, with --to dense, or with --to gguf for what is not quantised.",
         )
     if to == "dense":
         return DenseTarget(DTYPES[dtype] if dtype else None)
+    if to == "gguf":
+        from halfbyte.conversion.gguf_out import GgufTarget
+
+        return GgufTarget(DTYPES[dtype] if dtype else None)
     return FolderTarget(_ENCODERS[to])
 
 

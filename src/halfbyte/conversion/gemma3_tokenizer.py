@@ -1,9 +1,9 @@
 """The tokenizer that belongs to a Flax checkpoint: the user's folder, or the SentencePiece model that lies beside it.
 
-Kaggle's archives hold a ``tokenizer.model`` and nothing else that is not weights. transformers builds a tokenizer from
-that, but does not know which tokens are special, that a text begins with one, nor how a chat is written. Those are
-facts about Gemma 3 (ai.google.dev/gemma/docs/core/prompt-structure) and are written here, in our words. Who wants the
-files that Google publishes for Hugging Face gives their folder with ``--tokenizer``.
+Kaggle's archives hold a ``tokenizer.model`` and nothing else that is not weights. The ``tokenizer.json`` that engines
+want is made from its pieces and scores; which tokens are special, that a text begins with one, and how a chat is written
+are facts about Gemma 3 (ai.google.dev/gemma/docs/core/prompt-structure), in our words. Who wants the files that Google
+publishes for Hugging Face gives their folder with ``--tokenizer``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoint.reader import companion_files
+from halfbyte.conversion.gguf_tokenizer_in import tokenizer_files
+from halfbyte.conversion.gguf_tokenizer_out import CONTROL
+from halfbyte.conversion.sentencepiece import read_sentencepiece
 from halfbyte.errors import CheckpointError, UsageError
 
 MODEL = "tokenizer.model"
+IMAGE_TOKEN = "<image_soft_token>"
+UNLIMITED = 10**30  # as Google's own tokenizer_config.json says
+# Never part of a text, though SentencePiece knows some of them as user-defined.
+SPECIAL = (
+    *("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"),
+    *("<start_of_image>", "<end_of_image>"),
+)
 # Any of these makes a folder that of a tokenizer.
 KNOWN = (MODEL, "tokenizer.json")
 
@@ -98,44 +108,55 @@ def find_tokenizer(given: Path | None, beside: Sequence[Path], *, chat: bool, to
 
 
 def _from_folder(folder: Path, *, chat: bool, tower: bool) -> Tokenizer:
-    files = [f for f in companion_files(folder) if not f.name.startswith("_") and f.name != "commit_success.txt"]
-    names = {f.name for f in files}
-    if names.isdisjoint({"tokenizer_config.json", "tokenizer.json"}):
-        made = _written(chat=chat, tower=tower)
-        return Tokenizer(companions=files, written={n: c for n, c in made.items() if n not in names})
-    return Tokenizer(companions=files)
+    if not (folder / "tokenizer.json").is_file():
+        made = _from_model(folder / MODEL, chat=chat, tower=tower)
+        files = [f for f in companion_files(folder) if not f.name.startswith("_") and f.name != "commit_success.txt"]
+        names = {f.name for f in files}
+        written = {n: c for n, c in made.written.items() if n not in names}
+        return Tokenizer(companions=files, written=written, notes=made.notes)
+    return Tokenizer(companions=list(companion_files(folder)))
 
 
 def _from_model(file: Path, *, chat: bool, tower: bool) -> Tokenizer:
-    licence = [
-        f for f in sorted(file.parent.iterdir()) if f.is_file() and f.stem.upper() in ("LICENSE", "LICENCE", "NOTICE")
-    ]
+    beside = sorted(f for f in file.parent.iterdir() if f.is_file())
     return Tokenizer(
-        companions=[file, *licence],
-        written=_written(chat=chat, tower=tower),
-        notes=[f"special tokens and chat template are halfbyte's; {file.name} alone was there"],
+        companions=[file, *(f for f in beside if f.stem.upper() in ("LICENSE", "LICENCE", "NOTICE", "TERMS"))],
+        written=_written(file, chat=chat, tower=tower),
+        notes=[f"tokenizer.json, the list of special tokens and the chat template are made from {file.name} alone"],
     )
 
 
-def _written(*, chat: bool, tower: bool) -> dict[str, bytes]:
-    config: dict[str, Any] = {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "bos_token": "<bos>",
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "<eos>",
-        "pad_token": "<pad>",
-        "tokenizer_class": "GemmaTokenizer",
-        "unk_token": "<unk>",
+def _written(file: Path, *, chat: bool, tower: bool) -> dict[str, bytes]:
+    """The files that transformers wants, out of the SentencePiece model."""
+    model = read_sentencepiece(file)
+    missing = [t for t in SPECIAL if t not in model.pieces]
+    if not model.is_bpe or not model.is_plain or model.adds_space or missing:
+        why = f"it has no {missing[0]}" if missing else "it merges or normalises otherwise"
+        raise CheckpointError("is not Gemma 3's tokenizer", where=str(file), why=why, remedy="Give --tokenizer FOLDER.")
+    kinds = [CONTROL if p in SPECIAL else k for p, k in zip(model.pieces, model.kinds, strict=True)]
+    fields: dict[str, Any] = {
+        "ggml.model": "llama",
+        "ggml.tokens": list(model.pieces),
+        "ggml.scores": model.scores,
+        "ggml.token_type": kinds,
+        "ggml.add_space_prefix": False,
+        "ggml.add_bos_token": True,
+        "ggml.bos_token_id": model.pieces.index("<bos>"),
+        "ggml.eos_token_id": model.pieces.index("<eos>"),
+        "ggml.unknown_token_id": model.unknown_id,
+        "ggml.padding_token_id": model.pieces.index("<pad>"),
     }
+    if tower:  # its id is the first of the padding rows
+        fields["ggml.tokens"] = [*model.pieces, IMAGE_TOKEN]
+        fields["ggml.scores"] = [*model.scores, 0.0]
+        fields["ggml.token_type"] = [*kinds, CONTROL]
+    files = tokenizer_files({f"tokenizer.{k}": v for k, v in fields.items()}, UNLIMITED, str(file))
+    config = json.loads(files["tokenizer_config.json"])
+    config |= {"add_bos_token": True, "add_eos_token": False, "tokenizer_class": "GemmaTokenizer"}
     if tower:
-        pictures = {
-            "boi_token": "<start_of_image>",
-            "eoi_token": "<end_of_image>",
-            "image_token": "<image_soft_token>",
-        }
+        pictures = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": IMAGE_TOKEN}
         config |= {"extra_special_tokens": pictures, "processor_class": "Gemma3Processor", **pictures}
-    files = {"tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode()}
+    files["tokenizer_config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     if chat:
         files["chat_template.jinja"] = TEMPLATE.encode()
     return files

@@ -85,7 +85,7 @@ def convert(
         tokenizer=None if tokenizer is None else Path(tokenizer),
     )
     opened = open_source(source, source_format, beside)
-    target = target_of(to, dtype if to == "dense" or opened.format != "flax" else None)
+    target = target_of(to, dtype if to in ("dense", "gguf") or opened.format != "flax" else None)
     facts = survey(opened, reporter)
     regrids = settle(opened, target, facts, allow_requantize=allow_requantize)
     entries = [replace(e, grid=regrids[e.name]) if e.name in regrids else e for e in target.entries(opened, facts)]

@@ -1,0 +1,306 @@
+"""GGUF as a source: a file, or a folder with one in it.
+
+Q4_0 and Q8_0 weights of Linears keep codes and scales; every other type is decoded to floats, one tensor at a time.
+config.json, tokenizer and generation config are taken from the folder where the GGUF lies among them, as
+``convert --to gguf`` leaves it, and are else made from the metadata. A file alone may lie in any folder; nothing beside
+it is read but its other parts.
+
+Of a file that halfbyte wrote, ``halfbyte.grids`` gives groups and dtype of scales back, so that the way there and back
+ends in the same bytes (Q5_0, which asymmetric weights may have become, in the same values). Does not cover: vision
+towers (``mmproj``), adapters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.checkpoint.reader import DTYPES, combined_digest, companion_files, digest_of
+from halfbyte.conversion.coded import CodedWeight, Grid, Steps
+from halfbyte.conversion.gguf_blocks import BLOCK, BLOCK_BYTES, BlockType, decode, grouped, heads, zero_points_of
+from halfbyte.conversion.gguf_configs import config_of, family_in, llama3_rope
+from halfbyte.conversion.gguf_families import DTYPE_KEY, GRIDS_KEY, ROPE_KEY, Family, is_norm, turned_heads, unpermute
+from halfbyte.conversion.gguf_file import SPLIT_NAME, GgufFile, GgufTensor, open_gguf
+from halfbyte.conversion.gguf_tokenizer_in import tokenizer_files
+from halfbyte.conversion.source import Entry
+from halfbyte.errors import CheckpointError
+from halfbyte.records import read_json
+from halfbyte.schemes import WeightFormat
+
+_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_PLAIN_BITS = {"Q4_0": 4, "Q8_0": 8}
+_FLOATS = frozenset(_NAMES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Origin:
+    """Where an entry lies: a tensor, or expert ``expert`` of a stack, with its rows in reordered ``heads``."""
+
+    tensor: str
+    expert: int | None = None
+    heads: int = 0
+
+
+@dataclass(slots=True)
+class GgufSource:
+    """A :class:`~halfbyte.conversion.source.Source` over a GGUF file."""
+
+    name: str
+    file: GgufFile
+    family: Family
+    config: Mapping[str, Any]
+    entries: Mapping[str, Entry]
+    origins: Mapping[str, _Origin]
+    companions: Sequence[Path]
+    extra_files: Mapping[str, bytes]
+    notes: Sequence[str]
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    _digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def format(self) -> str:
+        return "gguf"
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for path in sorted({t.path for t in self.file.tensors.values()}):
+            stat = path.stat()
+            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def sha256(self) -> str:
+        for name in self.file.tensors:
+            if name not in self._digests:
+                self._raw(_Origin(tensor=name))
+        return combined_digest(self._digests)
+
+    def dense(self, name: str) -> torch.Tensor:
+        origin, entry = self.origins[name], self.entries[name]
+        dtype, norm = DTYPES[entry.dtype], is_norm(origin.tensor)
+        tensor = self.file.floats(origin.tensor, torch.float32 if norm else dtype, self._raw(origin))
+        tensor = tensor.reshape(entry.shape)
+        if norm:
+            tensor = tensor - self.family.norm_offset
+        if origin.heads:
+            tensor = unpermute(tensor, origin.heads)
+        return tensor.to(dtype).contiguous()
+
+    def steps(self, name: str) -> Steps:
+        kind, grid = self._kind(name)
+        if kind == "Q5_0" and not grid.weights.symmetric:
+            return self.coded(name).steps  # zero points show in the codes
+        origin = self.origins[name]
+        d, m = heads(kind, self._raw(origin))
+        return self._steps(name, d, None if m is None else zero_points_of(d, m))
+
+    def coded(self, name: str) -> CodedWeight:
+        kind, grid = self._kind(name)
+        origin = self.origins[name]
+        blocks = decode(kind, self._raw(origin))
+        codes, zeros = blocks.codes, None
+        if blocks.m is not None:
+            zeros = zero_points_of(blocks.d, blocks.m)
+            codes = codes - 8
+        elif not grid.weights.symmetric:
+            codes, zeros = _with_zero_points(codes, grid.weights.group_size or codes.shape[1])
+        if origin.heads:
+            codes = unpermute(codes, origin.heads)
+        return CodedWeight.of_codes(grid, codes.contiguous(), self._steps(name, blocks.d, zeros))
+
+    def _kind(self, name: str) -> tuple[BlockType, Grid]:
+        grid = self.entries[name].grid
+        assert grid is not None
+        kind: Any = self.file.tensors[self.origins[name].tensor].kind
+        return kind, grid
+
+    def _steps(self, name: str, d: torch.Tensor, zeros: torch.Tensor | None) -> Steps:
+        """Groups of the grid out of blocks (zero points unsigned, 0..15), in the order of rows that the entry has."""
+        entry, origin = self.entries[name], self.origins[name]
+        assert entry.grid is not None
+        size = entry.grid.weights.group_size
+        scales = grouped(d, size, entry.shape[1])
+        if zeros is not None and zeros.shape == d.shape:
+            zeros = grouped(zeros, size, entry.shape[1])
+        if scales is None or (zeros is None and not entry.grid.weights.symmetric):
+            raise CheckpointError(
+                f"tensor {origin.tensor} is not in groups of {size}, as {GRIDS_KEY} says",
+                where=str(self.path),
+                remedy="The file was changed; convert the original again.",
+            )
+        signed = None if zeros is None else zeros - 8
+        if origin.heads:
+            scales = unpermute(scales, origin.heads)
+            signed = None if signed is None else unpermute(signed, origin.heads)
+        return Steps(scales=scales.to(DTYPES[entry.grid.scale_dtype]), zero_points=signed)
+
+    def _raw(self, origin: _Origin) -> torch.Tensor:
+        raw = self.file.raw(origin.tensor, origin.expert)
+        if origin.expert is None and origin.tensor not in self._digests:
+            self._digests[origin.tensor] = digest_of(raw)
+        return raw
+
+
+def _with_zero_points(codes: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Q5_0's codes ``q - z`` as signed codes q, and the lowest unsigned zero points with which these fit."""
+    groups = codes.reshape(codes.shape[0], -1, group_size)
+    zeros = (-groups.amin(-1)).clamp(0, 15)
+    return (groups + (zeros - 8).unsqueeze(-1)).reshape(codes.shape), zeros
+
+
+def find_gguf(folder: Path) -> Path | None:
+    """The model among a folder's GGUF files, ``None`` where there is none.
+
+    Raises:
+        CheckpointError: there are several.
+    """
+    found = [p for p in sorted(folder.glob("*.gguf")) if "mmproj" not in p.name]
+    first_parts = [p for p in found if not (m := SPLIT_NAME.fullmatch(p.name)) or m[2] == "00001"]
+    if len(first_parts) > 1:
+        raise CheckpointError(
+            f"holds {len(first_parts)} models: {', '.join(p.name for p in first_parts[:3])}",
+            where=str(folder),
+            remedy="Give the file.",
+        )
+    return first_parts[0] if first_parts else None
+
+
+def open_gguf_source(path: Path, name: str | None = None) -> GgufSource:
+    """Open a GGUF file, or the one in a folder.
+
+    Raises:
+        CheckpointError: it is broken, or of an architecture or tokenizer that halfbyte does not read.
+        MissingDependencyError: the package gguf is not installed.
+    """
+    folder = path if path.is_dir() else None
+    located = find_gguf(path) if folder else path
+    if located is None:
+        raise CheckpointError("holds no GGUF file", where=str(path), remedy="Give a .gguf file or a folder with one.")
+    file = open_gguf(located)
+    where = str(located)
+    family = family_in(file.metadata, where)
+    dtype = _dense_dtype(file)
+    notes: list[str] = []
+    companions: Sequence[Path] = ()
+    extra: dict[str, bytes] = {}
+    if folder is not None and (folder / "config.json").exists():
+        config = read_json(folder / "config.json")
+        if not isinstance(config, dict):
+            raise CheckpointError("holds no JSON object", where=str(folder / "config.json"))
+        companions = tuple(companion_files(folder))
+    else:
+        config = _config(file, family, dtype, where)
+        extra = tokenizer_files(file.metadata, config["max_position_embeddings"], where)
+        finals = _final_ids(file.metadata)
+        generation = {k: v for k, v in config.items() if k.endswith("_token_id")}
+        generation |= {"eos_token_id": finals[0] if len(finals) == 1 else finals} if finals else {}
+        extra["generation_config.json"] = (json.dumps(generation, indent=2) + "\n").encode()
+    entries, origins = _listed(file, family, config, dtype, where)
+    return GgufSource(
+        name=name or str(path),
+        file=file,
+        family=family,
+        config=config,
+        entries=entries,
+        origins=origins,
+        companions=companions,
+        extra_files=extra,
+        notes=notes,
+    )
+
+
+def _dense_dtype(file: GgufFile) -> str:
+    """What dense weights become: what halfbyte noted, else the one float type of all matrices, else bfloat16."""
+    noted = file.metadata.get(DTYPE_KEY)
+    if noted in _NAMES:
+        return str(noted)
+    kinds = {t.kind for t in file.tensors.values() if len(t.shape) > 1}
+    return kinds.pop() if len(kinds) == 1 and kinds <= _FLOATS else "BF16"
+
+
+def _config(file: GgufFile, family: Family, dtype: str, where: str) -> dict[str, Any]:
+    shapes = {n: t.shape for n, t in file.tensors.items()}
+    config = config_of(file.metadata, family, shapes, _NAMES[dtype], where)
+    if "rope_freqs.weight" in file.tensors:
+        factors = file.floats("rope_freqs.weight", torch.float32, file.raw("rope_freqs.weight"))
+        if bool((factors != 1).any()):
+            noted = file.metadata.get(ROPE_KEY)
+            config["rope_parameters"] = llama3_rope(config, factors, where, json.loads(noted) if noted else {})
+    return config
+
+
+def _final_ids(metadata: Mapping[str, Any]) -> list[int]:
+    keys = (f"tokenizer.ggml.{k}_token_id" for k in ("eos", "eot", "eom"))
+    return list(dict.fromkeys(metadata[k] for k in keys if k in metadata))
+
+
+def _listed(
+    file: GgufFile, family: Family, config: Mapping[str, Any], dtype: str, where: str
+) -> tuple[dict[str, Entry], dict[str, _Origin]]:
+    """Entries by dense name in the order of the file, experts one by one, and where each lies."""
+    text = config.get("text_config", config)
+    query_heads, kv_heads = text["num_attention_heads"], text["num_key_value_heads"]
+    grids = _noted_grids(file)
+    prefix = "language_model." if "text_config" in config else ""
+    entries: dict[str, Entry] = {}
+    origins: dict[str, _Origin] = {}
+    for name, tensor in file.tensors.items():
+        if name == "rope_freqs.weight":
+            continue
+        dense = _dense_name(name, family)
+        if dense is None:
+            raise CheckpointError(
+                f"tensor {name} has no counterpart in a {family.model_types[0]} checkpoint",
+                where=where,
+                remedy="Please report the model.",
+            )
+        experts = range(tensor.shape[0]) if "{e}" in dense else [None]
+        shape = tensor.shape[1:] if "{e}" in dense else tensor.shape
+        grid = _grid(tensor, shape, grids.get(name))
+        for expert in experts:
+            full = prefix + (dense if expert is None else dense.replace("{e}", str(expert)))
+            entries[full] = Entry(name=full, dtype=dtype, shape=shape, grid=grid)
+            origins[full] = _Origin(tensor=name, expert=expert, heads=turned_heads(family, name, query_heads, kv_heads))
+    return entries, origins
+
+
+def _dense_name(name: str, family: Family) -> str | None:
+    stem, _, leaf = name.rpartition(".")
+    layer = ""
+    if match := re.fullmatch(r"blk\.(\d+)\.(.*)", stem):
+        layer, stem = match[1], f"blk.{{}}.{match[2]}"
+    if stem not in family.names or leaf not in ("weight", "bias"):
+        return None
+    return f"{family.names[stem].replace('{}', layer)}.{leaf}"
+
+
+def _noted_grids(file: GgufFile) -> dict[str, dict[str, Any]]:
+    try:
+        noted = json.loads(file.metadata.get(GRIDS_KEY, "{}"))
+    except ValueError:
+        noted = None
+    if not isinstance(noted, dict):
+        raise CheckpointError(f"metadata {GRIDS_KEY} are not what halfbyte writes", where=str(file.path))
+    return noted
+
+
+def _grid(tensor: GgufTensor, shape: tuple[int, ...], noted: Mapping[str, Any] | None) -> Grid | None:
+    """The grid of a Linear inside a block, by what halfbyte noted or by its type; ``None`` for floats."""
+    if not tensor.name.startswith("blk.") or len(shape) != 2 or ".ffn_gate_inp" in tensor.name:
+        return None
+    if noted is not None and tensor.kind in BLOCK_BYTES:
+        weights = WeightFormat(num_bits=noted["bits"], symmetric=noted["symmetric"], group_size=noted["group_size"])
+        return Grid(weights=weights, scale_dtype=noted["scale_dtype"])
+    if tensor.kind not in _PLAIN_BITS:
+        return None
+    return Grid(weights=WeightFormat(num_bits=_PLAIN_BITS[tensor.kind], group_size=BLOCK), scale_dtype="F16")
