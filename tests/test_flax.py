@@ -22,6 +22,7 @@ from halfbyte.conversion.flax_layout import layout
 from halfbyte.conversion.flax_qat import open_flax
 from halfbyte.conversion.run import convert
 from halfbyte.errors import CheckpointError, HalfbyteError, UsageError
+from test_gemma3_tokenizer import sentencepiece_like_gemmas
 
 pytestmark = pytest.mark.skipif(not flax.has_orbax, reason="needs orbax-checkpoint, jax and tensorstore")
 
@@ -413,20 +414,27 @@ def _in_tree(name: str) -> str:
 
 def test_files_that_belong_to_it_arrive(cases: Mapping[str, Case], tmp_path: Path) -> None:
     case = cases["pictures bf16"]
-    (case.path.parent / "tokenizer.model").write_bytes(b"a SentencePiece model")
+    (case.path.parent / "tokenizer.model").write_bytes(sentencepiece_like_gemmas(tmp_path / "sp", flax.VOCAB))
+    (case.path.parent / "LICENSE").write_text("Gemma Terms of Use")
     try:
         record = convert(case.path.parent, tmp_path / "out", to="dense", config=case.beside)
     finally:
         (case.path.parent / "tokenizer.model").unlink()
+        (case.path.parent / "LICENSE").unlink()
     found = {p.name for p in (tmp_path / "out").iterdir()}
-    assert {"tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= found
-    assert {"preprocessor_config.json", "processor_config.json", "config.json"} <= found
-    assert any("special tokens and chat template are halfbyte's" in n for n in record.notes)
+    assert {"tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"} <= found
+    assert {"generation_config.json", "preprocessor_config.json", "processor_config.json", "config.json"} <= found
+    assert any("made from tokenizer.model alone" in n for n in record.notes)
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [1, 106]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.convert_tokens_to_ids("<image_soft_token>") == flax.VOCAB
     with pytest.raises(CheckpointError, match=r"has no tokenizer\.model beside it"):
         open_flax(case.path, config=case.beside)
     with pytest.raises(UsageError, match="holds no tokenizer"):
         open_flax(case.path, config=case.beside, tokenizer=case.path)
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_like_gemmas(tmp_path / "sp", flax.VOCAB - 10))
+    with pytest.raises(CheckpointError, match="has 310 tokens, and the checkpoint 320"):
+        open_flax(case.path, config=case.beside, tokenizer=tmp_path / "tokenizer.model")
 
 
 def test_the_users_files_win(cases: Mapping[str, Case], tmp_path: Path) -> None:
@@ -440,29 +448,18 @@ def test_the_users_files_win(cases: Mapping[str, Case], tmp_path: Path) -> None:
     assert config["sliding_window"] == flax.TEXT["sliding_window"]
 
 
-def test_the_chat_template_writes_turns_as_gemma_reads_them() -> None:
-    from halfbyte.conversion.gemma3_tokenizer import TEMPLATE
-
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=__import__("tokenizers").Tokenizer(__import__("tokenizers").models.BPE()), bos_token="<bos>"
-    )
-    tokenizer.chat_template = TEMPLATE
-
-    def text(messages: Any, **options: Any) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-
-    turns = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": " Hello. "},
-        {"role": "assistant", "content": "Hi."},
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
-    ]
-    assert text(turns, add_generation_prompt=True) == (
-        "<bos><start_of_turn>user\nBe brief.\n\nHello.<end_of_turn>\n<start_of_turn>model\nHi.<end_of_turn>\n"
-        "<start_of_turn>user\n<start_of_image>What is it?<end_of_turn>\n<start_of_turn>model\n"
-    )
-    with pytest.raises(Exception, match="turns of user and assistant"):
-        text([turns[1], turns[1]])
+def test_gguf_holds_the_weights_of_the_dense_copy(cases: Mapping[str, Case], tmp_path: Path) -> None:
+    case = cases["text bf16"]
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_like_gemmas(tmp_path / "sp", flax.VOCAB))
+    options = {"config": case.beside, "tokenizer": tmp_path / "tokenizer.model"}
+    convert(case.path, tmp_path / "dense", to="dense", **options)
+    record = convert(case.path, tmp_path / "gguf", to="gguf", **options)
+    assert record.exact == record.quantized == 49
+    convert(tmp_path / "gguf", tmp_path / "again", to="dense")
+    first, second = tiny.stored(tmp_path / "dense"), tiny.stored(tmp_path / "again")
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name].to(tensor.dtype)), name
 
 
 def test_auto_finds_flax_and_verify_knows_the_outcome(cases: Mapping[str, Case], tmp_path: Path) -> None:

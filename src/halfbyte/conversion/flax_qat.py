@@ -190,7 +190,7 @@ def open_flax(
             f"{sum(not p.linear for p in narrowed)} tensors that are not quantised were stored as float32 and are "
             "rounded to bfloat16; --dtype float32 keeps them"
         )
-    files = find_tokenizer(tokenizer, [around, path, path.parent], chat=chat, tower=tower is not None)
+    files = find_tokenizer(tokenizer, [around, path, path.parent], chat=chat, tower=tower is not None, vocab=text.vocab)
     return FlaxSource(
         name=str(source),
         path=path,

@@ -1,9 +1,9 @@
 """The tokenizer that belongs to a Flax checkpoint: the user's folder, or the SentencePiece model that lies beside it.
 
 Kaggle's archives hold a ``tokenizer.model`` and nothing else that is not weights. The ``tokenizer.json`` that engines
-want is made from its pieces and scores; which tokens are special, that a text begins with one, and how a chat is written
-are facts about Gemma 3 (ai.google.dev/gemma/docs/core/prompt-structure), in our words. Who wants the files that Google
-publishes for Hugging Face gives their folder with ``--tokenizer``.
+want is made from its pieces and scores; which tokens are special, that a text begins with one, and how a chat is
+written are facts about Gemma 3 (ai.google.dev/gemma/docs/core/prompt-structure), in our words. Who wants the files that
+Google publishes for Hugging Face gives their folder with ``--tokenizer``.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Tokenizer:
     notes: Sequence[str] = ()
 
 
-def find_tokenizer(given: Path | None, beside: Sequence[Path], *, chat: bool, tower: bool) -> Tokenizer:
+def find_tokenizer(given: Path | None, beside: Sequence[Path], *, chat: bool, tower: bool, vocab: int) -> Tokenizer:
     """The files that a converted checkpoint gets.
 
     Args:
@@ -84,6 +84,7 @@ def find_tokenizer(given: Path | None, beside: Sequence[Path], *, chat: bool, to
         beside: folders to look into otherwise.
         chat: whether a chat template belongs to it.
         tower: whether there are pictures, which have a token of their own.
+        vocab: rows of the embedding table.
 
     Raises:
         UsageError: ``given`` holds no tokenizer.
@@ -91,15 +92,15 @@ def find_tokenizer(given: Path | None, beside: Sequence[Path], *, chat: bool, to
     """
     if given is not None:
         if given.is_file() and given.suffix == ".model":
-            return _from_model(given, chat=chat, tower=tower)
+            return _from_model(given, chat=chat, tower=tower, vocab=vocab)
         if given.is_dir() and any((given / n).is_file() for n in KNOWN):
-            return _from_folder(given, chat=chat, tower=tower)
+            return _from_folder(given, chat=chat, tower=tower, vocab=vocab)
         raise UsageError(f"holds no tokenizer ({' or '.join(KNOWN)})", where=f"--tokenizer {given}")
     for folder in beside:
         if (folder / "tokenizer.json").is_file():
-            return _from_folder(folder, chat=chat, tower=tower)
+            return _from_folder(folder, chat=chat, tower=tower, vocab=vocab)
         if (folder / MODEL).is_file():
-            return _from_model(folder / MODEL, chat=chat, tower=tower)
+            return _from_model(folder / MODEL, chat=chat, tower=tower, vocab=vocab)
     raise CheckpointError(
         f"has no {MODEL} beside it",
         where=str(beside[0]),
@@ -107,9 +108,9 @@ def find_tokenizer(given: Path | None, beside: Sequence[Path], *, chat: bool, to
     )
 
 
-def _from_folder(folder: Path, *, chat: bool, tower: bool) -> Tokenizer:
+def _from_folder(folder: Path, *, chat: bool, tower: bool, vocab: int) -> Tokenizer:
     if not (folder / "tokenizer.json").is_file():
-        made = _from_model(folder / MODEL, chat=chat, tower=tower)
+        made = _from_model(folder / MODEL, chat=chat, tower=tower, vocab=vocab)
         files = [f for f in companion_files(folder) if not f.name.startswith("_") and f.name != "commit_success.txt"]
         names = {f.name for f in files}
         written = {n: c for n, c in made.written.items() if n not in names}
@@ -117,22 +118,26 @@ def _from_folder(folder: Path, *, chat: bool, tower: bool) -> Tokenizer:
     return Tokenizer(companions=list(companion_files(folder)))
 
 
-def _from_model(file: Path, *, chat: bool, tower: bool) -> Tokenizer:
+def _from_model(file: Path, *, chat: bool, tower: bool, vocab: int) -> Tokenizer:
     beside = sorted(f for f in file.parent.iterdir() if f.is_file())
     return Tokenizer(
         companions=[file, *(f for f in beside if f.stem.upper() in ("LICENSE", "LICENCE", "NOTICE", "TERMS"))],
-        written=_written(file, chat=chat, tower=tower),
+        written=_written(file, chat=chat, tower=tower, vocab=vocab),
         notes=[f"tokenizer.json, the list of special tokens and the chat template are made from {file.name} alone"],
     )
 
 
-def _written(file: Path, *, chat: bool, tower: bool) -> dict[str, bytes]:
+def _written(file: Path, *, chat: bool, tower: bool, vocab: int) -> dict[str, bytes]:
     """The files that transformers wants, out of the SentencePiece model."""
     model = read_sentencepiece(file)
     missing = [t for t in SPECIAL if t not in model.pieces]
     if not model.is_bpe or not model.is_plain or model.adds_space or missing:
         why = f"it has no {missing[0]}" if missing else "it merges or normalises otherwise"
         raise CheckpointError("is not Gemma 3's tokenizer", where=str(file), why=why, remedy="Give --tokenizer FOLDER.")
+    if len(model.pieces) > vocab or (tower and len(model.pieces) != vocab):
+        raise CheckpointError(
+            f"has {len(model.pieces)} tokens, and the checkpoint {vocab}", where=str(file), remedy="Give its own."
+        )
     kinds = [CONTROL if p in SPECIAL else k for p, k in zip(model.pieces, model.kinds, strict=True)]
     fields: dict[str, Any] = {
         "ggml.model": "llama",
