@@ -29,7 +29,7 @@ from halfbyte.errors import CheckpointError, HalfbyteError, raise_all
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 # Files that say how the source was quantised, and would say it of the target.
-STALE = frozenset({"quantize_config.json", "quant_config.json", "recipe.yaml"})
+STALE = frozenset({"quantize_config.json", "quant_config.json", "quantization_config.json"})
 NESTED_CONFIGS = ("text_config", "llm_config", "language_config")
 
 
