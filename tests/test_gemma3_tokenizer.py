@@ -56,7 +56,7 @@ def sentencepiece_like_gemmas(scratch: Path, vocab: int, **other: Any) -> bytes:
         "remove_extra_whitespaces": False,
         "normalization_rule_name": "identity",
         "allow_whitespace_only_pieces": True,
-        "character_coverage": 0.9,
+        "character_coverage": 0.98,
         "minloglevel": 2,
     }
     sentencepiece.SentencePieceTrainer.train(
