@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from halfbyte.conversion import gemma3
 from halfbyte.conversion.flax_layout import layout
 from halfbyte.conversion.flax_qat import open_flax
 from halfbyte.conversion.run import convert
-from halfbyte.errors import CheckpointError, HalfbyteError, UsageError
+from halfbyte.errors import CheckpointError, HalfbyteError, MissingDependencyError, UsageError
 from test_gemma3_tokenizer import sentencepiece_like_gemmas
 
 pytestmark = pytest.mark.skipif(not flax.has_orbax, reason="needs orbax-checkpoint, jax and tensorstore")
@@ -57,13 +58,14 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Case]:
     variants = {
         "zarr3": flax.Job(arrays=text, out=root / "zarr3", zarr3=True),
         "folders": flax.Job(arrays=text, out=root / "folders", ocdbt=False),
+        "folders f32": flax.Job(arrays=made["text f32"].arrays, out=root / "folders32", ocdbt=False),
         "folders zarr3": flax.Job(arrays=text, out=root / "folders3", ocdbt=False, zarr3=True),
         "nested": flax.Job(arrays=_as_saved_today(made["pictures bf16"].arrays), out=root / "nested", nested=True),
     }
     flax.write([*jobs.values(), *variants.values()], root)
     configs = {k: flax.save_config(m, root / f"config {k}") for k, m in made.items()}
     found = {k: Case(made[k], job.out, configs[k]) for k, job in jobs.items()}
-    of = {"nested": "pictures bf16"}
+    of = {"nested": "pictures bf16", "folders f32": "text f32"}
     return found | {
         k: Case(made[of.get(k, "text bf16")], job.out, configs[of.get(k, "text bf16")]) for k, job in variants.items()
     }
@@ -211,9 +213,11 @@ def rewritten(case: Case, folder: Path, array: str, change: Any) -> Path:
     key = array.rpartition("/")
     place = {"driver": "file", "path": f"{out}/{key[0]}.{key[2]}/"}
     store = tensorstore.open({"driver": "zarr", "kvstore": place}, open=True).result()
-    value = torch.from_numpy(store.read().result().view("int16")).view(torch.bfloat16)
-    change(value)
-    store.write(value.view(torch.int16).numpy().view(store.dtype.numpy_dtype)).result()
+    read = store.read().result()
+    wide = read.dtype.itemsize == 4
+    value = torch.from_numpy(read if wide else read.view("int16"))
+    change(value if wide else value.view(torch.bfloat16))
+    store.write(value.numpy().view(store.dtype.numpy_dtype)).result()
     return out
 
 
@@ -236,6 +240,25 @@ def test_a_value_off_the_grid_names_tensor_and_place(cases: Mapping[str, Case], 
     assert "output 5, inputs 64 to 95" in error
     assert "transformer/layer_4/mlp/gating_einsum" in error
     assert "damaged" in error
+
+
+def test_weights_beside_their_grid_need_permission(cases: Mapping[str, Case], tmp_path: Path) -> None:
+    case = cases["folders f32"]
+
+    def change(w: torch.Tensor) -> None:
+        w[2] = torch.nextafter(w[2], torch.tensor(torch.inf))
+
+    path = rewritten(case, tmp_path / "in", "transformer/layer_0/attn/q_einsum/w", change)
+    error = str(refused(case, path, tmp_path))
+    assert "model.layers.0.self_attn.q_proj.weight is not on an int4 grid" in error
+    assert "beside one by a few last places; --allow-requantize puts them onto it" in error
+    convert(case.path, tmp_path / "straight", to="awq", **case.options)
+    record = convert(path, tmp_path / "moved", to="awq", allow_requantize=True, **case.options)
+    assert any(
+        n.startswith("1 Linears lay beside their grids") and "layers.0.self_attn.q_proj" in n for n in record.notes
+    )
+    first, second = tiny.stored(tmp_path / "straight"), tiny.stored(tmp_path / "moved")
+    assert all(torch.equal(t, second[n]) for n, t in first.items())
 
 
 def test_a_checkpoint_that_was_not_trained_for_int4_is_told_apart(cases: Mapping[str, Case], tmp_path: Path) -> None:
@@ -448,8 +471,9 @@ def test_the_users_files_win(cases: Mapping[str, Case], tmp_path: Path) -> None:
     assert config["sliding_window"] == flax.TEXT["sliding_window"]
 
 
-def test_gguf_holds_the_weights_of_the_dense_copy(cases: Mapping[str, Case], tmp_path: Path) -> None:
-    case = cases["text bf16"]
+@pytest.mark.parametrize("kind", ["text bf16", "text f32", "pictures bf16"])
+def test_gguf_holds_the_weights_of_the_dense_copy(cases: Mapping[str, Case], kind: str, tmp_path: Path) -> None:
+    case = cases[kind]
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_like_gemmas(tmp_path / "sp", flax.VOCAB))
     options = {"config": case.beside, "tokenizer": tmp_path / "tokenizer.model"}
     convert(case.path, tmp_path / "dense", to="dense", **options)
@@ -460,6 +484,14 @@ def test_gguf_holds_the_weights_of_the_dense_copy(cases: Mapping[str, Case], tmp
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name].to(tensor.dtype)), name
+
+
+def test_without_tensorstore_the_message_says_what_to_install(
+    cases: Mapping[str, Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorstore", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'halfbyte\[flax\]'"):
+        open_flax(cases["text bf16"].path)
 
 
 def test_auto_finds_flax_and_verify_knows_the_outcome(cases: Mapping[str, Case], tmp_path: Path) -> None:

@@ -174,6 +174,26 @@ def test_a_value_moved_off_the_grid_is_found_by_both(
         assert found.codes[0].tolist() == slow[0]
 
 
+def test_what_lies_beside_a_grid_is_taken_with_slack_alone() -> None:
+    torch.manual_seed(9)
+    codes = torch.randint(-8, 8, (50, 4 * GROUP), dtype=torch.int8)
+    scales = torch.rand(50, 4) * 0.02 + 1e-4
+    straight = on_grid(codes, scales, F32)
+    before = straight + torch.randn_like(straight) * 1e-3
+    weight = before + (straight - before)  # as straight-through estimators compute it
+    assert not torch.equal(weight, straight)
+    assert isinstance(recover(weight), OffGrid)
+    found = recover(weight, slack=2.0**-20)
+    assert isinstance(found, Lattice)
+    assert found.codes is not None
+    plain = found.codes.unflatten(1, (-1, GROUP)).abs().amax(-1) == codes.unflatten(1, (-1, GROUP)).abs().amax(-1)
+    assert plain.float().mean() > 0.9
+    assert torch.equal(found.codes.unflatten(1, (-1, GROUP))[plain], codes.unflatten(1, (-1, GROUP))[plain])
+    room = weight.unflatten(1, (-1, GROUP)).abs().amax(-1, keepdim=True) * 2.0**-20
+    assert bool(((on_grid(found.codes, found.scales, F32) - weight).unflatten(1, (-1, GROUP)).abs() <= room).all())
+    assert isinstance(recover(torch.randn(8, GROUP), slack=2.0**-20), OffGrid)
+
+
 def test_random_weights_are_on_no_grid() -> None:
     torch.manual_seed(5)
     for stored in (BF16, F32):

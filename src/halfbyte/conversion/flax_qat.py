@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from halfbyte.conversion.source import Entry
 from halfbyte.errors import CheckpointError, NumericsError, UsageError
 from halfbyte.schemes import WeightFormat
 
+# Beside the grid by so much of a group's largest number at most, some last places of float32, for --allow-requantize.
+SLACK = 2.0**-20
 INT4 = Grid(weights=WeightFormat(num_bits=4, group_size=GROUP), scale_dtype="F32")
 NOMINAL = {"bfloat16": "BF16", "float32": "F32"}
 
@@ -78,10 +80,23 @@ class FlaxSource:
     entries: Mapping[str, Entry]
     companions: Sequence[Path]
     extra_files: Mapping[str, bytes]
-    notes: Sequence[str]
+    said: Sequence[str]
     pieces: Mapping[str, Piece]
     arrays: _Arrays
+    near: bool = False
+    moved: dict[str, None] = field(default_factory=dict)
     format: str = "flax"
+
+    @property
+    def notes(self) -> Sequence[str]:
+        if not self.moved:
+            return self.said
+        first = ", ".join(n.removesuffix(".weight") for n in list(self.moved)[:3])
+        return [
+            *self.said,
+            f"{len(self.moved)} Linears lay beside their grids, by 2^-20 of a group's largest number at most, and were "
+            f"put onto them (--allow-requantize), first {first}",
+        ]
 
     @property
     def quantization(self) -> Mapping[str, Any]:
@@ -113,6 +128,13 @@ class FlaxSource:
         if self.entries[name].dtype == "BF16" and _is_bfloat16(weight):
             weight = weight.to(torch.bfloat16)
         found = recover(weight, with_codes=with_codes)
+        if isinstance(found, OffGrid) and found.finite:
+            near = recover(weight, with_codes=with_codes, slack=SLACK)
+            if isinstance(near, Lattice) and self.near:
+                self.moved[name] = None
+                found = near
+            elif isinstance(near, Lattice):
+                raise self._off_grid(piece, found, weight, moved=True)
         if isinstance(found, OffGrid):
             raise self._off_grid(piece, found, weight)
         if found.zero_groups == found.scales.numel():
@@ -121,7 +143,7 @@ class FlaxSource:
             )
         return found
 
-    def _off_grid(self, piece: Piece, found: OffGrid, weight: torch.Tensor) -> Exception:
+    def _off_grid(self, piece: Piece, found: OffGrid, weight: torch.Tensor, *, moved: bool = False) -> Exception:
         place = f"output {found.row}, inputs {found.column} to {found.column + GROUP - 1}"
         if not found.finite:
             return NumericsError(
@@ -134,6 +156,8 @@ class FlaxSource:
             remedy = "The checkpoint is damaged, or was trained on after quantisation."
         if weight.dtype == torch.float32 and _is_bfloat16(weight):
             remedy = "Its numbers were rounded to bfloat16 before they were stored as float32: add --dtype bfloat16."
+        if moved:
+            remedy = "All are beside one by a few last places; --allow-requantize puts them onto it."
         return CheckpointError(
             f"{piece.name} is not on an int4 grid: {found.groups} of {found.of} groups of {GROUP} inputs have no scale "
             f"whose multiples from -8 to 7 are their values; the first is {place}: {listed}, ...",
@@ -151,6 +175,7 @@ def open_flax(
     dtype: str | None = None,
     config: Path | None = None,
     tokenizer: Path | None = None,
+    near: bool = False,
 ) -> FlaxSource:
     """Open a checkpoint: headers are read, names and shapes are held against Gemma 3's; no weights yet.
 
@@ -160,6 +185,7 @@ def open_flax(
             Kaggle's int4 checkpoints hold float32; ``None`` is bfloat16, as this model is published for every engine.
         config: a ``config.json`` or its folder, for shapes that are not among the four sizes.
         tokenizer: a folder (or the ``tokenizer.model`` alone); ``None`` looks beside the checkpoint.
+        near: also take Linears that lie beside their grid by a few last places of float32; the notes name them.
 
     Raises:
         CheckpointError: unfinished, truncated, not Gemma 3, or of a shape that needs a config.
@@ -198,9 +224,10 @@ def open_flax(
         entries=entries,
         companions=files.companions,
         extra_files=_extra(files, chat=chat, tower=tower is not None),
-        notes=[*notes, *files.notes],
+        said=[*notes, *files.notes],
         pieces=pieces,
         arrays=_Arrays(checkpoint, arrays),
+        near=near,
     )
 
 

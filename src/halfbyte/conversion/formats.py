@@ -37,11 +37,13 @@ class Beside:
         dtype: of tensors that are not quantised, for sources without a dtype of their own.
         config: a ``config.json`` or its folder.
         tokenizer: a folder, or a tokenizer's file.
+        near: whether numbers may be beside the grid that they stand for, by a few last places.
     """
 
     dtype: str | None = None
     config: Path | None = None
     tokenizer: Path | None = None
+    near: bool = False
 
 
 def open_source(source: str | Path, source_format: str, beside: Beside | None = None) -> Source:
@@ -57,7 +59,7 @@ def open_source(source: str | Path, source_format: str, beside: Beside | None = 
         )
     beside = beside or Beside()
     if source_format == "flax" or (source_format == "auto" and holds_orbax(Path(source))):
-        return open_flax(source, dtype=beside.dtype, config=beside.config, tokenizer=beside.tokenizer)
+        return open_flax(source, dtype=beside.dtype, config=beside.config, tokenizer=beside.tokenizer, near=beside.near)
     for option, value in (("--config", beside.config), ("--tokenizer", beside.tokenizer)):
         if value is not None:
             raise UsageError("is for checkpoints that come without one", where=option, remedy="Leave it out.")

@@ -13,6 +13,10 @@ Given the codes, each ``w`` says between which two numbers ``s`` lies: those who
 the bfloat16 (float16, float32) number nearest to the middle of what all of them leave. Several can be left where ``w``
 was rounded to bfloat16; all of them give the same weight, bit for bit.
 
+Weights that some arithmetic has moved beside their grid, by a few last places (``w + (round(q s) - w)`` does, as
+training computes it), are on none. ``slack`` allows for that: then the scale is the one nearest to the middle of what
+brings every product within ``slack`` times the group's largest number.
+
 A group of zeros has no scale to be found; it gets codes 0 and the scale 1, which is exact as well.
 
 Method: our own. (The idea of trying ``(max - min) / n`` for n = 15..1 is that of the conversion script in
@@ -74,10 +78,11 @@ class Lattice:
     zero_groups: int
 
 
-def recover(weight: torch.Tensor, *, with_codes: bool = True) -> Lattice | OffGrid:
+def recover(weight: torch.Tensor, *, with_codes: bool = True, slack: float = 0.0) -> Lattice | OffGrid:
     """Grid of a weight ``[out, in]`` in bfloat16 or float32, ``in`` a multiple of 32.
 
     ``(codes * scales).to(weight.dtype)``, multiplied in float32, is ``weight``, bit for bit but for the sign of zeros.
+    With ``slack`` (below 0.01) it may be off by so much of each group's largest number.
     """
     rows, columns = weight.shape
     rounded = weight.dtype == torch.bfloat16
@@ -89,7 +94,7 @@ def recover(weight: torch.Tensor, *, with_codes: bool = True) -> Lattice | OffGr
     def strip(first: int) -> None:
         part = slice(first, min(first + _ROWS, rows))
         values = weight[part].to(torch.float32).contiguous().numpy()
-        _recover(values, rounded, codes[part], scales[part], needs[part], faults[part])
+        _recover(values, rounded, slack, codes[part], scales[part], needs[part], faults[part])
 
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
         for _ in pool.map(strip, range(0, rows, _ROWS)):
@@ -148,26 +153,26 @@ def _to_float16(value: float) -> Any:
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def _reproduces(values: Any, codes: Any, scale: Any, rounded: bool) -> bool:
+def _reproduces(values: Any, codes: Any, scale: Any, rounded: bool, room: float) -> bool:
     for i in range(values.shape[0]):
         product = np.float32(np.float32(codes[i]) * scale)
         if rounded:
             product = _to_bfloat16(product)
-        if product != values[i]:
+        if abs(product - values[i]) > room:
             return False
     return True
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]
-def _scale(values: Any, codes: Any, rounded: bool) -> Any:
+def _scale(values: Any, codes: Any, rounded: bool, room: float) -> Any:
     """The narrowest scale that gives these values with these codes, and what it needs; 3 where there is none."""
     ulp = 0x10000 if rounded else 1
     low, high = 0.0, np.inf
     for i in range(values.shape[0]):
         if codes[i] != 0:
             size, code = np.float64(abs(values[i])), np.float64(abs(codes[i]))  # numba's float() of a float32 is one
-            low = max(low, (size + np.float64(_neighbour(size, -ulp))) / 2 / code)
-            high = min(high, (size + np.float64(_neighbour(size, ulp))) / 2 / code)
+            low = max(low, ((size + np.float64(_neighbour(size, -ulp))) / 2 - room) / code)
+            high = min(high, ((size + np.float64(_neighbour(size, ulp))) / 2 + room) / code)
     if low > high:
         return np.float32(0), 3
     middle = np.float32((low + high) / 2)
@@ -177,15 +182,16 @@ def _scale(values: Any, codes: Any, rounded: bool) -> Any:
             candidate = _to_bfloat16(middle)
         elif need == 1:
             candidate = _to_float16(middle)
-        if candidate > 0 and _reproduces(values, codes, candidate, rounded):
+        if candidate > 0 and _reproduces(values, codes, candidate, rounded, room):
             return candidate, need
     return np.float32(0), 3
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _recover(values: Any, rounded: bool, codes: Any, scales: Any, needs: Any, faults: Any) -> None:
+def _recover(values: Any, rounded: bool, slack: float, codes: Any, scales: Any, needs: Any, faults: Any) -> None:
     rows, columns = values.shape
-    tolerance = 0.07 if rounded else 2e-6  # 8 codes, twice the relative error of one rounding, and a margin
+    # 8 codes, twice the relative error of one rounding, and a margin
+    tolerance = (0.07 if rounded else 2e-6) + 16 * slack
     tried = np.zeros(GROUP, dtype=np.int8)
     kept = np.zeros(GROUP, dtype=np.int8)
     for row in range(rows):
@@ -215,7 +221,7 @@ def _recover(values: Any, rounded: bool, codes: Any, scales: Any, needs: Any, fa
                         break
                     tried[i] = np.int8(whole)
                 if fits:
-                    found, found_need = _scale(part, tried, rounded)
+                    found, found_need = _scale(part, tried, rounded, slack * np.float64(largest))
                     if found_need < need:
                         scale, need = found, found_need
                         kept[:] = tried

@@ -83,6 +83,7 @@ def convert(
         dtype=dtype,
         config=None if config is None else Path(config),
         tokenizer=None if tokenizer is None else Path(tokenizer),
+        near=allow_requantize,
     )
     opened = open_source(source, source_format, beside)
     target = target_of(to, dtype if to in ("dense", "gguf") or opened.format != "flax" else None)
