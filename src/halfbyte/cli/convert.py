@@ -26,6 +26,8 @@ SHOWN_WEIGHTS = 5
     help="What SOURCE is; auto finds out.",
 )
 @click.option("--dtype", metavar="DTYPE", help="Of a dense copy: bfloat16, float16, float32.  [default: the config's]")
+@click.option("--tokenizer", metavar="FOLDER", help="For a Flax SOURCE.  [default: tokenizer.model beside it]")
+@click.option("--config", metavar="FILE", help="For a Flax SOURCE of no published size.")
 @click.option(
     "--allow-requantize",
     is_flag=True,
@@ -39,6 +41,8 @@ def command(
     to: str,
     source_format: str,
     dtype: str | None,
+    tokenizer: str | None,
+    config: str | None,
     allow_requantize: bool,
     resume: bool,
     as_json: bool,
@@ -57,6 +61,8 @@ def command(
             to=to,
             source_format=source_format,
             dtype=dtype,
+            tokenizer=tokenizer,
+            config=config,
             allow_requantize=allow_requantize,
             resume=resume,
             reporter=progress,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,41 @@ from halfbyte.checkpoint.source import resolve
 from halfbyte.conversion.awq import AwqDecoder, AwqEncoder
 from halfbyte.conversion.compressed_tensors import CompressedTensorsDecoder, CompressedTensorsEncoder
 from halfbyte.conversion.dense import DTYPES, DenseTarget
+from halfbyte.conversion.flax_qat import open_flax
 from halfbyte.conversion.folder_source import Decoder, open_folder
 from halfbyte.conversion.folder_target import Encoder, FolderTarget
 from halfbyte.conversion.gptq import GptqDecoder, GptqEncoder
+from halfbyte.conversion.orbax import holds_orbax
 from halfbyte.conversion.source import Source
 from halfbyte.conversion.target import Target
 from halfbyte.errors import CheckpointError, UsageError
 from halfbyte.inspection_formats import quantization_config
 from halfbyte.records import read_json
 
-SOURCES = ("auto", "compressed-tensors", "awq", "gptq", "gptq-v2", "gguf", "dense")
+SOURCES = ("auto", "compressed-tensors", "awq", "gptq", "gptq-v2", "gguf", "dense", "flax")
 TARGETS = ("compressed-tensors", "awq", "gptq", "gptq-v2", "gguf", "dense")
 # How older tools call a quantization_config that is a file of its own, and its quant_method.
 LOOSE_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
-def open_source(source: str | Path, source_format: str) -> Source:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """What a source's own files may not say.
+
+    Attributes:
+        dtype: of tensors that are not quantised, for sources without a dtype of their own.
+        config: a ``config.json`` or its folder.
+        tokenizer: a folder, or a tokenizer's file.
+        near: whether numbers may be beside the grid that they stand for, by a few last places.
+    """
+
+    dtype: str | None = None
+    config: Path | None = None
+    tokenizer: Path | None = None
+    near: bool = False
+
+
+def open_source(source: str | Path, source_format: str, beside: Beside | None = None) -> Source:
     """Open a checkpoint of the format given, or of the one that it is found to have.
 
     Raises:
@@ -38,6 +57,12 @@ def open_source(source: str | Path, source_format: str) -> Source:
         raise UsageError(
             f"unknown format {source_format!r}", where="--from", remedy=f"Use one of {', '.join(SOURCES)}."
         )
+    beside = beside or Beside()
+    if source_format == "flax" or (source_format == "auto" and holds_orbax(Path(source))):
+        return open_flax(source, dtype=beside.dtype, config=beside.config, tokenizer=beside.tokenizer, near=beside.near)
+    for option, value in (("--config", beside.config), ("--tokenizer", beside.tokenizer)):
+        if value is not None:
+            raise UsageError("is for checkpoints that come without one", where=option, remedy="Leave it out.")
     if is_gguf(source):
         if source_format not in ("auto", "gguf"):
             raise _other_format("gguf", source_format)

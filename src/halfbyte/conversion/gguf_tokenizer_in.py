@@ -122,7 +122,7 @@ def _added(tokens: Sequence[str], kinds: Sequence[int]) -> list[dict[str, Any]]:
             "single_word": False,
             "lstrip": False,
             "rstrip": False,
-            "normalized": False,
+            "normalized": SPACE in token,  # runs of spaces are looked for behind the normalizer, which makes them
             "special": kind != USER_DEFINED,
         }
         for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))

@@ -22,7 +22,7 @@ import torch
 from halfbyte.checkpoint.layout import MAX_SHARD_BYTES, write_error
 from halfbyte.checkpoint.reader import DTYPE_NAMES, DTYPES, combined_digest, digest_of
 from halfbyte.conversion.coded import Grid, Steps
-from halfbyte.conversion.formats import open_source, target_of
+from halfbyte.conversion.formats import Beside, open_source, target_of
 from halfbyte.conversion.requantize import requantized, with_scales
 from halfbyte.conversion.source import Entry, Source
 from halfbyte.conversion.target import Facts, Files, Obstacle, Target
@@ -43,6 +43,8 @@ def convert(
     to: str,
     source_format: str = "auto",
     dtype: str | None = None,
+    config: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     allow_requantize: bool = False,
     resume: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -55,7 +57,10 @@ def convert(
         out: folder (or file, for formats of one file) that does not exist yet.
         to: a name of :data:`halfbyte.conversion.formats.TARGETS`.
         source_format: a name of :data:`halfbyte.conversion.formats.SOURCES`, or ``auto``.
-        dtype: of a dense target: ``bfloat16``, ``float16``, ``float32``; ``None`` is what the config says.
+        dtype: of a dense target: ``bfloat16``, ``float16``, ``float32``; ``None`` is what the config says. With a Flax
+            source, of everything that is not quantised.
+        config: of a source that comes without one, where it cannot be told: a file, or its folder.
+        tokenizer: likewise.
         allow_requantize: round again what the target cannot express; the record says what and how far it is off.
         resume: continue an unfinished run.
         max_shard_bytes: size of a weight file, at most.
@@ -75,8 +80,14 @@ def convert(
     out = Path(out)
     if already_published(out):
         return read_record(ConvertRecord, out / CONVERT_NAME)
-    opened = open_source(source, source_format)
-    target = target_of(to, dtype)
+    beside = Beside(
+        dtype=dtype,
+        config=None if config is None else Path(config),
+        tokenizer=None if tokenizer is None else Path(tokenizer),
+        near=allow_requantize,
+    )
+    opened = open_source(source, source_format, beside)
+    target = target_of(to, dtype if to in ("dense", "gguf") or opened.format != "flax" else None)
     facts = survey(opened, reporter)
     regrids = settle(opened, target, facts, allow_requantize=allow_requantize)
     entries = [replace(e, grid=regrids[e.name]) if e.name in regrids else e for e in target.entries(opened, facts)]
@@ -85,6 +96,8 @@ def convert(
         "fingerprint": opened.fingerprint(),
         "to": to,
         "dtype": dtype,
+        "config": None if config is None else str(config),
+        "tokenizer": None if tokenizer is None else str(tokenizer),
         "allow_requantize": allow_requantize,
         "max_shard_bytes": max_shard_bytes,
         "halfbyte": version("halfbyte"),
