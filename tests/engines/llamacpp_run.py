@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["LLAMA_MEDIA_MARKER"] = "<__media__>"  # otherwise another one in each process
-import xllamacpp  # noqa: E402
+import xllamacpp
 
 
 def main(question: Path, answer: Path) -> None:
