@@ -77,6 +77,15 @@ def test_and_beside_the_dense_original(to: str, converted: Any, tiny_model: Mode
     assert outcomes(record)["copies"] == "passed"
 
 
+@pytest.mark.parametrize("via", ["awq", "gptq-v2"])
+def test_back_in_compressed_tensors_transformers_loads_it(via: str, converted: Any, tmp_path: Path) -> None:
+    """Linears that are dense in every block are ignored by name, though AWQ and GPTQ say so in other words."""
+    halfbyte.convert(converted(via), tmp_path / "back", to="compressed-tensors")
+    record = halfbyte.verify(tmp_path / "back", source=converted(via))
+    assert record.passed, record
+    assert outcomes(record)["weights"] == outcomes(record)["logits"] == "passed"
+
+
 def spoilt(folder: Path, tmp_path: Path, edit: Callable[[dict[str, torch.Tensor]], None], *, recorded: bool) -> Path:
     out = tmp_path / "spoilt"
     shutil.copytree(folder, out)

@@ -76,11 +76,12 @@ def verify(
     prompts: Sequence[str] | None = None,
     reporter: Reporter | None = None,
 ) -> VerifyRecord:
-    """Check a quantised compressed-tensors checkpoint and write ``verify.json`` into it.
+    """Check a quantised checkpoint (compressed-tensors, AutoAWQ, AutoGPTQ) and write ``verify.json`` into it.
 
     Args:
         checkpoint: local folder; halfbyte's own, or another tool's as far as the checks apply.
-        source: local folder of the checkpoint it was made from; without it ``copies`` and ``error`` are skipped.
+        source: local folder of the checkpoint it was made from, in any of these formats or dense; without it ``copies``
+            and ``error`` are skipped. Beside a quantised one, a dense checkpoint is checked too.
         reload: whether to load it with transformers; ``None`` does so where two dense copies fit in free memory.
         prompts: texts for the logits; by default three short ones, or fixed token ids where there is no tokenizer.
         reporter: listener for progress.
@@ -229,7 +230,7 @@ def _require_compressed_tensors(found: Inventory, *, quantized: bool) -> None:
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method is not None and method != "compressed-tensors":
         raise CheckpointError(
-            f"the checkpoint is quantised with {method!r}, and verify reads compressed-tensors",
+            f"the checkpoint is quantised with {method!r}, and verify reads compressed-tensors, awq and gptq",
             where=str(found.folder),
             remedy="Use `halfbyte inspect` on it.",
         )
