@@ -483,3 +483,69 @@ def test_unknown_names_and_options(tmp_path: Path) -> None:
     assert "the checkpoint's format is awq" in refused(source, tmp_path / "out", "dense", source_format="gptq")
     assert "int8 is no dtype" in refused(source, tmp_path / "out", "dense", dtype="int8")
     assert "float16 is no dtype of a awq checkpoint" in refused(source, tmp_path / "out", "awq", dtype="float16")
+
+
+# --- eight bits and floats
+
+
+def plain(folder: Path, weight: torch.Tensor, scale: torch.Tensor, **change: Any) -> Path:
+    """One Linear in int-quantized or float-quantized form."""
+    kind = "float" if weight.dtype == torch.float8_e4m3fn else "int"
+    form = f"{kind}-quantized"
+    numbers = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "channel", "dynamic": False}
+    inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True} | change
+    group = {"targets": ["Linear"], "weights": numbers, "input_activations": inputs, "format": form}
+    config = {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
+    leaves = {"weight": weight, "weight_scale": scale}
+    if change:
+        leaves["input_scale"] = torch.ones(1)
+    return coded.publish(folder, {UP: leaves}, config)
+
+
+def test_int8_with_int8_inputs(tmp_path: Path) -> None:
+    codes = torch.randint(-128, 128, (32, 64), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
+    scale = torch.linspace(0.01, 0.02, 32)[:, None].to(torch.bfloat16)
+    source = plain(tmp_path / "source", codes, scale)
+    record = halfbyte.convert(source, tmp_path / "gptq", to="gptq")
+    assert any("round activations" in n for n in record.notes)
+    weight = Coded(bits=8, codes=codes.numpy().astype(np.int64) + 128, scales=scale, zeros=None, group_size=None)
+    assert same(module_of(tmp_path / "gptq", UP), coded.gptq(weight))
+    halfbyte.convert(source, tmp_path / "same", to="compressed-tensors")
+    assert same(tiny.stored(tmp_path / "same"), tiny.stored(source))
+    group = quantization_of(tmp_path / "same")["config_groups"]["group_0"]
+    assert (group["format"], group["input_activations"]["dynamic"]) == ("int-quantized", True)
+
+
+def test_float8_goes_to_dense_and_stays_itself(tmp_path: Path) -> None:
+    weight = torch.randn((32, 64), generator=torch.Generator().manual_seed(1)).to(torch.float8_e4m3fn)
+    scale = torch.linspace(0.01, 0.02, 32)[:, None].to(torch.bfloat16)
+    source = plain(tmp_path / "source", weight, scale)
+    assert "float8" in refused(source, tmp_path / "out", "gptq")
+    halfbyte.convert(source, tmp_path / "dense", to="dense", dtype="float32")
+    assert torch.equal(tiny.stored(tmp_path / "dense")[f"{UP}.weight"], weight.float() * scale.float())
+    halfbyte.convert(source, tmp_path / "same", to="compressed-tensors")
+    assert same(tiny.stored(tmp_path / "same"), tiny.stored(source))
+
+
+def test_static_scales_of_activations_are_left_behind_and_said(tmp_path: Path) -> None:
+    weight = torch.ones((32, 64)).to(torch.float8_e4m3fn)
+    source = plain(tmp_path / "source", weight, torch.ones(32, 1), dynamic=False, strategy="tensor")
+    record = halfbyte.convert(source, tmp_path / "out", to="dense")
+    assert f"{UP}.input_scale" not in tiny.stored(tmp_path / "out")
+    assert any("left behind" in n for n in record.notes)
+
+
+def test_words_on_the_command_line(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    import sys
+
+    from halfbyte.cli.main import entry_point
+
+    source = build("awq", {UP: random_coded(1)}, tmp_path / "source")
+    monkeypatch.setattr(
+        sys, "argv", ["halfbyte", "convert", str(source), str(tmp_path / "out"), "--to", "gptq", "--json"]
+    )
+    entry_point()
+    assert json.loads(capfd.readouterr().out)["exact"] == 1
+    monkeypatch.setattr(sys, "argv", ["halfbyte", "convert", str(source), str(tmp_path / "b"), "--to", "dense"])
+    entry_point()
+    assert "awq -> dense" in capfd.readouterr().out

@@ -23,7 +23,7 @@ import torch
 from halfbyte.checkpoint.reader import TensorInfo
 from halfbyte.conversion.bits import pack_rows, unpack_rows, words_in
 from halfbyte.conversion.coded import CodedWeight, Grid, Steps
-from halfbyte.conversion.config import integer_in, plain_modules
+from halfbyte.conversion.config import integer_in, plain_modules, unrounded
 from halfbyte.conversion.folder_source import Module
 from halfbyte.conversion.source import Entry, Source
 from halfbyte.conversion.target import Facts, Obstacle
@@ -34,6 +34,7 @@ from halfbyte.schemes import WeightFormat
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 BITS = 4
 MIDDLE = 1 << (BITS - 1)
+ALL_MIDDLE = -0x77777778  # 0x88888888 as int32
 FLOATS = ("F16", "BF16", "F32")
 
 
@@ -119,7 +120,7 @@ class AwqDecoder:
         return Grid(weights=weights, scale_dtype=module.info("scales").dtype), (8 * columns, in_features)
 
     def is_symmetric(self, module: Module) -> bool:
-        return bool((module.read("qzeros") == -0x77777778).all())
+        return bool((module.read("qzeros") == ALL_MIDDLE).all())
 
     def steps(self, module: Module, entry: Entry) -> Steps:
         scales = module.read("scales").T.contiguous()
@@ -160,12 +161,12 @@ class AwqEncoder:
     def encode(self, entry: Entry, weight: CodedWeight) -> dict[str, torch.Tensor]:
         scales, zeros = weight.steps.scales, weight.steps.zero_points
         if zeros is None:
-            unsigned = torch.full(tuple(scales.T.shape), MIDDLE, dtype=torch.uint8)
+            qzeros = torch.full((scales.shape[1], scales.shape[0] // 8), ALL_MIDDLE, dtype=torch.int32)
         else:
-            unsigned = (zeros.T + MIDDLE).to(torch.uint8)
+            qzeros = pack_rows(_ordered((zeros.T + MIDDLE).to(torch.uint8)), BITS)
         return {
             "qweight": pack_columns(weight.words, weight.in_features),
-            "qzeros": pack_rows(_ordered(unsigned), BITS),
+            "qzeros": qzeros,
             "scales": scales.T.contiguous(),
         }
 
@@ -184,11 +185,9 @@ class AwqEncoder:
     def notes(self, source: Source, entries: Sequence[Entry]) -> list[str]:
         dense = Counter(e.dtype for e in entries if e.grid is None)
         if dense.most_common(1) and dense.most_common(1)[0][0] == "BF16":
-            return [
-                "AutoAWQ's own kernels compute in float16; this checkpoint's other weights are bfloat16, which vLLM "
-                "runs and transformers casts"
-            ]
-        return []
+            kernels = "AutoAWQ's own kernels compute in float16; this checkpoint's other weights are bfloat16, "
+            return [*unrounded(source), kernels + "which vLLM runs and transformers casts"]
+        return unrounded(source)
 
 
 def _commonest_size(coded: Sequence[Entry]) -> int | None:

@@ -130,7 +130,7 @@ def _weight_format(stated: Mapping[str, Any]) -> WeightFormat:
 
 def _activations(group: Mapping[str, Any]) -> ActivationFormat | None:
     stated = group.get("input_activations")
-    if not isinstance(stated, dict):
+    if not isinstance(stated, dict) or stated.get("dynamic") is False:  # static ones are left behind
         return None
     size = stated.get("group_size") if stated.get("strategy") == "group" else None
     return ActivationFormat(

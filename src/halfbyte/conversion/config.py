@@ -26,6 +26,13 @@ def integer_in(config: Mapping[str, Any], where: str, *keys: str) -> int:
     )
 
 
+def unrounded(source: Source) -> list[str]:
+    """A note where engines round inputs in the source's format, for targets that know nothing of it."""
+    if not any(e.grid is not None and e.grid.activations is not None for e in source.entries.values()):
+        return []
+    return ["in the source's format engines round activations; in this one they are left as they are"]
+
+
 def dense_blocks(source: Source) -> BlockMap:
     """Where the source's tensors would be in the dense model."""
     tensors = {

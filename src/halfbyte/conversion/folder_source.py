@@ -29,7 +29,20 @@ from halfbyte.errors import CheckpointError, HalfbyteError, raise_all
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 # Files that say how the source was quantised, and would say it of the target.
-STALE = frozenset({"quantize_config.json", "quant_config.json", "recipe.yaml"})
+STALE = frozenset({"quantize_config.json", "quant_config.json", "quantization_config.json"})
+# What engines round activations and caches by; no part of a weight, and of no other format.
+LEFT_BEHIND = frozenset(
+    {
+        "input_scale",
+        "input_zero_point",
+        "input_global_scale",
+        "output_scale",
+        "output_zero_point",
+        "k_scale",
+        "v_scale",
+        "q_scale",
+    }
+)
 NESTED_CONFIGS = ("text_config", "llm_config", "language_config")
 
 
@@ -183,9 +196,12 @@ def open_folder(checkpoint: Checkpoint, decoder: Decoder | None, quantization: M
         assert decoder is not None
         if decoder.scale_leaf not in coded.leaves:
             problems.append(CheckpointError(f"tensor {decoder.scale_leaf} is missing", where=module))
+    left: list[str] = []
     for name, info in checkpoint.tensors.items():
         module, _, leaf = name.rpartition(".")
-        if decoder is None or module not in modules or leaf not in decoder.leaves:
+        if decoder is not None and leaf in LEFT_BEHIND:
+            left.append(name)
+        elif decoder is None or module not in modules or leaf not in decoder.leaves:
             entries[name] = Entry(name=name, dtype=info.dtype, shape=info.shape)
         elif leaf == decoder.scale_leaf:
             try:
@@ -204,6 +220,7 @@ def open_folder(checkpoint: Checkpoint, decoder: Decoder | None, quantization: M
         modules=modules,
         quantization=quantization,
         config=dense_config(checkpoint.config),
+        notes=[f"{len(left)} scales of activations or caches are left behind, such as {left[0]}"] if left else [],
     )
 
 

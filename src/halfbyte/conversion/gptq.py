@@ -25,7 +25,7 @@ from halfbyte.architectures import KEPT_MODULES
 from halfbyte.checkpoint.reader import TensorInfo
 from halfbyte.conversion.bits import pack_rows, unpack_rows, words_in
 from halfbyte.conversion.coded import CodedWeight, Grid, Steps
-from halfbyte.conversion.config import dense_blocks, integer_in, plain_modules
+from halfbyte.conversion.config import dense_blocks, integer_in, plain_modules, unrounded
 from halfbyte.conversion.folder_source import Module
 from halfbyte.conversion.source import Entry, Source
 from halfbyte.conversion.target import Facts, Obstacle
@@ -260,7 +260,7 @@ class GptqEncoder:
             "lm_head": "lm_head" in coded,
             "pack_dtype": "int32",
         }
-        dynamic = self._overrides(source, said, base) | _exclusions(source, set(coded))
+        dynamic = self._overrides(source, said, base) | _exclusions(source)
         return config | ({"dynamic": dynamic} if dynamic else {})
 
     def _overrides(self, source: Source, said: Mapping[str, Said], base: Said) -> dict[str, dict[str, Any]]:
@@ -295,7 +295,7 @@ class GptqEncoder:
 
     def notes(self, source: Source, entries: Sequence[Entry]) -> list[str]:
         grids = [e.grid.weights for e in entries if e.grid is not None]
-        found = []
+        found = unrounded(source)
         if not all(w.symmetric and w.num_bits in (4, 8) for w in grids):
             found.append("vLLM 0.32 reads GPTQ checkpoints of 4 and 8 bits that are symmetric, and no others")
         if self.version == V1 and not all(w.symmetric for w in grids):
@@ -311,14 +311,11 @@ def _said(entry: Entry) -> Said:
     return Said(bits=w.num_bits, group_size=w.group_size or -1, symmetric=w.symmetric)
 
 
-def _exclusions(source: Source, coded: set[str]) -> dict[str, dict[str, Any]]:
+def _exclusions(source: Source) -> dict[str, dict[str, Any]]:
     """``-:`` patterns for Linears of decoder blocks that are dense, and for parts besides the language model."""
-    tails = {m.rpartition(".")[2] for m in coded}
     found: dict[str, dict[str, Any]] = {}
     for name in plain_modules(source):
-        leaf = name.rpartition(".")[2]
-        if name == "lm_head" or name.startswith("model.") or ("." in name and leaf not in tails):
+        if name == "lm_head" or name.startswith("model.") or KEPT_MODULES.search(name) is not None:
             continue
-        if KEPT_MODULES.search(name) is None:
-            found[f"-:.*{re.escape(name)}" + ("$" if leaf in tails else r"\b.*")] = {}
+        found[f"-:.*{re.escape(name)}" + ("$" if "." in name else r"\b.*")] = {}
     return found

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from halfbyte.checkpoint.layout import MAX_SHARD_BYTES, write_error
@@ -113,7 +114,7 @@ def survey(source: Source, reporter: Reporter) -> dict[str, Facts]:
     broken: list[str] = []
     for entry in coded:
         steps = source.steps(entry.name)
-        if not bool(torch.isfinite(steps.scales).all()):
+        if not bool(torch.isfinite(distinct(steps.scales)).all()):
             broken.append(entry.module)
         else:
             facts[entry.name] = facts_of(steps)
@@ -130,7 +131,7 @@ def survey(source: Source, reporter: Reporter) -> dict[str, Facts]:
 
 def facts_of(steps: Steps) -> Facts:
     """What :class:`Facts` says, of one weight."""
-    scales = steps.scales.to(torch.float32)
+    scales = distinct(steps.scales).to(torch.float32)
     exact, finite = set(), set()
     for name in ("F16", "BF16", "F32"):
         rounded = scales.to(DTYPES[name]).to(torch.float32)
@@ -141,6 +142,15 @@ def facts_of(steps: Steps) -> Facts:
     zeros = steps.zero_points
     span = None if zeros is None else (int(zeros.min()), int(zeros.max()))
     return Facts(exact_in=frozenset(exact), finite_in=frozenset(finite), zero_points=span)
+
+
+def distinct(scales: torch.Tensor) -> torch.Tensor:
+    """The values that occur in a tensor, where there can be only so many of them; of wider dtypes all of it."""
+    if scales.element_size() > 2:
+        return scales
+    seen = np.zeros(1 << 16, dtype=bool)
+    seen[scales.contiguous().view(torch.int16).numpy().reshape(-1).view(np.uint16)] = True
+    return torch.from_numpy(np.flatnonzero(seen).astype(np.uint16).view(np.int16)).view(scales.dtype)
 
 
 def settle(source: Source, target: Target, facts: Mapping[str, Facts], *, allow_requantize: bool) -> dict[str, Grid]:
