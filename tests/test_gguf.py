@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 import halfbyte
 import tiny
 from conftest import Models
+from halfbyte.conversion.bits import pack_rows
 from halfbyte.conversion.formats import open_source
 from halfbyte.conversion.gguf_blocks import (
     BLOCK_BYTES,
@@ -27,8 +28,11 @@ from halfbyte.conversion.gguf_blocks import (
     block_type,
     decode,
     encode,
+    from_words,
     grouped,
+    has_words,
     in_float16,
+    to_words,
     zero_points_of,
 )
 from halfbyte.conversion.gguf_cache import to_gguf
@@ -117,6 +121,11 @@ def test_blocks_hold_codes_and_scales_exactly(case: tuple[BlockType, torch.Tenso
     assert torch.equal(torch.tensor(by_hand, dtype=torch.float64).reshape(expected.shape), expected)
     theirs = gguf.dequantize(data.numpy(), gguf.GGMLQuantizationType[kind])
     assert np.allclose(theirs, expected.numpy(), rtol=1e-6, atol=1e-9)
+    bits = 8 if kind == "Q8_0" else 4
+    if has_words(kind, bits):  # the fast way, without unpacking
+        words = pack_rows((codes.to(torch.int16) + (1 << bits - 1)).to(torch.uint8), bits)
+        assert torch.equal(from_words(kind, words, scales, zeros), data)
+        assert torch.equal(to_words(kind, data), words)
     blocks = decode(kind, data)
     back = grouped(blocks.d, size, codes.shape[1])
     assert back is not None

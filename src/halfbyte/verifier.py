@@ -49,6 +49,7 @@ from halfbyte.verifier_converted import (
 )
 from halfbyte.verifier_experts import missing_experts
 from halfbyte.verifier_files import Inventory, files_detail, manifest_problems, read_manifest, take_inventory
+from halfbyte.verifier_gguf import gguf_checks, is_gguf_folder
 from halfbyte.verifier_layout import (
     QuantizedModule,
     Rules,
@@ -94,6 +95,10 @@ def verify(
             compressed-tensors, it holds only pickles, or the source itself is broken.
     """
     reporter = reporter or Silent()
+    if is_gguf_folder(_folder(checkpoint)):
+        beside = None if source is None else _sound_source(_folder(source))
+        checks, found = gguf_checks(_folder(checkpoint), beside, reporter)
+        return _recorded(checks, checkpoint, source, found)
     found = take_inventory(_folder(checkpoint))
     original = None if source is None else _sound_source(_folder(source))
     converted = read_convert_record(found)

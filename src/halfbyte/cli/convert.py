@@ -16,7 +16,7 @@ SHOWN_WEIGHTS = 5
 @click.command("convert", short_help="Write a checkpoint in another format, codes and scales carried over.")
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--to", required=True, metavar="FORMAT", help="compressed-tensors, awq, gptq, gptq-v2 or dense.")
+@click.option("--to", required=True, metavar="FORMAT", help="compressed-tensors, awq, gptq, gptq-v2, gguf or dense.")
 @click.option(
     "--from",
     "source_format",
@@ -25,7 +25,11 @@ SHOWN_WEIGHTS = 5
     metavar="FORMAT",
     help="What SOURCE is; auto finds out.",
 )
-@click.option("--dtype", metavar="DTYPE", help="Of a dense copy: bfloat16, float16, float32.  [default: the config's]")
+@click.option(
+    "--dtype",
+    metavar="DTYPE",
+    help="Of dense weights (dense, gguf): bfloat16, float16, float32.  [default: as they are]",
+)
 @click.option("--tokenizer", metavar="FOLDER", help="For a Flax SOURCE.  [default: tokenizer.model beside it]")
 @click.option("--config", metavar="FILE", help="For a Flax SOURCE of no published size.")
 @click.option(

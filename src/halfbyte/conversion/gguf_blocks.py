@@ -16,6 +16,9 @@ group, ``w = s (q - z)``, is exact in Q4_1 where float16 also holds ``-s z``; wh
 Four-bit codes: byte i of a block holds element i in its low half and element i + 16 in its high half. The fifth bits of
 a Q5_0 block are 32 bits, element i in bit i. Source: ggml's ``block_q4_0`` and its neighbours in ``ggml-common.h``.
 
+:func:`from_words` and :func:`to_words` do what :func:`encode` and :func:`decode` do for codes that are packed along
+rows, as compressed-tensors has them, without unpacking: there, byte k holds elements 2 k and 2 k + 1.
+
 Covers what integer checkpoints convert to and from; every other type is decoded to floats by the gguf package.
 """
 
@@ -123,6 +126,43 @@ def encode(
             unsigned = unsigned & 15
         blocks.append(unsigned[..., :16] | (unsigned[..., 16:] << 4))
     return torch.cat(blocks, dim=-1).reshape(out_features, -1)
+
+
+def has_words(kind: BlockType, num_bits: int) -> bool:
+    """Whether codes of ``num_bits`` packed along rows can be copied to and from blocks as they are."""
+    return num_bits == 4 if kind in ("Q4_0", "Q4_1") else kind == "Q8_0" and num_bits == 8
+
+
+def from_words(
+    kind: BlockType, words: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None = None
+) -> torch.Tensor:
+    """:func:`encode` for packed codes, where :func:`has_words`: int32 ``[out, words]`` of ``q + 2**(b-1)``."""
+    out_features = words.shape[0]
+    octets = words.view(torch.uint8).reshape(out_features, -1, BLOCK if kind == "Q8_0" else BLOCK // 2)
+    d = repeated(scales.to(torch.float64), octets.shape[1] * BLOCK)
+    data = torch.empty((out_features, octets.shape[1], BLOCK_BYTES[kind]), dtype=torch.uint8)
+    data[..., :2] = d.to(torch.float16).unsqueeze(-1).view(torch.uint8)
+    if kind == "Q8_0":
+        torch.bitwise_xor(octets, 0x80, out=data[..., 2:])
+        return data.reshape(out_features, -1)
+    if kind == "Q4_1":
+        zero = 0 if zero_points is None else repeated(zero_points.to(torch.float64), octets.shape[1] * BLOCK)
+        data[..., 2:4] = (d * (-8 - zero)).to(torch.float16).unsqueeze(-1).view(torch.uint8)
+    first, second = octets[..., :8], octets[..., 8:]
+    data[..., -16::2] = (first & 0x0F) | (second << 4)
+    data[..., -15::2] = (first >> 4) | (second & 0xF0)
+    return data.reshape(out_features, -1)
+
+
+def to_words(kind: BlockType, data: torch.Tensor) -> torch.Tensor:
+    """The codes of :func:`decode` packed along rows, where :func:`has_words`: uint8 ``[out, bytes]`` -> int32."""
+    out_features = data.shape[0]
+    blocks = data.reshape(out_features, -1, BLOCK_BYTES[kind])
+    if kind == "Q8_0":
+        return (blocks[..., 2:] ^ 0x80).reshape(out_features, -1).view(torch.int32)
+    even, odd = blocks[..., -16::2], blocks[..., -15::2]
+    octets = torch.cat([(even & 0x0F) | (odd << 4), (even >> 4) | (odd & 0xF0)], dim=-1)
+    return octets.reshape(out_features, -1).view(torch.int32)
 
 
 def decode(kind: BlockType, data: torch.Tensor) -> Blocks:

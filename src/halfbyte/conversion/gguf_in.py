@@ -24,7 +24,17 @@ import torch
 
 from halfbyte.checkpoint.reader import DTYPES, combined_digest, companion_files, digest_of
 from halfbyte.conversion.coded import CodedWeight, Grid, Steps
-from halfbyte.conversion.gguf_blocks import BLOCK, BLOCK_BYTES, BlockType, decode, grouped, heads, zero_points_of
+from halfbyte.conversion.gguf_blocks import (
+    BLOCK,
+    BLOCK_BYTES,
+    BlockType,
+    decode,
+    grouped,
+    has_words,
+    heads,
+    to_words,
+    zero_points_of,
+)
 from halfbyte.conversion.gguf_configs import config_of, family_in, head_counts, llama3_rope
 from halfbyte.conversion.gguf_families import DTYPE_KEY, GRIDS_KEY, ROPE_KEY, Family, is_norm, turned_heads, unpermute
 from halfbyte.conversion.gguf_file import SPLIT_NAME, GgufFile, GgufTensor, open_gguf
@@ -106,14 +116,19 @@ class GgufSource:
 
     def coded(self, name: str) -> CodedWeight:
         kind, grid = self._kind(name)
-        origin = self.origins[name]
-        blocks = decode(kind, self._raw(origin))
+        origin, in_features = self.origins[name], self.entries[name].shape[1]
+        raw = self._raw(origin)
+        if has_words(kind, grid.weights.num_bits):
+            words = to_words(kind, raw)
+            if origin.heads:
+                words = unpermute(words, origin.heads).contiguous()
+            d, m = heads(kind, raw)
+            steps = self._steps(name, d, None if m is None else zero_points_of(d, m))
+            return CodedWeight(grid=grid, in_features=in_features, words=words, steps=steps)
+        blocks = decode(kind, raw)
         codes, zeros = blocks.codes, None
-        if blocks.m is not None:
-            zeros = zero_points_of(blocks.d, blocks.m)
-            codes = codes - 8
-        elif not grid.weights.symmetric:
-            codes, zeros = _with_zero_points(codes, grid.weights.group_size or codes.shape[1])
+        if not grid.weights.symmetric:
+            codes, zeros = _with_zero_points(codes, grid.weights.group_size or in_features)
         if origin.heads:
             codes = unpermute(codes, origin.heads)
         return CodedWeight.of_codes(grid, codes.contiguous(), self._steps(name, blocks.d, zeros))

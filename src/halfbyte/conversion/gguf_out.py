@@ -23,7 +23,7 @@ import torch
 from halfbyte.checkpoint.reader import DTYPES
 from halfbyte.conversion.coded import CodedWeight, Grid
 from halfbyte.conversion.folder_target import write_companions
-from halfbyte.conversion.gguf_blocks import BLOCK, BlockType, block_type, encode
+from halfbyte.conversion.gguf_blocks import BLOCK, BlockType, block_type, encode, from_words, has_words
 from halfbyte.conversion.gguf_families import (
     DTYPE_KEY,
     GRIDS_KEY,
@@ -201,11 +201,13 @@ class GgufTarget:
     def encode(self, entry: Entry, weight: CodedWeight) -> dict[str, torch.Tensor]:
         place = self._places()[entry.name]
         kind: Any = self._kinds[place.name]
-        codes, scales, zeros = weight.codes(), weight.steps.scales, weight.steps.zero_points
+        scales, zeros = weight.steps.scales, weight.steps.zero_points
+        packed = has_words(kind, weight.grid.weights.num_bits)
+        codes = weight.words if packed else weight.codes()
         if place.heads:
             codes, scales = permute(codes, place.heads), permute(scales, place.heads)
             zeros = None if zeros is None else permute(zeros, place.heads)
-        return {place.written: encode(kind, codes, scales, zeros)}
+        return {place.written: (from_words if packed else encode)(kind, codes.contiguous(), scales, zeros)}
 
     def keep(self, entry: Entry, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         model = next(iter(self._models.values()))
