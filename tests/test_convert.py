@@ -7,8 +7,10 @@ means: no side of a comparison comes from the code that is tested.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,14 @@ DOWN = f"{LAYER}.mlp.down_proj"
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _without_waiting_for_the_disk() -> Iterator[None]:
+    """Hundreds of small checkpoints; what is on the disk after a crash is test_convert_resume's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 def weights_file(folder: Path) -> bytes:
@@ -82,6 +92,7 @@ def test_gptq_words_are_those_of_its_description(tmp_path: Path) -> None:
 # --- packing: fast and slow, and the library's
 
 
+@settings(deadline=None)
 @given(
     bits=st.sampled_from([2, 3, 4, 5, 6, 7, 8]),
     rows=st.integers(1, 9),
@@ -103,6 +114,7 @@ def test_rows_are_packed_as_the_library_does(bits: int, columns: int) -> None:
     assert torch.equal(pack_rows(torch.from_numpy(codes).to(torch.uint8), bits), pack_to_int32(signed, bits))
 
 
+@settings(deadline=None, max_examples=40)
 @given(eights=st.integers(1, 40), columns=st.integers(1, 300), seed=st.integers(0, 99))
 def test_turning_nibbles_is_taking_them_apart(eights: int, columns: int, seed: int) -> None:
     """The kernel for widths that 8 divides, the slow way for others: both as the format is described."""

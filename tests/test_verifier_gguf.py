@@ -6,12 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import halfbyte
 from conftest import Models
-from halfbyte.conversion.gguf_file import GgufTensor, open_gguf
+from halfbyte.conversion.gguf_file import GgufFiles, GgufSpec, GgufTensor, Planned, open_gguf
 from halfbyte.records import VerifyRecord
 
 SOUND = [
@@ -109,8 +111,6 @@ def test_a_tokenizer_that_is_not_the_files_is_found(sound: tuple[Path, Path], tm
 
 
 def test_a_missing_and_a_surplus_tensor_are_found(sound: tuple[Path, Path], tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     source = shutil.copytree(sound[0], tmp_path / "q")
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(tensors.pop("model.norm.weight").numel())
@@ -118,3 +118,60 @@ def test_a_missing_and_a_surplus_tensor_are_found(sound: tuple[Path, Path], tmp_
     problems = next(c.problems for c in halfbyte.verify(sound[1], source=source).checks if c.name == "copies")
     assert "model.layers.0.self_attn.q_proj.bias should be blk.0.attn_q.bias, which is missing" in problems
     assert "output_norm.weight stands for no tensor of the source" in problems
+
+
+# ---- made from a GGUF
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "granite", "mixtral", "gemma3-vision", "mistral3"])
+@pytest.mark.parametrize("to", ["compressed-tensors", "dense"])
+def test_what_was_made_from_a_gguf_passes(family: str, to: str, tiny_model: Models, tmp_path: Path) -> None:
+    halfbyte.quantize(tiny_model(family), tmp_path / "q", method="rtn", group_size=32)
+    halfbyte.convert(tmp_path / "q", tmp_path / "gguf", to="gguf")
+    halfbyte.convert(tmp_path / "gguf", tmp_path / "out", to=to)
+    record = halfbyte.verify(tmp_path / "out", source=tmp_path / "gguf", reload=False)
+    assert record.passed, [c for c in record.checks if c.status == "failed"]
+    assert outcomes(record)["copies"] == outcomes(record)["error"] == "passed"
+
+
+def test_k_quants_made_dense_pass_and_one_changed_number_does_not(tiny_model: Models, tmp_path: Path) -> None:
+    """A file as llama-quantize leaves it: Q4_K and Q6_K of random bytes in the place of Linears."""
+    import gguf
+
+    source = tiny_model("llama", hidden_size=256, intermediate_size=256, head_dim=64)
+    halfbyte.convert(source, tmp_path / "f16", to="gguf", dtype="float16")
+    plain = open_gguf(tmp_path / "f16/model.gguf")
+    specs, constants = [], {}
+    draw = np.random.default_rng(1)
+    for i, (name, tensor) in enumerate(plain.tensors.items()):
+        coded = len(tensor.shape) == 2
+        kind = ("Q4_K", "Q6_K")[i % 2] if coded else tensor.kind
+        specs.append(GgufSpec(name=name, kind=kind, shape=tensor.shape))
+        constants[name] = plain.raw(name)
+        if coded:
+            block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+            data = draw.integers(0, 256, (tensor.shape[0], tensor.shape[1] // block, size), dtype=np.uint8)
+            for at in {"Q4_K": (0, 2), "Q6_K": (208,)}[kind]:
+                data[..., at : at + 2] = np.frombuffer(np.float16(0.001).tobytes(), np.uint8)
+            constants[name] = torch.from_numpy(data.reshape(tensor.shape[0], -1))
+    kinds = {str: "STRING", bool: "BOOL", float: "FLOAT32", list: "ARRAY", int: "UINT32"}
+    own = {k: v for k, v in plain.metadata.items() if not k.startswith(("halfbyte.", "general.arch"))}
+    metadata = {k: (v, kinds[type(v)]) for k, v in own.items()}
+    plan = Planned(file="k.gguf", architecture="llama", metadata=metadata, tensors=specs, constants=constants)
+    GgufFiles([plan]).create(tmp_path)
+    halfbyte.convert(tmp_path / "k.gguf", tmp_path / "out", to="dense")
+    record = halfbyte.verify(tmp_path / "out", source=tmp_path / "k.gguf")
+    assert record.passed, [c for c in record.checks if c.status == "failed"]
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    tensors[name][5, 7] *= 1.01
+    tensors["extra.weight"] = tensors.pop("model.norm.weight")
+    save_file(tensors, tmp_path / "out/model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "out/model.safetensors").chmod(0o644)
+    (tmp_path / "out/convert.json").unlink()
+    problems = next(
+        c.problems for c in halfbyte.verify(tmp_path / "out", source=tmp_path / "k.gguf").checks if c.name == "copies"
+    )
+    assert any(p.startswith(f"{name} differs from the source's blk.1.attn_k.weight (relative error ") for p in problems)
+    assert "extra.weight stands for no tensor of the source" in problems
+    assert "output_norm.weight of the source is lost" in problems

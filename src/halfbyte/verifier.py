@@ -50,6 +50,7 @@ from halfbyte.verifier_converted import (
 from halfbyte.verifier_experts import missing_experts
 from halfbyte.verifier_files import Inventory, files_detail, manifest_problems, read_manifest, take_inventory
 from halfbyte.verifier_gguf import gguf_checks, is_gguf_folder
+from halfbyte.verifier_gguf_source import GgufOriginal, compare_with_original, is_gguf_source, read_original
 from halfbyte.verifier_layout import (
     QuantizedModule,
     Rules,
@@ -77,12 +78,12 @@ def verify(
     prompts: Sequence[str] | None = None,
     reporter: Reporter | None = None,
 ) -> VerifyRecord:
-    """Check a quantised checkpoint (compressed-tensors, AutoAWQ, AutoGPTQ) and write ``verify.json`` into it.
+    """Check a quantised checkpoint (compressed-tensors, AutoAWQ, AutoGPTQ, GGUF) and write ``verify.json`` into it.
 
     Args:
         checkpoint: local folder; halfbyte's own, or another tool's as far as the checks apply.
-        source: local folder of the checkpoint it was made from, in any of these formats or dense; without it ``copies``
-            and ``error`` are skipped. Beside a quantised one, a dense checkpoint is checked too.
+        source: local folder (or GGUF file) of the checkpoint it was made from, in any of these formats or dense;
+            without it ``copies`` and ``error`` are skipped. Beside a quantised one, a dense checkpoint is checked too.
         reload: whether to load it with transformers; ``None`` does so where two dense copies fit in free memory.
         prompts: texts for the logits; by default three short ones, or fixed token ids where there is no tokenizer.
         reporter: listener for progress.
@@ -100,12 +101,14 @@ def verify(
         checks, found = gguf_checks(_folder(checkpoint), beside, reporter)
         return _recorded(checks, checkpoint, source, found)
     found = take_inventory(_folder(checkpoint))
-    original = None if source is None else _sound_source(_folder(source))
+    gguf = read_original(Path(source)) if source is not None and is_gguf_source(Path(source)) else None
+    original = None if source is None or gguf is not None else _sound_source(_folder(source))
     converted = read_convert_record(found)
     found.file_problems += hash_problems(found, converted, reporter)
-    if method_of(found) in METHODS or (method_of(found) is None and original and method_of(original)):
+    quantised = gguf is not None or (original is not None and method_of(original) is not None)
+    if method_of(found) in METHODS or (method_of(found) is None and quantised):
         checks = _converted_checks(found, original, converted, reload, reporter)
-        return _recorded(checks, checkpoint, source, found)
+        return _recorded(_beside_gguf(checks, found, gguf, converted, reporter), checkpoint, source, found)
     beside = original if original is not None and method_of(original) is not None else None
     original = original if beside is None else None
     parts = quantized_parts(found.tensors)
@@ -150,7 +153,21 @@ def verify(
             prompts=prompts,
             reporter=reporter,
         )
-    return _recorded(checks, checkpoint, source, found)
+    return _recorded(_beside_gguf(checks, found, gguf, converted, reporter), checkpoint, source, found)
+
+
+def _beside_gguf(
+    checks: list[Check],
+    found: Inventory,
+    gguf: GgufOriginal | None,
+    converted: ConvertRecord | None,
+    reporter: Reporter,
+) -> list[Check]:
+    """The checks with ``copies`` and ``error`` against a GGUF, where that is the source and the structure is right."""
+    if gguf is None or any(c.status == "failed" for c in checks):
+        return checks
+    compared = {c.name: c for c in compare_with_original(contents_of(found), gguf, converted, reporter)}
+    return [compared.get(c.name, c) for c in checks]
 
 
 def _converted_checks(

@@ -42,7 +42,7 @@ SPACE = "\u2581"
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class GgufTensor:
     """A tensor of one of the files; ``data`` is mapped, rows first."""
 
     name: str
@@ -59,6 +59,17 @@ class _Found:
         return np.asarray(decoded, dtype=np.float32).reshape(part.shape[0], -1)
 
 
+def library() -> Any:
+    """The gguf package."""
+    try:
+        import gguf
+    except ImportError:
+        raise MissingDependencyError(
+            "GGUF files need the package gguf", remedy="Install it with: pip install 'halfbyte[llamacpp]'."
+        ) from None
+    return gguf
+
+
 def is_gguf_folder(folder: Path) -> bool:
     """Whether this is what ``convert --to gguf`` writes."""
     return (folder / MODEL).exists() and not any(folder.glob("*.safetensors"))
@@ -70,25 +81,20 @@ def gguf_checks(folder: Path, source: Inventory | None, reporter: Reporter) -> t
     Raises:
         MissingDependencyError: the package gguf is not installed.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise MissingDependencyError(
-            "GGUF files need the package gguf", remedy="Install it with: pip install 'halfbyte[llamacpp]'."
-        ) from None
+    gguf = library()
     found = Inventory(folder, files=[n for n in (MODEL, VISION) if (folder / n).exists()])
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.stat().st_mode & 0o044 != 0o044:
             found.mode_problems.append(f"{path.name} has mode {path.stat().st_mode & 0o777:04o}")
     record = read_convert_record(found)
     metadata: dict[str, Any] = {}
-    tensors: dict[str, _Found] = {}
+    tensors: dict[str, GgufTensor] = {}
     for name in found.files:
         try:
             reader = gguf.GGUFReader(str(folder / name))
             metadata |= {k: f.contents() for k, f in reader.fields.items() if name == MODEL or k.startswith("clip.")}
             listed = [
-                _Found(t.name, t.tensor_type.name, t.data, tuple(int(n) for n in reversed(t.shape)))
+                GgufTensor(t.name, t.tensor_type.name, t.data, tuple(int(n) for n in reversed(t.shape)))
                 for t in reader.tensors
             ]
         except Exception as e:  # whatever the package raises is the finding
@@ -103,13 +109,13 @@ def gguf_checks(folder: Path, source: Inventory | None, reporter: Reporter) -> t
     detail = f"{len(tensors)} tensors in {len(found.files)} files"
     hashed = "hashed against convert.json" if record else "no convert.json to hash against"
     checks = [
-        _check("files", found.file_problems + found.mode_problems, f"{len(found.files)} weight files, {hashed}"),
-        _check("headers", found.header_problems, detail),
+        check_of("files", found.file_problems + found.mode_problems, f"{len(found.files)} weight files, {hashed}"),
+        check_of("headers", found.header_problems, detail),
     ]
     if found.header_problems:
         reason = "the structure of the files has to be right first"
         return checks + [Check(name=n, status="skipped", detail=reason) for n in ("config", "copies", "error")], found
-    checks.append(_check("config", _config_problems(folder, metadata, tensors), "sizes, tokens and chat template"))
+    checks.append(check_of("config", _config_problems(folder, metadata, tensors), "sizes, tokens and chat template"))
     if source is None:
         checks += [
             Check(name=n, status="skipped", detail="no source was given (--source)") for n in ("copies", "error")
@@ -120,11 +126,11 @@ def gguf_checks(folder: Path, source: Inventory | None, reporter: Reporter) -> t
     return [*checks, Check(name="reload", status="skipped", detail=reason)], found
 
 
-def _check(name: str, problems: list[str], detail: str) -> Check:
+def check_of(name: str, problems: list[str], detail: str) -> Check:
     return Check(name=name, status="failed" if problems else "passed", detail=detail, problems=problems[:20])
 
 
-def _hash_problems(tensors: Mapping[str, _Found], record: ConvertRecord) -> list[str]:
+def _hash_problems(tensors: Mapping[str, GgufTensor], record: ConvertRecord) -> list[str]:
     """convert.json's hash: sha256 over lines ``name sha256``, sorted; of a stack of experts each is a line."""
     lines = []
     for name, tensor in tensors.items():
@@ -140,7 +146,7 @@ def _hash_problems(tensors: Mapping[str, _Found], record: ConvertRecord) -> list
     return [f"the tensors have changed since they were written: sha256 {actual[:12]}, not {record.sha256[:12]}"]
 
 
-def _config_problems(folder: Path, metadata: Mapping[str, Any], tensors: Mapping[str, _Found]) -> list[str]:
+def _config_problems(folder: Path, metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) -> list[str]:
     from transformers import CONFIG_MAPPING
 
     problems: list[str] = []
@@ -185,7 +191,7 @@ def _token_problems(folder: Path, metadata: Mapping[str, Any], tokens: list[str]
     return problems
 
 
-def _named(names: Any, metadata: Mapping[str, Any]) -> Iterator[tuple[str, str | None, int | None]]:
+def named(names: Any, metadata: Mapping[str, Any]) -> Iterator[tuple[str, str | None, int | None]]:
     """Dense names with the tensor that holds each, by the gguf package's tables, and the expert's number in a stack."""
     import gguf
 
@@ -208,7 +214,7 @@ def _named(names: Any, metadata: Mapping[str, Any]) -> Iterator[tuple[str, str |
 
 def _compare(
     metadata: Mapping[str, Any],
-    tensors: Mapping[str, _Found],
+    tensors: Mapping[str, GgufTensor],
     source: Contents,
     record: ConvertRecord | None,
     reporter: Reporter,
@@ -219,7 +225,7 @@ def _compare(
     equal, used = 0, set(MADE)
     names = [*source.dense, *source.quantized]
     reporter.start("comparing weights", len(names))
-    for name, held, expert in _named(names, metadata):
+    for name, held, expert in named(names, metadata):
         reporter.advance()
         quantized = name in source.quantized
         into = codes if quantized else copies
@@ -240,12 +246,12 @@ def _compare(
     copies += [f"{n} stands for no tensor of the source" for n in tensors if n not in used]
     detail = f"{equal} of {len(source.quantized)} quantised weights equal the source's bit for bit"
     return (
-        _check("copies", copies, f"{len(source.dense)} tensors against the source, rounded to their types"),
-        _check("error", codes, f"{detail}; {len(allowed)} on record as rounded again"),
+        check_of("copies", copies, f"{len(source.dense)} tensors against the source, rounded to their types"),
+        check_of("error", codes, f"{detail}; {len(allowed)} on record as rounded again"),
     )
 
 
-def _may_be_missing(name: str, tensors: Mapping[str, _Found]) -> bool:
+def _may_be_missing(name: str, tensors: Mapping[str, GgufTensor]) -> bool:
     """Heads that are the embedding table, tables that are computed, towers without a file of their own."""
     if name.endswith("lm_head.weight"):
         return "output.weight" not in tensors
@@ -255,14 +261,14 @@ def _may_be_missing(name: str, tensors: Mapping[str, _Found]) -> bool:
 
 
 def _distance(
-    found: _Found, expert: int | None, stored: Weight, held: str, metadata: Mapping[str, Any]
+    found: GgufTensor, expert: int | None, stored: Weight, held: str, metadata: Mapping[str, Any]
 ) -> tuple[bool, float]:
     """Whether a tensor has the source's values as llama.cpp wants them, and ``||a - b|| / ||b||``."""
     shape = tuple(stored.shape)
     if math.prod(found.shape[1:] if expert is not None else found.shape) != math.prod(shape):
         return False, math.inf
     rows = shape[0] if len(shape) > 1 else 1
-    heads = _turned(held, metadata)
+    heads = turned_heads(held, metadata)
     width = rows // heads if heads and len(shape) > 1 else 1
     step = max(1, STEP_ELEMENTS // (math.prod(shape) // rows) // width) * width
     same, squares, distance = True, 0.0, 0.0
@@ -270,8 +276,8 @@ def _distance(
         stop = min(start + step, rows)
         want = stored.rows(start, stop if len(shape) > 1 else shape[0]).reshape(stop - start, -1)
         if heads:
-            want = _turn(want, heads if len(shape) == 1 else (stop - start) // width, len(shape) == 1)
-        if _one_added(held, metadata):
+            want = turn(want, heads if len(shape) == 1 else (stop - start) // width, len(shape) == 1)
+        if one_added(held, metadata):
             want = want + np.float32(1)
         have = found.rows(start, stop, expert).reshape(want.shape)
         want = rounded(np.ascontiguousarray(want), found.kind) if found.kind in FLOATS else want
@@ -281,7 +287,7 @@ def _distance(
     return same, math.sqrt(distance / squares) if squares else (0.0 if distance == 0 else math.inf)
 
 
-def _turned(held: str, metadata: Mapping[str, Any]) -> int:
+def turned_heads(held: str, metadata: Mapping[str, Any]) -> int:
     """Heads in which rows of a tensor are turned together as neighbours, 0 for the others."""
     part = held.split(".")[-2]
     if held.startswith("v."):
@@ -293,14 +299,14 @@ def _turned(held: str, metadata: Mapping[str, Any]) -> int:
     return int(metadata[f"{architecture}.attention.head_count{'_kv' if part == 'attn_k' else ''}"])
 
 
-def _turn(rows: Float32, heads: int, vector: bool) -> Float32:
+def turn(rows: Float32, heads: int, vector: bool) -> Float32:
     """Row i of a head's first half, then row i of its second, and so on."""
     values = rows.reshape(-1, 1) if vector else rows
     parts = [np.stack(np.split(h, 2), axis=1).reshape(h.shape) for h in np.split(values, heads)]
     return np.concatenate(parts).reshape(rows.shape)
 
 
-def _one_added(held: str, metadata: Mapping[str, Any]) -> bool:
+def one_added(held: str, metadata: Mapping[str, Any]) -> bool:
     if held == "mm.soft_emb_norm.weight":
         return True
     return metadata["general.architecture"] in ONE_ADDED and held.endswith("norm.weight") and not held.startswith("mm.")

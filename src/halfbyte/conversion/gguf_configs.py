@@ -14,17 +14,24 @@ from halfbyte.errors import CheckpointError
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
+def known_family(metadata: Mapping[str, Any]) -> Family | None:
+    """The family of a file, ``None`` where halfbyte does not know its architecture."""
+    architecture = metadata.get("general.architecture")
+    mixture = bool(metadata.get(f"{architecture}.expert_count"))
+    return next((f for f in FAMILIES if f.architecture == architecture and f.experts == mixture), None)
+
+
 def family_in(metadata: Mapping[str, Any], where: str) -> Family:
     """The family of a file.
 
     Raises:
         CheckpointError: halfbyte does not know the architecture.
     """
+    family = known_family(metadata)
+    if family is not None:
+        return family
     architecture = metadata.get("general.architecture")
     mixture = bool(metadata.get(f"{architecture}.expert_count"))
-    for family in FAMILIES:
-        if family.architecture == architecture and family.experts == mixture:
-            return family
     known = ", ".join(dict.fromkeys(f.architecture for f in FAMILIES))
     raise CheckpointError(
         f"has architecture {architecture}{' with experts' if mixture else ''}, which halfbyte cannot read",

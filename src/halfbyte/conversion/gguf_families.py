@@ -25,8 +25,7 @@ import torch
 
 Metadata = dict[str, tuple[Any, str]]  # key -> value, gguf's name of its type
 
-# Metadata that halfbyte adds for the way back.
-GRIDS_KEY, DTYPE_KEY, ROPE_KEY = "halfbyte.grids", "halfbyte.dtype", "halfbyte.rope"
+ROPE_KEY = "halfbyte.rope"  # metadata that halfbyte adds for the way back: what Llama 3's factors were made from
 
 _LAYER = "model.layers.{}."
 _SHARED = {

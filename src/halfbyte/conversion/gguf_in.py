@@ -5,9 +5,9 @@ config.json, tokenizer and generation config are taken from the folder where the
 ``convert --to gguf`` leaves it, and are else made from the metadata. A file alone may lie in any folder; nothing beside
 it is read but its other parts.
 
-Of a file that halfbyte wrote, ``halfbyte.grids`` gives groups and dtype of scales back, so that the way there and back
-ends in the same bytes (Q5_0, which asymmetric weights may have become, in the same values). Does not cover: vision
-towers (``mmproj``), adapters.
+Of a file that halfbyte wrote, its notes (:mod:`halfbyte.conversion.gguf_return`) give names, order, groups and dtypes
+back, and the vision tower out of ``mmproj.gguf``, so that the way there and back ends in the same bytes (Q5_0, which
+asymmetric weights may have become, in the same values). Does not cover: other tools' ``mmproj``, adapters.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from halfbyte.checkpoint.reader import DTYPES, combined_digest, companion_files,
 from halfbyte.conversion.coded import CodedWeight, Grid, Steps
 from halfbyte.conversion.gguf_blocks import (
     BLOCK,
-    BLOCK_BYTES,
     BlockType,
     decode,
     grouped,
@@ -36,9 +35,12 @@ from halfbyte.conversion.gguf_blocks import (
     zero_points_of,
 )
 from halfbyte.conversion.gguf_configs import config_of, family_in, head_counts, llama3_rope
-from halfbyte.conversion.gguf_families import DTYPE_KEY, GRIDS_KEY, ROPE_KEY, Family, is_norm, turned_heads, unpermute
+from halfbyte.conversion.gguf_families import ROPE_KEY, Family, is_norm, turned_heads, unpermute
 from halfbyte.conversion.gguf_file import SPLIT_NAME, GgufFile, GgufTensor, open_gguf
+from halfbyte.conversion.gguf_out import VISION_NAME
+from halfbyte.conversion.gguf_return import MADE, TENSORS_KEY, Noted, in_tower, read_notes
 from halfbyte.conversion.gguf_tokenizer_in import tokenizer_files
+from halfbyte.conversion.gguf_vision import NORM_OFFSETS, tower_heads, turned_in_tower
 from halfbyte.conversion.source import Entry
 from halfbyte.errors import CheckpointError
 from halfbyte.records import read_json
@@ -51,11 +53,16 @@ _FLOATS = frozenset(_NAMES)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Origin:
-    """Where an entry lies: a tensor, or expert ``expert`` of a stack, with its rows in reordered ``heads``."""
+    """Where an entry lies: a tensor, or expert ``expert`` of a stack.
+
+    Its rows are in reordered ``heads``, ``added`` was added to its elements, and ``exact`` has those that this changed.
+    """
 
     tensor: str
     expert: int | None = None
     heads: int = 0
+    added: float = 0.0
+    exact: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(slots=True)
@@ -97,14 +104,16 @@ class GgufSource:
 
     def dense(self, name: str) -> torch.Tensor:
         origin, entry = self.origins[name], self.entries[name]
-        dtype, norm = DTYPES[entry.dtype], is_norm(origin.tensor)
-        tensor = self.file.floats(origin.tensor, torch.float32 if norm else dtype, self._raw(origin))
+        dtype = DTYPES[entry.dtype]
+        tensor = self.file.floats(origin.tensor, torch.float32 if origin.added else dtype, self._raw(origin))
         tensor = tensor.reshape(entry.shape)
-        if norm:
-            tensor = tensor - self.family.norm_offset
+        if origin.added:
+            tensor = (tensor - origin.added).to(dtype)
+        for i, value in origin.exact:
+            tensor.view(-1)[i] = value
         if origin.heads:
             tensor = unpermute(tensor, origin.heads)
-        return tensor.to(dtype).contiguous()
+        return tensor.contiguous()
 
     def steps(self, name: str) -> Steps:
         kind, grid = self._kind(name)
@@ -149,7 +158,7 @@ class GgufSource:
             zeros = grouped(zeros, size, entry.shape[1])
         if scales is None or (zeros is None and not entry.grid.weights.symmetric):
             raise CheckpointError(
-                f"tensor {origin.tensor} is not in groups of {size}, as {GRIDS_KEY} says",
+                f"tensor {origin.tensor} is not in groups of {size}, as {TENSORS_KEY} says",
                 where=str(self.path),
                 remedy="The file was changed; convert the original again.",
             )
@@ -190,6 +199,14 @@ def find_gguf(folder: Path) -> Path | None:
     return first_parts[0] if first_parts else None
 
 
+def located(path: Path) -> Path:
+    """A GGUF file, or the one in a folder."""
+    found = find_gguf(path) if path.is_dir() else path
+    if found is None:
+        raise CheckpointError("holds no GGUF file", where=str(path), remedy="Give a .gguf file or a folder with one.")
+    return found
+
+
 def open_gguf_source(path: Path, name: str | None = None) -> GgufSource:
     """Open a GGUF file, or the one in a folder.
 
@@ -198,23 +215,25 @@ def open_gguf_source(path: Path, name: str | None = None) -> GgufSource:
         MissingDependencyError: the package gguf is not installed.
     """
     folder = path if path.is_dir() else None
-    located = find_gguf(path) if folder else path
-    if located is None:
-        raise CheckpointError("holds no GGUF file", where=str(path), remedy="Give a .gguf file or a folder with one.")
-    file = open_gguf(located)
-    where = str(located)
+    found = located(path)
+    file = open_gguf(found)
+    where = str(found)
     family = family_in(file.metadata, where)
-    dtype = _dense_dtype(file)
+    described = folder is not None and (folder / "config.json").exists()
+    if described and TENSORS_KEY in file.metadata and (tower := found.with_name(VISION_NAME)).exists():
+        file = _joined(file, open_gguf(tower))
+    noted = read_notes(file.metadata[TENSORS_KEY], file.tensors, where) if TENSORS_KEY in file.metadata else []
+    dtype = _dense_dtype(file, noted)
     notes: list[str] = []
     companions: Sequence[Path] = ()
     extra: dict[str, bytes] = {}
-    if folder is not None and (folder / "config.json").exists():
+    if folder is not None and described:
         config = read_json(folder / "config.json")
         if not isinstance(config, dict):
             raise CheckpointError("holds no JSON object", where=str(folder / "config.json"))
         companions = tuple(companion_files(folder))
-        if "text_config" in config:
-            notes.append("the vision tower stays behind: the language model alone is read out of a GGUF")
+        if "text_config" in config and not any(in_tower(n.tensor) for n in noted):
+            notes.append("the vision tower stays behind: the language model alone is read out of this GGUF")
             config = _config(file, family, dtype, where)
             companions = tuple(p for p in companions if "processor" not in p.name)
     else:
@@ -224,7 +243,7 @@ def open_gguf_source(path: Path, name: str | None = None) -> GgufSource:
         generation = {k: v for k, v in config.items() if k.endswith("_token_id")}
         generation |= {"eos_token_id": finals[0] if len(finals) == 1 else finals} if finals else {}
         extra["generation_config.json"] = (json.dumps(generation, indent=2) + "\n").encode()
-    entries, origins = _listed(file, family, dtype, where)
+    entries, origins = _noted(file, family, noted, where) if noted else _listed(file, family, dtype, where)
     return GgufSource(
         name=name or str(path),
         file=file,
@@ -238,11 +257,20 @@ def open_gguf_source(path: Path, name: str | None = None) -> GgufSource:
     )
 
 
-def _dense_dtype(file: GgufFile) -> str:
-    """What dense weights become: what halfbyte noted, else the one float type of all matrices, else bfloat16."""
-    noted = file.metadata.get(DTYPE_KEY)
-    if noted in _NAMES:
-        return str(noted)
+def _joined(model: GgufFile, tower: GgufFile) -> GgufFile:
+    """A model and its tower as one; of the tower's metadata those that are its own."""
+    return GgufFile(
+        path=model.path,
+        metadata={k: v for k, v in tower.metadata.items() if k.startswith("clip.")} | dict(model.metadata),
+        tensors={**model.tensors, **tower.tensors},
+    )
+
+
+def _dense_dtype(file: GgufFile, noted: Sequence[Noted]) -> str:
+    """What dense weights become: what the embedding table was, the one float type of all matrices, or bfloat16."""
+    known = next((n.dtype for n in noted if n.tensor == "token_embd.weight"), None)
+    if known in _NAMES:
+        return str(known)
     kinds = {t.kind for t in file.tensors.values() if len(t.shape) > 1}
     return kinds.pop() if len(kinds) == 1 and kinds <= _FLOATS else "BF16"
 
@@ -263,16 +291,37 @@ def _final_ids(metadata: Mapping[str, Any]) -> list[int]:
     return list(dict.fromkeys(metadata[k] for k in keys if k in metadata))
 
 
-def _listed(file: GgufFile, family: Family, dtype: str, where: str) -> tuple[dict[str, Entry], dict[str, _Origin]]:
-    """Entries by dense name in the order of the file, experts one by one, and where each lies."""
+Listed = tuple[dict[str, Entry], dict[str, _Origin]]  # by dense name
+
+
+def _noted(file: GgufFile, family: Family, noted: Sequence[Noted], where: str) -> Listed:
+    """Entries and where they lie, as halfbyte noted them."""
     query_heads, kv_heads = head_counts(file.metadata, family, where)
-    grids = _noted_grids(file)
+    in_tower_heads = tower_heads(file.metadata)
+    entries: dict[str, Entry] = {}
+    origins: dict[str, _Origin] = {}
+    for note in noted:
+        tensor = file.tensors[note.tensor]
+        shape = tensor.shape if note.expert is None else tensor.shape[1:]
+        grid = note.grid if note.kind == tensor.kind else _plain_grid(tensor, shape)
+        entries[note.name] = Entry(name=note.name, dtype=note.dtype, shape=shape, grid=grid)
+        heads, added = turned_in_tower(note.tensor, in_tower_heads), NORM_OFFSETS.get(note.tensor, 0.0)
+        if not in_tower(note.tensor):
+            heads = turned_heads(family, note.tensor, query_heads, kv_heads)
+            added = family.norm_offset if is_norm(note.tensor) else 0.0
+        origins[note.name] = _Origin(tensor=note.tensor, expert=note.expert, heads=heads, added=added, exact=note.exact)
+    return entries, origins
+
+
+def _listed(file: GgufFile, family: Family, dtype: str, where: str) -> Listed:
+    """Entries in the order of the file, experts one by one, and where each lies."""
+    query_heads, kv_heads = head_counts(file.metadata, family, where)
     entries: dict[str, Entry] = {}
     origins: dict[str, _Origin] = {}
     for name, tensor in file.tensors.items():
-        if name == "rope_freqs.weight":
+        if name in MADE:
             continue
-        dense = _dense_name(name, family)
+        dense = dense_name(name, family)
         if dense is None:
             raise CheckpointError(
                 f"tensor {name} has no counterpart in a {family.model_types[0]} checkpoint",
@@ -281,15 +330,20 @@ def _listed(file: GgufFile, family: Family, dtype: str, where: str) -> tuple[dic
             )
         experts = range(tensor.shape[0]) if "{e}" in dense else [None]
         shape = tensor.shape[1:] if "{e}" in dense else tensor.shape
-        grid = _grid(tensor, shape, grids.get(name))
         for expert in experts:
             full = dense if expert is None else dense.replace("{e}", str(expert))
-            entries[full] = Entry(name=full, dtype=dtype, shape=shape, grid=grid)
-            origins[full] = _Origin(tensor=name, expert=expert, heads=turned_heads(family, name, query_heads, kv_heads))
+            entries[full] = Entry(name=full, dtype=dtype, shape=shape, grid=_plain_grid(tensor, shape))
+            origins[full] = _Origin(
+                tensor=name,
+                expert=expert,
+                heads=turned_heads(family, name, query_heads, kv_heads),
+                added=family.norm_offset if is_norm(name) else 0.0,
+            )
     return entries, origins
 
 
-def _dense_name(name: str, family: Family) -> str | None:
+def dense_name(name: str, family: Family) -> str | None:
+    """The dense name of a tensor of the language model, ``{e}`` for the expert; ``None`` where it has none."""
     stem, _, leaf = name.rpartition(".")
     layer = ""
     if match := re.fullmatch(r"blk\.(\d+)\.(.*)", stem):
@@ -299,23 +353,9 @@ def _dense_name(name: str, family: Family) -> str | None:
     return f"{family.names[stem].replace('{}', layer)}.{leaf}"
 
 
-def _noted_grids(file: GgufFile) -> dict[str, dict[str, Any]]:
-    try:
-        noted = json.loads(file.metadata.get(GRIDS_KEY, "{}"))
-    except ValueError:
-        noted = None
-    if not isinstance(noted, dict):
-        raise CheckpointError(f"metadata {GRIDS_KEY} are not what halfbyte writes", where=str(file.path))
-    return noted
-
-
-def _grid(tensor: GgufTensor, shape: tuple[int, ...], noted: Mapping[str, Any] | None) -> Grid | None:
-    """The grid of a Linear inside a block, by what halfbyte noted or by its type; ``None`` for floats."""
-    if not tensor.name.startswith("blk.") or len(shape) != 2 or ".ffn_gate_inp" in tensor.name:
-        return None
-    if noted is not None and tensor.kind in BLOCK_BYTES:
-        weights = WeightFormat(num_bits=noted["bits"], symmetric=noted["symmetric"], group_size=noted["group_size"])
-        return Grid(weights=weights, scale_dtype=noted["scale_dtype"])
-    if tensor.kind not in _PLAIN_BITS:
+def _plain_grid(tensor: GgufTensor, shape: tuple[int, ...]) -> Grid | None:
+    """The grid of a Linear inside a block by its type alone; ``None`` for floats."""
+    linear = tensor.name.startswith("blk.") and len(shape) == 2 and ".ffn_gate_inp" not in tensor.name
+    if not linear or tensor.kind not in _PLAIN_BITS:
         return None
     return Grid(weights=WeightFormat(num_bits=_PLAIN_BITS[tensor.kind], group_size=BLOCK), scale_dtype="F16")

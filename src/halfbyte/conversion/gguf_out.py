@@ -5,9 +5,8 @@ llama.cpp wants it, codes with their scales. Norms, biases and other vectors are
 head, what was not quantised) stay as they are or become float16 or bfloat16. What a block cannot hold exactly is said
 beforehand.
 
-Besides what llama.cpp reads, the metadata keep under ``halfbyte.`` what a way back needs and llama.cpp does not: group
-sizes, dtypes of scales and dense weights, what Llama 3's rotary factors were made from. Does not cover: float8 weights,
-input features that are not a multiple of 32.
+Besides what llama.cpp reads, the metadata keep under ``halfbyte.`` what a way back needs and llama.cpp does not
+(:mod:`halfbyte.conversion.gguf_return`). Does not cover: float8 weights, input features that are not a multiple of 32.
 """
 
 from __future__ import annotations
@@ -20,13 +19,10 @@ from typing import Any
 
 import torch
 
-from halfbyte.checkpoint.reader import DTYPES
 from halfbyte.conversion.coded import CodedWeight, Grid
 from halfbyte.conversion.folder_target import write_companions
 from halfbyte.conversion.gguf_blocks import BLOCK, BlockType, block_type, encode, from_words, has_words
 from halfbyte.conversion.gguf_families import (
-    DTYPE_KEY,
-    GRIDS_KEY,
     ROPE_KEY,
     Family,
     Metadata,
@@ -43,8 +39,9 @@ from halfbyte.conversion.gguf_families import (
     turned_heads,
 )
 from halfbyte.conversion.gguf_file import GgufFiles, GgufSpec, Planned
+from halfbyte.conversion.gguf_return import BREAK_EMBEDDING, TENSORS_KEY, Noted, lost_by_adding, write_notes
 from halfbyte.conversion.gguf_tokenizer_out import WrittenTokenizer, read_tokenizer_files, tokenizer_metadata
-from halfbyte.conversion.gguf_vision import BREAK_EMBEDDING, FLOAT32, Vision, vision_of
+from halfbyte.conversion.gguf_vision import FLOAT32, NORM_OFFSETS, Vision, vision_of
 from halfbyte.conversion.source import Entry, Source
 from halfbyte.conversion.target import Facts, Obstacle
 from halfbyte.schemes import WeightFormat
@@ -129,8 +126,8 @@ class GgufTarget:
         found += [Obstacle(name=n, reason="llama.cpp has no place for it in this architecture") for n in model.unknown]
         for name, place in model.places.items():
             entry = source.entries[name]
-            if entry.grid is not None and not place.vision:
-                obstacle = _block_problem(entry, entry.grid, facts[name])
+            if entry.grid is not None:
+                obstacle = _block_problem(entry, entry.grid, facts[name], vision=place.vision)
                 if obstacle is not None:
                     found.append(obstacle)
                     self._inexact.add(name)
@@ -264,21 +261,10 @@ class GgufTarget:
 
     def _metadata(self, source: Source, entries: Sequence[Entry], model: _Model) -> Metadata:
         counts: dict[str, int] = {}
-        grids: dict[str, dict[str, Any]] = {}
         for entry in entries:
             place = model.places[entry.name]
             kind = self._kinds[place.name]
             counts[kind] = counts.get(kind, 0) + (len(entry.shape) > 1 and not place.vision)
-            if entry.grid is not None:
-                found = None if entry.name in self._inexact else source.entries[entry.name].grid
-                found = found or entry.grid
-                w = entry.grid.weights
-                grids[place.name] = {
-                    "bits": w.num_bits,
-                    "group_size": w.group_size,
-                    "symmetric": w.symmetric,
-                    "scale_dtype": found.scale_dtype,
-                }
         values: Metadata = {
             "general.type": ("model", "STRING"),
             **_name(source),
@@ -286,13 +272,38 @@ class GgufTarget:
             **model_metadata(model.config, model.family),
             **model.tokenizer.metadata,
         }
-        if grids:
+        if any(e.grid is not None for e in entries):
             values["general.quantization_version"] = (2, "UINT32")
-            values[GRIDS_KEY] = (json.dumps(grids, sort_keys=True), "STRING")
         if rope_factors(model.config) is not None:
             values[ROPE_KEY] = (json.dumps(dict(model.config.rope_parameters), sort_keys=True), "STRING")
-        values[DTYPE_KEY] = (_dtype_of(source, model), "STRING")
+        values[TENSORS_KEY] = (write_notes([self._noted(source, e, model) for e in entries]), "STRING")
         return values
+
+    def _noted(self, source: Source, entry: Entry, model: _Model) -> Noted:
+        place, held = model.places[entry.name], source.entries[entry.name]
+        grid: Grid | None = None
+        exact: tuple[tuple[int, float], ...] = ()
+        if entry.grid is not None:
+            found = entry.grid if held.grid is None or entry.name in self._inexact else held.grid
+            grid = replace(entry.grid, scale_dtype=found.scale_dtype, activations=found.activations)
+        elif offset := _added(place, model):
+            exact = lost_by_adding(source.dense(entry.name), offset)
+        return Noted(
+            name=entry.name,
+            tensor=place.name,
+            dtype=held.dtype,
+            expert=place.expert,
+            kind=None if grid is None else self._kinds[place.name],
+            grid=grid,
+            exact=exact,
+        )
+
+
+def _added(place: _Place, model: _Model) -> float:
+    """What is added to a tensor's elements."""
+    if place.vision:
+        return NORM_OFFSETS.get(place.name, 0.0)
+    return model.family.norm_offset if is_norm(place.name) else 0.0
 
 
 def _only_float32(name: str) -> bool:
@@ -406,9 +417,12 @@ def _kind(source: Source, entry: Entry, grid: Grid) -> BlockType:
     return block_type(grid.weights.num_bits, steps.scales.to(torch.float16), steps.zero_points) or "Q5_0"
 
 
-def _block_problem(entry: Entry, grid: Grid, facts: Facts) -> Obstacle | None:
+def _block_problem(entry: Entry, grid: Grid, facts: Facts, *, vision: bool) -> Obstacle | None:
     """Why blocks cannot hold an entry exactly, and the nearest that they can."""
     w = grid.weights
+    if vision:
+        reason = "it is part of a quantised vision tower, and halfbyte writes towers as floats"
+        return Obstacle(name=entry.name, reason=reason, remedy="Convert it to dense first.")
     if w.kind == "float" or w.block is not None:
         return Obstacle(
             name=entry.name, reason="float8 weights have no type in GGUF", remedy="Convert it to dense first."
@@ -439,10 +453,3 @@ def _block_problem(entry: Entry, grid: Grid, facts: Facts) -> Obstacle | None:
 def _name(source: Source) -> Metadata:
     name = str(source.config.get("_name_or_path") or source.name).rstrip("/").rsplit("/", 1)[-1]
     return {"general.name": (name, "STRING")} if name else {}
-
-
-def _dtype_of(source: Source, model: _Model) -> str:
-    """What dense weights of the source have, by its embedding table."""
-    table = next((n for n, p in model.places.items() if p.name == "token_embd.weight"), None)
-    found = source.entries[table].dtype if table is not None else "BF16"
-    return found if found in DTYPES else "BF16"

@@ -20,7 +20,8 @@ import torch
 
 from halfbyte.conversion.gguf_families import Metadata, permute
 
-BREAK_EMBEDDING = "v.token_embd.img_break"
+# What is added to the elements of a tensor, as to Gemma's other norms.
+NORM_OFFSETS = {"mm.soft_emb_norm.weight": 1.0}
 
 _SIGLIP_LAYER = "vision_tower.encoder.layers.{}."
 _SIGLIP = {
@@ -90,11 +91,19 @@ class Vision:
 
     def changed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor (by its GGUF name) as llama.cpp wants it."""
-        if name == "mm.soft_emb_norm.weight":
-            return tensor + 1
-        if self.heads and name.split(".")[-2] in ("attn_q", "attn_k"):
-            return permute(tensor, self.heads)
-        return tensor
+        turned = permute(tensor, self.heads) if turned_in_tower(name, self.heads) else tensor
+        return turned + NORM_OFFSETS[name] if name in NORM_OFFSETS else turned
+
+
+def turned_in_tower(name: str, heads: int) -> int:
+    """Heads in which the rows of a tensor (by its GGUF name) are reordered, 0 where they are not."""
+    return heads if name.split(".")[-2] in ("attn_q", "attn_k") else 0
+
+
+def tower_heads(metadata: Mapping[str, Any]) -> int:
+    """``heads`` of :class:`Vision` by a file's metadata."""
+    pixtral = metadata.get("clip.projector_type") == "pixtral"
+    return int(metadata["clip.vision.attention.head_count"]) if pixtral else 0
 
 
 def vision_of(config: Any, files: Mapping[str, bytes]) -> Vision | None:
