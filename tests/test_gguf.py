@@ -42,6 +42,7 @@ from halfbyte.conversion.gguf_cache import to_gguf
 from halfbyte.conversion.gguf_families import FAMILIES, permute, rope_factors, unpermute
 from halfbyte.conversion.gguf_file import GgufFiles, GgufSpec, Planned, open_gguf
 from halfbyte.conversion.gguf_splitting import GPT2, LLAMA3, QWEN2, SPLITTINGS, TEKKEN, expressions_of, name_of
+from halfbyte.conversion.gguf_tokenizer_in import tokenizer_files
 from halfbyte.conversion.gguf_tokenizer_out import merges_from_scores, scores_from_merges
 from halfbyte.errors import CheckpointError, UsageError
 
@@ -426,6 +427,7 @@ def sentencepiece(folder: Path, *, prefix: bool) -> Path:
     """A SentencePiece model (BPE with byte fallback), trained by the library and converted as transformers does."""
     import sentencepiece as spm
 
+    defined = {"\n\n"} if prefix else {"\u2581\u2581", "\n\n"}  # Llama 2 has none of spaces, Gemma has
     text = folder / "text.txt"
     folder.mkdir(parents=True, exist_ok=True)
     text.write_text(tiny.TEXT + MULTILINGUAL, encoding="utf-8")
@@ -439,14 +441,13 @@ def sentencepiece(folder: Path, *, prefix: bool) -> Path:
         add_dummy_prefix=prefix,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        user_defined_symbols=["\u2581\u2581", "\n\n"],
+        user_defined_symbols=sorted(defined),
         minloglevel=2,
     )
     model = spm.SentencePieceProcessor(model_file=str(folder / "sp.model"))
     vocabulary = {model.id_to_piece(i): i for i in range(model.vocab_size())}
     tokens = list(vocabulary)
     plain = [not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i)) for i in range(len(tokens))]
-    defined = {"\u2581\u2581", "\n\n"}
     merges = []
     for i, token in enumerate(tokens):
         if plain[i] and token not in defined:
@@ -519,6 +520,42 @@ def test_tokenizers_come_back_token_for_token(kind: str, tiny_model: Models, tmp
         assert after.decode(ids) == before.decode(ids)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "chat_template"):
         assert getattr(after, name) == getattr(before, name)
+
+
+def test_what_llama_cpp_tokenises_otherwise_is_noted(tiny_model: Models, tmp_path: Path) -> None:
+    record = halfbyte.convert(with_tokenizer(tiny_model, "tekken", tmp_path / "tekken"), tmp_path / "a", to="gguf")
+    assert [n for n in record.notes if "combining marks" in n]
+    source = with_tokenizer(tiny_model, "gemma", tmp_path / "gemma")
+    assert not [n for n in halfbyte.convert(source, tmp_path / "b", to="gguf").notes if n.startswith("tokenizer")]
+    whole = json.loads((source / "tokenizer.json").read_text())
+    for token in whole["added_tokens"]:
+        token["normalized"] = False  # as files are that were made of a GGUF without much thought
+    (source / "tokenizer.json").write_text(json.dumps(whole))
+    record = halfbyte.convert(source, tmp_path / "c", to="gguf")
+    assert [n for n in record.notes if "1 tokens of spaces ('\u2581\u2581' and so on)" in n]
+
+
+def test_runs_of_spaces_are_found_behind_a_prefix_too(tmp_path: Path) -> None:
+    """As llama.cpp does: cut out of the text first, what comes next gets a space before it."""
+    pieces = ["<unk>", "<s>", "</s>", "  ", "\u2581", "a", "b", "\u2581a", "\u2581b"]
+    kinds = [2, 3, 3, 4, 1, 1, 1, 1, 1]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.scores": [0.0, 0.0, 0.0, 0.0, -9.0, -9.0, -9.0, -1.0, -2.0],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    for prefix, ids in ((True, [1, 7, 3, 8]), (False, [1, 5, 3, 6])):
+        metadata["tokenizer.ggml.add_space_prefix"] = prefix
+        folder = tmp_path / str(prefix)
+        folder.mkdir()
+        for name, content in tokenizer_files(metadata, 512, "here").items():
+            (folder / name).write_bytes(content)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        assert tokenizer("a  b").input_ids == ids
+        assert tokenizer.decode(ids[1:]).strip() == "a  b".replace("  ", "   " if prefix else "  ")
 
 
 def test_a_tokenizer_that_llama_cpp_lacks_stops_the_conversion(tiny_model: Models, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
+import unicodedata
 import warnings
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,8 @@ def test_tokenizers(kind: str, tiny_model: Models, tmp_path: Path) -> None:
     source = with_tokenizer(tiny_model, kind, tmp_path / "source")
     halfbyte.convert(source, tmp_path / "out", to="gguf")
     texts = [MULTILINGUAL, tiny.TEXT, " a", "a  b", "x</s>y"]
+    if kind == "tekken":  # whose marks llama.cpp cuts off, as the notes say
+        texts = ["".join(c for c in t if unicodedata.category(c)[0] != "M") for t in texts]
     answer = llamacpp.ask(tmp_path / "out/model.gguf", tmp_path, tokenize=texts)
     assert answer["tokens"] == [tokens_of(source, t) for t in texts]
 
@@ -156,36 +160,61 @@ def test_tokenizers_out_of_a_gguf_are_those_of_llama_cpp(name: str, packaged: Pa
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize(("name", "steps", "tolerance"), [("smollm2", 24, 2e-2), ("gemma3", 24, 0.2)])
-def test_real_models(name: str, steps: int, tolerance: float, tmp_path: Path) -> None:
-    """W4A16 in groups of 32: likely tokens' log probabilities, and a greedy continuation, token for token."""
+@pytest.mark.parametrize(("name", "tolerance"), [("smollm2", 2e-3), ("gemma3", 5e-2)])
+def test_real_models(name: str, tolerance: float, tmp_path: Path) -> None:
+    """W4A16 in groups of 32, by the dense weights that the codes stand for, and as codes.
+
+    With dense weights llama.cpp's log probabilities are transformers', and its greedy continuation is, token for token.
+    With codes it rounds inputs, and thirty layers of rounding make of any last bit that is otherwise a difference as
+    large as rounding makes at all: so the distance is held against that of transformers from itself, inputs rounded and
+    the embedding changed by a millionth.
+    """
     source = real(name)
     halfbyte.quantize(source, tmp_path / "q", method="rtn", group_size=32)
-    record = halfbyte.convert(tmp_path / "q", tmp_path / "out", to="gguf")
-    assert record.exact == record.quantized > 100
     halfbyte.convert(tmp_path / "q", tmp_path / "dense", to="dense", dtype="float32")
+    halfbyte.convert(tmp_path / "dense", tmp_path / "dense-gguf", to="gguf")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
-    coded = [e.module for e in open_source(tmp_path / "q", "auto").entries.values() if e.grid is not None]
-    llamacpp.round_inputs(model, coded)
     ids = tokens_of(source, tiny.TEXT[:300])
     prefixes = [ids[:2], ids[: len(ids) // 2], ids]
-    answer = llamacpp.ask(
-        tmp_path / "out/model.gguf",
-        tmp_path,
-        tokenize=[LONG],
-        prefixes=prefixes,
-        count=2000,
-        **{"continue": [ids, steps], "context": 512},
-    )
+    asked: dict[str, Any] = {"prefixes": prefixes, "count": 2000, "continue": [ids, COUNT], "context": 512}
+    answer = llamacpp.ask(tmp_path / "dense-gguf/model.gguf", tmp_path, tokenize=[LONG], **asked)
     assert answer["tokens"][0] == tokens_of(source, LONG)
     want = expected(model, ids, prefixes)
-    found = llamacpp.next_tokens(answer, want.shape[1])
     likely = want > -9.2  # a probability over 1e-4
     assert int(likely.sum()) > 100
+    found = llamacpp.next_tokens(answer, want.shape[1])
     assert float((found - want)[likely].abs().max()) < tolerance
     with torch.inference_mode():
-        out = model.generate(torch.tensor([ids]), max_new_tokens=steps, do_sample=False, eos_token_id=None)
+        out = model.generate(torch.tensor([ids]), max_new_tokens=COUNT, do_sample=False, eos_token_id=None)
     assert answer["continuation"] == out[0, len(ids) :].tolist()
+
+    record = halfbyte.convert(tmp_path / "q", tmp_path / "out", to="gguf")
+    assert record.exact == record.quantized > 100
+    assert halfbyte.verify(tmp_path / "out", source=tmp_path / "q").passed
+    answer = llamacpp.ask(tmp_path / "out/model.gguf", tmp_path, **asked)
+    coded = [e.module for e in open_source(tmp_path / "q", "auto").entries.values() if e.grid is not None]
+    llamacpp.round_inputs(model, coded)
+    table = model.get_input_embeddings().weight
+    exact, runs = table.detach().clone(), []
+    longer = [*ids, *answer["continuation"]]
+    for seed in range(4):
+        noise = torch.randn(table.shape, generator=torch.Generator().manual_seed(seed))
+        table.data = exact * (1 + 1e-6 * noise)
+        runs.append((expected(model, ids, prefixes), expected(model, longer, [longer[:n] for n in ends(ids, COUNT)])))
+    apart = [float((a[0] - b[0])[likely].abs().mean()) for a, b in itertools.combinations(runs, 2)]
+    found = llamacpp.next_tokens(answer, want.shape[1])
+    assert not torch.isnan(found[likely]).any()
+    assert all(float((found - r[0])[likely].abs().mean()) < 1.5 * max(apart) for r in runs)
+    # a greedy choice is the best one in some of these, or as near to it as they are to each other
+    steps = torch.stack([r[1] for r in runs])
+    chosen = steps[:, range(COUNT), answer["continuation"]]
+    spread = (steps.amax(0) - steps.amin(0))[steps.mean(0) > -9.2].max()
+    assert bool((steps.amax(-1) - chosen).amin(0).le(spread).all())
+
+
+def ends(ids: list[int], count: int) -> list[int]:
+    """Lengths of the prefixes after which a continuation's tokens come."""
+    return [len(ids) + n for n in range(count)]
 
 
 # ---- pictures ---------------------------------------------------------------------------------------------------

@@ -35,11 +35,20 @@ class Splitting:
         expressions: in order; :data:`GPT2` last is what tokenizers' ByteLevel does itself.
         whole_words: pieces that are tokens are not merged (tokenizer.json's ``ignore_merges``).
         adds_bos: whether BOS comes before a text where the file does not say.
+        differs: what llama.cpp does otherwise under this name, for the notes.
     """
 
     expressions: tuple[str, ...]
     whole_words: bool = False
     adds_bos: bool = False
+    differs: str = ""
+
+
+# llama.cpp (src/llama-vocab.cpp) writes these two expressions without the class of marks, and capitals as A-Z.
+_MARKS = (
+    "tokenizer: llama.cpp cuts words of this tokenizer's kind at combining marks (Devanagari, Thai, ...) and tells "
+    "capitals in Latin script alone; such text can become other tokens than in transformers"
+)
 
 
 SPLITTINGS: Mapping[str, Splitting] = {
@@ -47,8 +56,8 @@ SPLITTINGS: Mapping[str, Splitting] = {
     "smollm": Splitting(expressions=(DIGITS, GPT2)),
     "llama-bpe": Splitting(expressions=(LLAMA3,), whole_words=True, adds_bos=True),
     "qwen2": Splitting(expressions=(QWEN2,)),
-    "tekken": Splitting(expressions=(TEKKEN,), whole_words=True, adds_bos=True),
-    "gpt-4o": Splitting(expressions=(GPT4O,)),
+    "tekken": Splitting(expressions=(TEKKEN,), whole_words=True, adds_bos=True, differs=_MARKS),
+    "gpt-4o": Splitting(expressions=(GPT4O,), differs=_MARKS),
 }
 # Further names that llama.cpp gives the same expressions.
 ALIASES: Mapping[str, str] = {

@@ -186,8 +186,10 @@ def _sentencepiece(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     scores = fields.get("ggml.scores")
     if scores is None or len(scores) != len(listed):
         raise CheckpointError("its tokenizer has no scores, or other than one a token", where=where)
-    # A GGUF writes runs of spaces that are looked for in the text as they are, SentencePiece as runs of U+2581.
-    tokens = [SPACE * len(t) if t and not t.strip(" ") else t for t in listed]
+    # A GGUF writes runs of spaces that are looked for in the text as they are, SentencePiece as runs of U+2581. Behind
+    # a normalizer that puts one before every piece of text, these would not be found: there they stay as they are.
+    prefix = fields.get("ggml.add_space_prefix", True)
+    tokens = [SPACE * len(t) if t and not t.strip(" ") and not prefix else t for t in listed]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     unknown = fields.get("ggml.unknown_token_id")
     if unknown is None:
@@ -211,7 +213,7 @@ def _sentencepiece(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
         {"type": "Fuse"},
     ]
     normalizer: dict[str, Any] = spaces
-    if fields.get("ggml.add_space_prefix", True):
+    if prefix:
         normalizer = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, spaces]}
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return _whole(

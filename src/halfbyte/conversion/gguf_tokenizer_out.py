@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from halfbyte.conversion.gguf_families import Metadata
-from halfbyte.conversion.gguf_splitting import expressions_of, name_of
+from halfbyte.conversion.gguf_splitting import SPLITTINGS, expressions_of, name_of
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types in a GGUF vocabulary
 SPACE = "\u2581"  # SentencePiece's space
@@ -146,6 +146,7 @@ def _byte_level(out: WrittenTokenizer, found: TokenizerFiles, merges: Sequence[t
         )
         return
     _normalizer(out, found.tokenizer.get("normalizer"), ())
+    out.notes += [SPLITTINGS[name].differs] if SPLITTINGS[name].differs else []
     out.metadata["tokenizer.ggml.pre"] = (name, "STRING")
     if merges:
         out.metadata["tokenizer.ggml.merges"] = ([" ".join(m) for m in merges], "ARRAY")
@@ -172,12 +173,33 @@ def _sentencepiece(
         )
         return
     _normalizer(out, found.tokenizer.get("normalizer"), ("Prepend", "Replace"))
+    out.notes += _unreachable(found.tokenizer, set(map("".join, merges)))
     out.metadata |= {
         "tokenizer.ggml.pre": ("default", "STRING"),
         "tokenizer.ggml.scores": (scores, "ARRAY"),
         "tokenizer.ggml.add_space_prefix": (_prepends_space(found.tokenizer), "BOOL"),
         "tokenizer.ggml.remove_extra_whitespaces": (False, "BOOL"),
     }
+
+
+def _unreachable(tokenizer: Mapping[str, Any], merged: set[str]) -> list[str]:
+    """A note on tokens of spaces that SentencePiece and llama.cpp cut out of a text, and this tokenizer.json does not.
+
+    tokenizers looks for added tokens that are not "normalized" before spaces have become U+2581.
+    """
+    prepends = _prepends_space(tokenizer)
+    lost = [
+        t["content"]
+        for t in tokenizer.get("added_tokens") or []
+        if not t.get("special") and SPACE in t["content"] and t["content"] not in merged
+        if prepends or not t.get("normalized")
+    ]
+    if not lost:
+        return []
+    return [
+        f"tokenizer: llama.cpp finds {len(lost)} tokens of spaces ({lost[0]!r} and so on) in a text, as SentencePiece "
+        "does; this tokenizer.json does not"
+    ]
 
 
 def _normalizer(out: WrittenTokenizer, normalizer: Mapping[str, Any] | None, known: tuple[str, ...]) -> None:
