@@ -3,9 +3,10 @@
     python benchmarks/convert.py [--bytes 500000000] [--runs 3] [--out results/convert.json]
 
 Makes a checkpoint of random codes (compressed-tensors, W4A16, groups of 128, Linears of 4096 x 4096 and 14336 x 4096),
-then for each target in turn copies it with ``cp`` and converts it, each to a new folder and made durable: after
-``cp`` its files are synced, and ``convert`` syncs by itself. All is in the page cache before, so both read from memory.
-Wall time is compared; the result has every single time. Conversion hashes what it reads and writes, ``cp`` does not.
+has it in every format, then for each pair of formats in turn copies the source with ``cp`` and converts it, each to a
+new folder and made durable: after ``cp`` its files are synced, and ``convert`` syncs by itself. All is in the page
+cache before, so both read from memory. Wall time is compared; the result has every single time, and the processor time
+of either. ``convert`` hashes what it reads and writes, in a thread of its own; ``cp`` does not.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -24,8 +26,15 @@ from typing import Any
 import torch
 from harness import git_commit, machine, today, versions, write_result
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-TARGETS = ("awq", "gptq", "gptq-v2", "compressed-tensors")
+PLAIN = "compressed-tensors"
+PAIRS = (
+    *((PLAIN, to) for to in ("awq", "gptq", "gptq-v2", "gguf", PLAIN)),
+    *((source, PLAIN) for source in ("awq", "gptq", "gptq-v2", "gguf")),
+    ("awq", "gguf"),
+    ("gguf", "awq"),
+)
 SHAPES = ((4096, 4096), (14336, 4096))
 GROUP_SIZE = 128
 
@@ -46,7 +55,12 @@ def build(folder: Path, size_bytes: int) -> int:
             tensors[f"{module}.weight_shape"] = torch.tensor([rows, columns])
         total = sum(t.numel() * t.element_size() for t in tensors.values())
         layer += 1
+    tensors["model.embed_tokens.weight"] = torch.rand((256, 4096), generator=draw).to(torch.bfloat16)
+    tensors["model.norm.weight"] = torch.ones(4096, dtype=torch.bfloat16)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "group_size": GROUP_SIZE, "strategy": "group"}
     group = {"targets": ["Linear"], "weights": weights | {"dynamic": False}, "format": "pack-quantized"}
     quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"]}
@@ -55,30 +69,42 @@ def build(folder: Path, size_bytes: int) -> int:
         "model_type": "llama",
         "dtype": "bfloat16",
         "num_hidden_layers": layer,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 256,
+        "tie_word_embeddings": True,
         "quantization_config": quantization | {"config_groups": {"group_0": group}},
     }
     (folder / "config.json").write_text(json.dumps(config))
     return total
 
 
-def copied(source: Path, out: Path) -> float:
-    """Seconds that ``cp -r`` and syncing its file take."""
-    begun = time.perf_counter()
+def cpu_s() -> float:
+    """Processor time of this process and of the children that it waited for."""
+    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def copied(source: Path, out: Path) -> tuple[float, float]:
+    """Seconds, and processor seconds, that ``cp -r`` and syncing its files take."""
+    begun, used = time.perf_counter(), cpu_s()
     subprocess.run(["cp", "-r", source, out], check=True)
     for file in out.iterdir():
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    return time.perf_counter() - begun
+    return time.perf_counter() - begun, cpu_s() - used
 
 
-def converted(source: Path, out: Path, to: str) -> float:
-    """Seconds inside ``halfbyte.convert``, in a process that has imported it (and its kernels) before."""
+def converted(source: Path, out: Path, to: str) -> tuple[float, float]:
+    """The same inside ``halfbyte.convert``, in a process that has imported it (and its kernels) before."""
     import halfbyte
 
-    begun = time.perf_counter()
+    begun, used = time.perf_counter(), cpu_s()
     halfbyte.convert(source, out, to=to)
-    return time.perf_counter() - begun
+    return time.perf_counter() - begun, cpu_s() - used
 
 
 def main() -> None:
@@ -90,21 +116,30 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.scratch) as name:
         root = Path(name)
-        small, source = root / "small", root / "source"
+        small, first = root / "small", root / PLAIN
         build(small, 1)
-        size = build(source, options.bytes)
+        size = build(first, options.bytes)
+        sources = {PLAIN: first}
+        for to in dict.fromkeys(source for source, _ in PAIRS if source != PLAIN):
+            sources[to] = root / to
+            converted(first, sources[to], to)
         runs: list[dict[str, Any]] = []
-        for to in TARGETS:
+        for to in dict.fromkeys(to for _, to in PAIRS):
             converted(small, root / "warm", to)  # imports, compiled kernels
             shutil.rmtree(root / "warm")
         for run in range(options.runs):
-            for to in TARGETS:
-                times = {"cp_s": copied(source, root / "copy"), "convert_s": converted(source, root / "out", to)}
-                runs.append({"run": run, "to": to, **times, "ratio": times["convert_s"] / times["cp_s"]})
+            for source, to in PAIRS:
+                wall, cpu = copied(sources[source], root / "copy")
+                again, more = converted(sources[source], root / "out", to)
+                found = {"run": run, "from": source, "to": to, "cp_s": wall, "convert_s": again, "ratio": again / wall}
+                runs.append(found | {"cp_cpu_s": cpu, "convert_cpu_s": more})
                 print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
                 shutil.rmtree(root / "copy")
                 shutil.rmtree(root / "out")
-    medians = {to: sorted(r["ratio"] for r in runs if r["to"] == to)[options.runs // 2] for to in TARGETS}
+    ratios = {
+        pair: sorted(r["ratio"] for r in runs if (r["from"], r["to"]) == pair)[options.runs // 2] for pair in PAIRS
+    }
+    medians = {f"{source} -> {to}": ratio for (source, to), ratio in ratios.items()}
     result = {
         "benchmark": "convert",
         "date": today(),

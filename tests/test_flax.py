@@ -499,3 +499,13 @@ def test_auto_finds_flax_and_verify_knows_the_outcome(cases: Mapping[str, Case],
     record = convert(case.path, tmp_path / "out", to="compressed-tensors", **case.options)
     assert record.source["format"] == "flax"
     assert halfbyte.inspect(tmp_path / "out") is not None
+
+
+@pytest.mark.parametrize("kind", ["text bf16", "pictures f32", "nested"])
+def test_inspect_reads_headers(cases: Mapping[str, Case], kind: str) -> None:
+    case = cases[kind]
+    found = halfbyte.inspect(case.path)
+    assert (found.quantization, found.format, found.blocks) == ("none", "flax", flax.TEXT["num_hidden_layers"])
+    assert found.architecture == type(case.made.model).__name__
+    assert found.parameters == sum(a.numel() for a in case.made.arrays.values())
+    assert {g.scheme for g in found.groups} == {"F32" if kind.endswith("f32") else "BF16"}

@@ -29,6 +29,8 @@ from typing import Literal
 
 import torch
 
+from halfbyte.kernels.blocks_numba import blocks_to_rows, rows_to_blocks
+
 BLOCK = 32
 BlockType = Literal["Q4_0", "Q4_1", "Q5_0", "Q8_0"]
 BLOCK_BYTES: dict[BlockType, int] = {"Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q8_0": 34}
@@ -138,19 +140,20 @@ def from_words(
 ) -> torch.Tensor:
     """:func:`encode` for packed codes, where :func:`has_words`: int32 ``[out, words]`` of ``q + 2**(b-1)``."""
     out_features = words.shape[0]
-    octets = words.view(torch.uint8).reshape(out_features, -1, BLOCK if kind == "Q8_0" else BLOCK // 2)
-    d = repeated(scales.to(torch.float64), octets.shape[1] * BLOCK)
+    octets = words.contiguous().view(torch.uint8).reshape(out_features, -1, BLOCK if kind == "Q8_0" else BLOCK // 2)
+    in_features = octets.shape[1] * BLOCK
+    head = [repeated(scales.to(torch.float16), in_features)]
+    if kind == "Q4_1":
+        zero = 0 if zero_points is None else zero_points.to(torch.float64)
+        head.append(repeated((scales.to(torch.float64) * (-8 - zero)).to(torch.float16), in_features))
     data = torch.empty((out_features, octets.shape[1], BLOCK_BYTES[kind]), dtype=torch.uint8)
-    data[..., :2] = d.to(torch.float16).unsqueeze(-1).view(torch.uint8)
+    halves = data.view(torch.float16)  # blocks have even sizes
+    for i, values in enumerate(head):
+        halves[..., i] = values
     if kind == "Q8_0":
         torch.bitwise_xor(octets, 0x80, out=data[..., 2:])
-        return data.reshape(out_features, -1)
-    if kind == "Q4_1":
-        zero = 0 if zero_points is None else repeated(zero_points.to(torch.float64), octets.shape[1] * BLOCK)
-        data[..., 2:4] = (d * (-8 - zero)).to(torch.float16).unsqueeze(-1).view(torch.uint8)
-    first, second = octets[..., :8], octets[..., 8:]
-    data[..., -16::2] = (first & 0x0F) | (second << 4)
-    data[..., -15::2] = (first >> 4) | (second & 0xF0)
+    else:
+        rows_to_blocks(octets.numpy(), 2 * len(head), data.numpy())
     return data.reshape(out_features, -1)
 
 
@@ -160,8 +163,8 @@ def to_words(kind: BlockType, data: torch.Tensor) -> torch.Tensor:
     blocks = data.reshape(out_features, -1, BLOCK_BYTES[kind])
     if kind == "Q8_0":
         return (blocks[..., 2:] ^ 0x80).reshape(out_features, -1).view(torch.int32)
-    even, odd = blocks[..., -16::2], blocks[..., -15::2]
-    octets = torch.cat([(even & 0x0F) | (odd << 4), (even >> 4) | (odd & 0xF0)], dim=-1)
+    octets = torch.empty((out_features, blocks.shape[1], BLOCK // 2), dtype=torch.uint8)
+    blocks_to_rows(blocks.contiguous().numpy(), BLOCK_BYTES[kind] - BLOCK // 2, octets.numpy())
     return octets.reshape(out_features, -1).view(torch.int32)
 
 
@@ -193,7 +196,8 @@ def grouped(per_block: torch.Tensor, group_size: int | None, in_features: int) -
     """``[out, in / 32]`` -> ``[out, groups]``, or ``None`` where the blocks of some group differ."""
     width = (group_size or in_features) // BLOCK
     parts = per_block.reshape(per_block.shape[0], -1, width)
-    return parts[..., 0].contiguous() if bool((parts == parts[..., :1]).all()) else None
+    bits = parts.view(torch.int16) if parts.dtype == torch.float16 else parts
+    return parts[..., 0].contiguous() if torch.equal(bits, bits[..., :1].expand(bits.shape)) else None
 
 
 def zero_points_of(d: torch.Tensor, m: torch.Tensor) -> torch.Tensor | None:
