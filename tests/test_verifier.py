@@ -583,8 +583,8 @@ class TestInputErrors:
 
     def test_another_format(self, pair: Callable[[str], Pair]) -> None:
         p = pair("w4")
-        edit_config(p.quantized, lambda c: c.update(quantization_config={"quant_method": "awq", "bits": 4}))
-        with pytest.raises(CheckpointError, match="quantised with 'awq'"):
+        edit_config(p.quantized, lambda c: c.update(quantization_config={"quant_method": "aqlm", "bits": 4}))
+        with pytest.raises(CheckpointError, match="quantised with 'aqlm'"):
             verify(p.quantized)
 
     def test_a_broken_source(self, pair: Callable[[str], Pair], tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from halfbyte.errors import ArchitectureError, HalfbyteError
 
 NUMBERED = re.compile(r"^(?P<prefix>.+?)\.(?P<index>\d+)\.(?P<rest>.+)$")
 NOT_LANGUAGE = re.compile(r"(^|[._])(vision|visual|vit|image|audio|speech|projector|connector|resampler|encoder|mtp)")
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens\w*|wte|word_embeddings|tok_embeddings|embed_in)(\.|$)")
+HEAD = re.compile(r"(^|\.)(lm_head|embed_out)(\.|$)")
 # Modules inside blocks that hold a 2-D weight and stay in original precision: they steer tokens to experts.
 KEPT_MODULES = re.compile(r"(^|\.)(router(\.layer)?|gate|shared_expert_gate|wg)$")
 # How else transformers' module tree may spell a kept module that it takes to be a Linear (PhiMoE's router).

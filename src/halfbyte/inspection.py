@@ -1,7 +1,7 @@
 """What is inside a checkpoint, from its headers, its config and the records beside it.
 
-Works on halfbyte's own checkpoints and on other tools' (compressed-tensors, AutoAWQ, AutoGPTQ, dense). No weight is
-read. Does not cover: whether the bytes are right (``verifier``).
+Works on halfbyte's own checkpoints and on other tools' (compressed-tensors, AutoAWQ, AutoGPTQ, GGUF, dense, Gemma 3 for
+Flax). No weight is read. Does not cover: whether the bytes are right (``verifier``).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from halfbyte.architectures import NOT_LANGUAGE, NUMBERED, find_block_prefix
+from halfbyte.architectures import EMBEDDING, HEAD, NOT_LANGUAGE, NUMBERED, find_block_prefix
 from halfbyte.checkpoint.reader import Checkpoint, TensorInfo
 from halfbyte.checkpoint.source import open_headers
 from halfbyte.errors import CheckpointError
@@ -31,10 +31,11 @@ from halfbyte.records import (
     read_record,
 )
 
+if TYPE_CHECKING:
+    from halfbyte.conversion.headers import Headers
+
 T = TypeVar("T")
 
-EMBEDDING = re.compile(r"(^|\.)(embed_tokens\w*|wte|word_embeddings|tok_embeddings|embed_in)(\.|$)")
-HEAD = re.compile(r"(^|\.)(lm_head|embed_out)(\.|$)")
 PARTS = (
     "embeddings",
     "decoder linears",
@@ -99,8 +100,9 @@ class Inspection:
     """What :func:`inspect` found.
 
     Attributes:
-        quantization: ``none``, or the config's ``quant_method`` (``compressed-tensors``, ``awq``, ``gptq``, ``fp8``).
-        format: the storage format, where the method has several.
+        quantization: ``none``, or the config's ``quant_method`` (``compressed-tensors``, ``awq``, ``gptq``, ``fp8``),
+            or ``gguf``.
+        format: the storage format, where the method has several, and what is no folder of safetensors files.
         parameters: logical ones; a tied output matrix that is not stored counts once.
         bits_per_weight: over quantised weights, scales included; ``None`` when none is quantised.
         bits_per_parameter: all tensor bytes over all parameters.
@@ -135,27 +137,74 @@ class Inspection:
 
 
 def inspect(path_or_id: str | Path) -> Inspection:
-    """Describe a checkpoint folder, or a hub id of which only headers and JSON files are fetched.
+    """Describe a checkpoint folder, a GGUF file, or a hub id of which only headers and JSON files are fetched.
 
     Raises:
         CheckpointError: the checkpoint is missing, truncated or inconsistent.
+        MissingDependencyError: it is a GGUF file or for Flax, and the package that reads these is not installed.
     """
+    path = Path(path_or_id)
+    if path.suffix == ".gguf" or (path.is_dir() and not any(path.glob("*.safetensors"))):
+        from halfbyte.conversion.headers import headers_of
+
+        headers = headers_of(path)
+        if headers is not None:
+            return _inspect_headers(headers, str(path_or_id))
     return inspect_checkpoint(open_headers(path_or_id))
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     """Describe an opened checkpoint."""
     config = quantization_config(checkpoint)
-    modules: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
-    for name, info in checkpoint.tensors.items():
-        module, _, leaf = name.rpartition(".")
-        modules[module][leaf] = info
+    modules = _modules(checkpoint)
     weights: dict[str, StoredWeight] = {}
     for module, leaves in modules.items():
         found = stored_weight(module, leaves, config, checkpoint)
         if found is not None:
             weights[module] = found
+    quantized = [w for w in weights.values() if w.quantized]
     notes = _contradictions(checkpoint, config, weights)
+    return _described(checkpoint, modules, weights, _method(config, quantized), _format(config), notes)
+
+
+def _inspect_headers(headers: Headers, name: str) -> Inspection:
+    """Describe a GGUF file or a Flax checkpoint."""
+    folder = headers.path if headers.path.is_dir() else headers.path.parent
+    config = {"architectures": [headers.architecture], "model_type": headers.model_type}
+    checkpoint = Checkpoint(path=folder, name=name, config=config, tensors=dict(headers.tensors))
+    modules = _modules(checkpoint)
+    weights = {
+        module: StoredWeight(
+            scheme=info.dtype,
+            quantized=f"{module}.weight" in headers.quantized,
+            shape=info.shape,
+            code_bytes=info.size_bytes,
+            scale_bytes=0,
+        )
+        for module, leaves in modules.items()
+        for leaf, info in leaves.items()
+        if leaf == "weight"
+    }
+    method = headers.format if headers.quantized else "none"
+    return _described(checkpoint, modules, weights, method, headers.format, list(headers.notes))
+
+
+def _modules(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:
+    modules: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+    for name, info in checkpoint.tensors.items():
+        module, _, leaf = name.rpartition(".")
+        modules[module][leaf] = info
+    return modules
+
+
+def _described(
+    checkpoint: Checkpoint,
+    modules: Mapping[str, Mapping[str, TensorInfo]],
+    weights: Mapping[str, StoredWeight],
+    quantization: str,
+    form: str | None,
+    notes: list[str],
+) -> Inspection:
     quantized = [w for w in weights.values() if w.quantized]
     quantized_parameters = sum(w.parameters for w in quantized)
     quantized_bytes = sum(w.code_bytes + w.scale_bytes for w in quantized)
@@ -168,15 +217,15 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         architecture=checkpoint.architecture,
         model_type=str(checkpoint.config.get("model_type", "unknown")),
         blocks=_num_blocks(checkpoint, predictors),
-        quantization=_method(config, quantized),
-        format=_format(config),
+        quantization=quantization,
+        format=form,
         parameters=parameters,
         quantized_parameters=quantized_parameters,
         bits_per_weight=8 * quantized_bytes / quantized_parameters if quantized_parameters else None,
         bits_per_parameter=8 * checkpoint.size_bytes / parameters if parameters else 0.0,
         size_bytes=checkpoint.size_bytes,
         files=len({t.file for t in checkpoint.tensors.values()}),
-        groups=_groups(weights | _stacks(modules)),
+        groups=_groups({**weights, **_stacks(modules)}),
         parts=parts,
         errors=block_errors(manifest.linears) if manifest else [],
         rare_experts=manifest.rare_experts if manifest else [],

@@ -4,6 +4,7 @@
     halfbyte.json   Manifest       what was done, to what, with what error; travels with the checkpoint
     verify.json     VerifyRecord   what was checked in the written bytes, and the outcome
     compare.json    CompareRecord  divergence of a checkpoint from its baseline
+    convert.json    ConvertRecord  what a checkpoint was converted from, and what could not be carried over exactly
 
 Every number that a report or a model card prints is read from one of these. Fields that differ between two runs of the
 same work (seconds, memory, dates) live under ``Manifest.run`` and nowhere else, so that everything else can be compared
@@ -30,6 +31,7 @@ T = TypeVar("T")
 MANIFEST_NAME = "halfbyte.json"
 VERIFY_NAME = "verify.json"
 COMPARE_NAME = "compare.json"
+CONVERT_NAME = "convert.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -384,6 +386,50 @@ def numbers_of(ranges: str, most: int) -> list[int]:
             raise ValueError(f"there are other than {most} channels")
         numbers += [-1] * length if first is None else range(first, first + length)
     return numbers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequantizedRecord:
+    """A weight that the target could not hold as it was.
+
+    Attributes:
+        name: module name; grid: the number format that it was rounded to.
+        relative_error: ``||W' - W|| / ||W||`` (Frobenius) against the weight that the source's codes stand for.
+    """
+
+    name: str
+    grid: str
+    relative_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertRecord:
+    """What ``convert`` did.
+
+    Attributes:
+        source: ``name``, ``format`` and ``sha256`` (over the names and contents of its tensors).
+        target: format written; sha256: over the names and contents of the tensors written.
+        tensors: of the dense model; quantized: how many of them have codes in the source.
+        grids: number formats of these, with how many have each.
+        exact: how many codes and scales were carried over without any change of value.
+        requantized: the others; none of either where the target is dense.
+        notes: what a user ought to know.
+        versions: of packages.
+        run: seconds, bytes written.
+    """
+
+    format_version: int
+    source: dict[str, Any]
+    target: str
+    sha256: str
+    tensors: int
+    quantized: int
+    grids: dict[str, int]
+    exact: int
+    requantized: list[RequantizedRecord]
+    notes: list[str]
+    versions: dict[str, str]
+    run: dict[str, Any]
 
 
 def to_json(record: Any) -> str:

@@ -35,10 +35,22 @@ from pathlib import Path
 
 from halfbyte.errors import CheckpointError, raise_all
 from halfbyte.progress import Reporter, Silent
-from halfbyte.records import VERIFY_NAME, Check, Manifest, VerifyRecord, write_json
+from halfbyte.records import CONVERT_NAME, VERIFY_NAME, Check, ConvertRecord, Manifest, VerifyRecord, write_json
 from halfbyte.reference import FLOATS, StoredTensor
+from halfbyte.verifier_columns import METHODS, column_modules, scan_columns
+from halfbyte.verifier_columns import config_problems as column_config_problems
+from halfbyte.verifier_converted import (
+    compare,
+    contents_of,
+    hash_problems,
+    method_of,
+    read_convert_record,
+    reload_columns,
+)
 from halfbyte.verifier_experts import missing_experts
 from halfbyte.verifier_files import Inventory, files_detail, manifest_problems, read_manifest, take_inventory
+from halfbyte.verifier_gguf import gguf_checks, is_gguf_folder
+from halfbyte.verifier_gguf_source import GgufOriginal, compare_with_original, is_gguf_source, read_original
 from halfbyte.verifier_layout import (
     QuantizedModule,
     Rules,
@@ -66,11 +78,12 @@ def verify(
     prompts: Sequence[str] | None = None,
     reporter: Reporter | None = None,
 ) -> VerifyRecord:
-    """Check a quantised compressed-tensors checkpoint and write ``verify.json`` into it.
+    """Check a quantised checkpoint (compressed-tensors, AutoAWQ, AutoGPTQ, GGUF) and write ``verify.json`` into it.
 
     Args:
         checkpoint: local folder; halfbyte's own, or another tool's as far as the checks apply.
-        source: local folder of the checkpoint it was made from; without it ``copies`` and ``error`` are skipped.
+        source: local folder (or GGUF file) of the checkpoint it was made from, in any of these formats or dense;
+            without it ``copies`` and ``error`` are skipped. Beside a quantised one, a dense checkpoint is checked too.
         reload: whether to load it with transformers; ``None`` does so where two dense copies fit in free memory.
         prompts: texts for the logits; by default three short ones, or fixed token ids where there is no tokenizer.
         reporter: listener for progress.
@@ -83,8 +96,21 @@ def verify(
             compressed-tensors, it holds only pickles, or the source itself is broken.
     """
     reporter = reporter or Silent()
+    if is_gguf_folder(_folder(checkpoint)):
+        beside = None if source is None else _sound_source(_folder(source))
+        checks, found = gguf_checks(_folder(checkpoint), beside, reporter)
+        return _recorded(checks, checkpoint, source, found)
     found = take_inventory(_folder(checkpoint))
-    original = None if source is None else _sound_source(_folder(source))
+    gguf = read_original(Path(source)) if source is not None and is_gguf_source(Path(source)) else None
+    original = None if source is None or gguf is not None else _sound_source(_folder(source))
+    converted = read_convert_record(found)
+    found.file_problems += hash_problems(found, converted, reporter)
+    quantised = gguf is not None or (original is not None and method_of(original) is not None)
+    if method_of(found) in METHODS or (method_of(found) is None and quantised):
+        checks = _converted_checks(found, original, converted, reload, reporter)
+        return _recorded(_beside_gguf(checks, found, gguf, converted, reporter), checkpoint, source, found)
+    beside = original if original is not None and method_of(original) is not None else None
+    original = original if beside is None else None
     parts = quantized_parts(found.tensors)
     _require_compressed_tensors(found, quantized=bool(parts))
     manifest = read_manifest(found)
@@ -108,8 +134,11 @@ def verify(
         _linears_check(modules, misfits, missing_experts(parts, _dense_modules(found, modules), skeleton.fused)),
     ]
     changes = _changes(found, dense, manifest)
-    scales, codes, error = scan(readable, dense, len(modules) - len(readable), changes.traded, reporter)
+    signed = converted is not None
+    scales, codes, error = scan(readable, dense, len(modules) - len(readable), changes.traded, reporter, signed=signed)
     copies = _copies_check(found, original, stacks, modules, changes, reporter)
+    if beside is not None and not any(c.status == "failed" for c in structure[1:]):
+        copies, error = compare(contents_of(found), contents_of(beside), converted, reporter)
     checks = [*structure, scales, codes, copies, error]
     if found.file_problems or any(c.status == "failed" for c in structure[1:]):
         reason = "the structure of the checkpoint has to be right first"
@@ -124,6 +153,65 @@ def verify(
             prompts=prompts,
             reporter=reporter,
         )
+    return _recorded(_beside_gguf(checks, found, gguf, converted, reporter), checkpoint, source, found)
+
+
+def _beside_gguf(
+    checks: list[Check],
+    found: Inventory,
+    gguf: GgufOriginal | None,
+    converted: ConvertRecord | None,
+    reporter: Reporter,
+) -> list[Check]:
+    """The checks with ``copies`` and ``error`` against a GGUF, where that is the source and the structure is right."""
+    if gguf is None or any(c.status == "failed" for c in checks):
+        return checks
+    compared = {c.name: c for c in compare_with_original(contents_of(found), gguf, converted, reporter)}
+    return [compared.get(c.name, c) for c in checks]
+
+
+def _converted_checks(
+    found: Inventory,
+    original: Inventory | None,
+    converted: ConvertRecord | None,
+    reload: bool | None,
+    reporter: Reporter,
+) -> list[Check]:
+    """The checks of AutoAWQ's and AutoGPTQ's, and of dense copies of quantised checkpoints."""
+    quantization = found.config.get("quantization_config")
+    hashed = f"tensors hashed against {CONVERT_NAME}" if converted else f"no {CONVERT_NAME} to hash against"
+    detail = f"{len(found.files)} weight files, {hashed}"
+    checks = [_check("files", found.file_problems + found.mode_problems, detail)]
+    checks.append(_check("headers", found.header_problems, f"{len(found.tensors)} tensors in {len(found.files)} files"))
+    if isinstance(quantization, dict):
+        try:
+            modules = column_modules(found.tensors, quantization)
+        except CheckpointError as e:
+            return [*checks, _check("config", [e.what], "quantization_config cannot be used")]
+        owned = {t.name for m in modules for t in m.parts.values()}
+        dense = {n: t for n, t in found.tensors.items() if n not in owned}
+        problems = column_config_problems(quantization, modules, dense, build_skeleton(found.folder)[0])
+        checks.append(_check("config", problems, f"transformers reads it; quantised modules: {len(modules)}"))
+        checks += scan_columns(modules, reporter)
+    if any(c.status == "failed" for c in checks[1:]):
+        reason = "the structure of the checkpoint has to be right first"
+        return checks + [Check(name=n, status="skipped", detail=reason) for n in ("copies", "error", "reload")]
+    contents = contents_of(found)
+    if original is None:
+        no_source = "no source was given (--source)"
+        checks += [Check(name=n, status="skipped", detail=no_source) for n in ("copies", "error")]
+    else:
+        checks += compare(contents, contents_of(original), converted, reporter)
+    if reload is False or not contents.modules:
+        reason = "not wanted (--no-reload)" if reload is False else "the checkpoint is dense"
+        checks.append(Check(name="reload", status="skipped", detail=reason))
+    else:
+        checks.append(reload_columns(found.folder, contents, reporter))
+    return checks
+
+
+def _recorded(checks: list[Check], checkpoint: str | Path, source: str | Path | None, found: Inventory) -> VerifyRecord:
+    """The record of some checks, written into the checkpoint."""
     record = VerifyRecord(
         checkpoint=str(checkpoint),
         source=None if source is None else str(source),
@@ -164,7 +252,7 @@ def _require_compressed_tensors(found: Inventory, *, quantized: bool) -> None:
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method is not None and method != "compressed-tensors":
         raise CheckpointError(
-            f"the checkpoint is quantised with {method!r}, and verify reads compressed-tensors",
+            f"the checkpoint is quantised with {method!r}, and verify reads compressed-tensors, awq and gptq",
             where=str(found.folder),
             remedy="Use `halfbyte inspect` on it.",
         )

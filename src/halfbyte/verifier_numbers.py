@@ -49,6 +49,8 @@ def scan(
     unread: int,
     traded: Mapping[str, Traded],
     reporter: Reporter,
+    *,
+    signed: bool = False,
 ) -> tuple[Check, Check, Check]:
     """Decode every module once, in slices of rows: the checks ``scales``, ``codes`` and ``error``.
 
@@ -56,6 +58,7 @@ def scan(
         modules: those whose tensors fit together.
         source: dense tensors by name, or ``None``.
         unread: how many modules are left out, for the details.
+        signed: whether scales may be negative or zero, as those that came from another format.
         traded: by module, the factors that it took or gave.
     """
     scale_problems: list[str] = []
@@ -66,7 +69,7 @@ def scan(
     for m in modules:
         dense = source.get(f"{m.name}.weight") if source else None
         try:
-            scales, codes, error, rows = _scan_one(m, dense, traded.get(m.name, Traded()))
+            scales, codes, error, rows = _scan_one(m, dense, traded.get(m.name, Traded()), signed=signed)
         except (CheckpointError, OSError) as e:
             code_problems.append(f"{m.name} cannot be decoded: {e}")
             continue
@@ -82,7 +85,8 @@ def scan(
     reporter.finish()
     left_out = f"; {unread} not read" if unread else ""
     counted = f"{len(modules)} modules{left_out}"
-    scales_check = _outcome("scales", scale_problems, f"finite and positive in {counted}", empty=not modules)
+    sign = "" if signed else " and positive"
+    scales_check = _outcome("scales", scale_problems, f"finite{sign} in {counted}", empty=not modules)
     codes_check = _outcome("codes", code_problems, f"within range in {counted}", empty=not modules)
     if source is None:
         return scales_check, codes_check, Check(name="error", status="skipped", detail="no source was given (--source)")
@@ -100,7 +104,7 @@ def _outcome(name: str, problems: list[str], detail: str, *, empty: bool) -> Che
 
 
 def _scan_one(
-    module: QuantizedModule, dense: StoredTensor | None, traded: Traded
+    module: QuantizedModule, dense: StoredTensor | None, traded: Traded, *, signed: bool
 ) -> tuple[list[str], list[str], float | None, list[str]]:
     """Problems of the scales and of the codes; where ``dense`` is comparable, the relative error and problems of rows
     that were divided."""
@@ -109,7 +113,7 @@ def _scan_one(
     fmt, parts = module.group.format, module.parts
     scale = parts["weight_scale"]
     values = to_float32(scale.rows(), scale.dtype)
-    bad_scales = _scale_problems(scale.name, values)
+    bad_scales = _scale_problems(scale.name, values, signed=signed)
     body = parts["weight_packed"] if "weight_packed" in parts else parts["weight"]
     out_features = body.shape[0]
     in_features = int(parts["weight_shape"].rows()[1]) if "weight_shape" in parts else body.shape[1]
@@ -149,12 +153,13 @@ def _misscaled(decoded: Float32, weight: np.ndarray[Any, np.dtype[np.float64]]) 
     return np.flatnonzero((energy > 0) & (np.sum(weight**2, axis=1) > 0) & ~sound)
 
 
-def _scale_problems(name: str, values: Float32) -> list[str]:
+def _scale_problems(name: str, values: Float32, *, signed: bool) -> list[str]:
     counts = {
         "not finite": int(np.count_nonzero(~np.isfinite(values))),
         "negative": int(np.count_nonzero(values < 0)),
         "zero": int(np.count_nonzero(values == 0)),
     }
+    counts = {"not finite": counts["not finite"]} if signed else counts
     return [f"{name}: {n} of {values.size} scales are {what}" for what, n in counts.items() if n]
 
 

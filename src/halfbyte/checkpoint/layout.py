@@ -107,7 +107,7 @@ class Layout:
                 with open(folder / file, "wb") as f:
                     f.write(header)
                     f.flush()
-                    _allocate(f.fileno(), total)
+                    allocate(f.fileno(), total)
                 os.chmod(folder / file, 0o644)
             except OSError as e:
                 raise write_error(e, folder / file, self.size_bytes) from None
@@ -185,7 +185,7 @@ def _header(specs: Sequence[TensorSpec]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _allocate(descriptor: int, size: int) -> None:
+def allocate(descriptor: int, size: int) -> None:
     """Reserve ``size`` bytes; where the file system cannot reserve, extend the file (it is then sparse)."""
     try:
         os.posix_fallocate(descriptor, 0, size)

@@ -347,7 +347,8 @@ def companion_files(path: Path) -> Iterable[Path]:
     Weights, the index, ``config.json`` and earlier records of halfbyte are left out; so are pickles, code, folders and
     hidden files.
     """
-    skipped = {"config.json", INDEX_NAME, "halfbyte.json", "verify.json", "compare.json", "plan.json", "README.md"}
+    records = {"halfbyte.json", "verify.json", "compare.json", "convert.json", "plan.json"}
+    skipped = {"config.json", INDEX_NAME, "README.md"} | records
     suffixes = {".json", ".jinja", ".model", ".txt", ".md", ".tiktoken", ".spm", ".vocab", ""}
     for entry in sorted(path.iterdir()):
         if not entry.is_file() or entry.name.startswith(".") or entry.name in skipped:

@@ -20,9 +20,10 @@ SHOWN = 5
 @click.argument("checkpoint", metavar="CKPT")
 @json_option
 def command(checkpoint: str, as_json: bool) -> None:
-    """Show what is inside CKPT (a folder or a hub id): schemes, bits, bytes, errors.
+    """Show what is inside CKPT (a folder, a GGUF file or a hub id): schemes, bits, bytes, errors.
 
-    Reads headers only. Knows dense, compressed-tensors, AWQ and GPTQ checkpoints, whoever made them.
+    Reads headers only. Knows dense, compressed-tensors, AWQ, GPTQ and GGUF checkpoints, whoever made them, and Gemma 3
+    for Flax.
     """
     from halfbyte.inspection import inspect
 

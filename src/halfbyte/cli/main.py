@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("halfbyte.cli.verify", "Re-read a written checkpoint with an independent decoder and check every byte."),
     "compare": ("halfbyte.cli.compare", "Measure how far a checkpoint's predictions are from its baseline's."),
     "inspect": ("halfbyte.cli.inspect", "Show what is inside a checkpoint: schemes, bits, bytes, errors."),
+    "convert": ("halfbyte.cli.convert", "Write a checkpoint in another format, codes and scales carried over."),
     "demo": ("halfbyte.cli.demo", "Do the whole way on a real small model, with explanations."),
 }
 

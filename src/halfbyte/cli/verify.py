@@ -36,7 +36,8 @@ def command(checkpoint: str, source: str | None, reload: bool | None, as_json: b
     progress = reporter()
     folder = resolve(checkpoint)
     try:
-        record = verify(folder, source=resolve(source) if source else None, reload=reload, reporter=progress)
+        beside = Path(source) if source and source.endswith(".gguf") else resolve(source) if source else None
+        record = verify(folder, source=beside, reload=reload, reporter=progress)
     finally:
         progress.finish()
     emit(record, as_json=as_json, render=lambda console: console.print(_table(record)))
