@@ -69,9 +69,8 @@ def estimates(subject: Subject, options: Options) -> dict[str, Estimate]:
     if options.engine == "vllm":
         host["shared memory"] = float(shared_bytes(options))
     cards = options.gpus * options.nodes
-    parts = {
-        f"{name}, one of {cards} parts" if cards > 1 else name: v / cards for name, v in (model | of_cache).items()
-    }
+    share = f", one of {cards} parts" if cards > 1 else ""
+    parts = {name + share: value / cards for name, value in (model | of_cache).items()}
     if options.engine == "vllm":
         parts[f"what vLLM leaves free ({1 - GPU_SHARE:.0%})"] = sum(parts.values()) * (1 / GPU_SHARE - 1)
     return {

@@ -155,13 +155,13 @@ def _ranges(wishes: Wishes) -> list[HalfbyteError]:
         problems.append(UsageError(f"is {wishes.gpu_memory_gb:g}", where="--gpu-memory", remedy="Use more than 0."))
     if wishes.port is not None and not 1024 <= wishes.port <= 65535:
         problems.append(UsageError(f"is {wishes.port}", where="--port", remedy="Use 1024 to 65535."))
-    for option, value, allowed in (
+    for option, chosen, allowed in (
         ("--engine", wishes.engine, ("auto", *ENGINES)),
         ("--mode", wishes.mode, MODES),
         ("--weights", wishes.weights, WEIGHTS),
     ):
-        if value not in allowed:
-            problems.append(UsageError(f"unknown value {value!r}", where=option, remedy=f"Use {', '.join(allowed)}."))
+        if chosen not in allowed:
+            problems.append(UsageError(f"unknown value {chosen!r}", where=option, remedy=f"Use {', '.join(allowed)}."))
     try:
         ipaddress.ip_address(wishes.host)
     except ValueError:

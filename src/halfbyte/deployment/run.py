@@ -130,7 +130,7 @@ def place_weights(folder: Path, subject: Subject, options: Options, reporter: Re
         chosen = sorted(p for p in origin.glob("*.gguf"))
     else:
         chosen = [origin / "config.json", *companion_files(origin), *sorted(origin.glob("*.safetensors"))]
-        chosen += [p for p in origin.glob("*.safetensors.index.json")]
+        chosen += list(origin.glob("*.safetensors.index.json"))
     extra = [origin / "generation_config.json"] if subject.gguf is not None else []
     reporter.start("placing the weights", len(chosen))
     for file in dict.fromkeys([*chosen, *(p for p in extra if p.exists())]):

@@ -114,7 +114,7 @@ def vllm_model(options: Options) -> str:
 
 
 def parse_config(text: str) -> dict[str, Any]:
-    """A ``config.pbtxt`` as plain values: enough of protobuf's text format for those written here, for tests and checks.
+    """A ``config.pbtxt`` as plain values: as much of protobuf's text format as is written here, for tests and checks.
 
     Fields that occur several times become lists.
 

@@ -53,14 +53,14 @@ class TritonPythonModel:
             inputs=tensors,
             request_id=number,
         )
-        for part in asked.exec(decoupled=True):
+        answer = refused(f"{self._name}: {self._engine} ended without an answer")
+        for part in asked.exec(decoupled=True):  # to its end: Triton waits for that when it stops
             if part.has_error():
-                return refused(part.error().message().replace(f"{self._engine}: ", f"{self._name}: ", 1))
-            output = pb_utils.get_output_tensor_by_name(part, "text_output")
-            if output is not None:
+                answer = refused(part.error().message().replace(f"{self._engine}: ", f"{self._name}: ", 1))
+            elif (output := pb_utils.get_output_tensor_by_name(part, "text_output")) is not None:
                 texts = np.array(output.as_numpy(), dtype=np.object_)
-                return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("text_output", texts)])
-        return refused(f"{self._name}: {self._engine} ended without an answer")
+                answer = pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("text_output", texts)])
+        return answer
 
 
 def refused(message: str) -> Any:

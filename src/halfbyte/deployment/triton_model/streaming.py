@@ -95,7 +95,7 @@ class TritonPythonModel:
 
     def _prompt(self, text: str) -> list[int]:
         messages = conversation(text)
-        ids = self._engine.encode(text) if messages is None else self._engine.chat(messages)
+        ids: list[int] = self._engine.encode(text) if messages is None else self._engine.chat(messages)
         if not ids:
             raise BadRequest("text_input is empty, and the model has no token to begin with; send some text")
         return ids
