@@ -135,8 +135,7 @@ class Triton:
 
     def stop(self) -> int:
         """SIGTERM, as a container's end is; returns the exit status."""
-        if self._client is not None and self._client.stdin is not None:
-            self._client.stdin.close()
-            self._client.wait(timeout=STOP_S)
+        if self._client is not None:
+            self._client.communicate(timeout=STOP_S)
         self._server.terminate()
         return self._server.wait(timeout=STOP_S)

@@ -20,15 +20,18 @@ from halfbyte.records import Estimate
 GIB = 1 << 30
 # Of a GPU's memory vLLM takes this share; it is passed on explicitly.
 GPU_SHARE = 0.9
-CACHE_ITEM = 2  # 16 bits, in every engine
+CACHE_ITEM = 2  # 16 bits, in every engine but transformers on a CPU
+# Whose layers all have the window, where there is one, without layer_types that say so. Of others without, full attention
+# is the most that it can be.
+SLIDING = ("mistral", "mixtral", "phi3", "starcoder2")
 # Shared memory by which vLLM's processes pass tensors on, for each of them.
 SHARED_BYTES = 1 << 30
 # Of an amount that a container may not exceed: reckonings miss something.
 HEADROOM = 0.25
 
 
-def cache_bytes(config: Mapping[str, Any], tokens: int) -> int:
-    """Bytes of the key-value cache of one sequence, 16 bits an element.
+def cache_bytes(config: Mapping[str, Any], tokens: int, item: int = CACHE_ITEM) -> int:
+    """Bytes of the key-value cache of one sequence, ``item`` of them an element.
 
     A layer of full attention keeps ``2 * kv_heads * head_dim`` elements a token, one of sliding attention as many for
     the tokens of its window alone. Multi-head latent attention (DeepSeek) keeps ``kv_lora_rank + qk_rope_head_dim``.
@@ -43,19 +46,20 @@ def cache_bytes(config: Mapping[str, Any], tokens: int) -> int:
     window = int(config.get("sliding_window") or tokens)
     kinds = config.get("layer_types")
     if not isinstance(kinds, list) or len(kinds) != layers:
-        kinds = ["full_attention"] * layers
+        kinds = ["sliding_attention" if config.get("model_type") in SLIDING else "full_attention"] * layers
     kept = {"sliding_attention": min(window, tokens), "chunked_attention": tokens, "full_attention": tokens}
-    return CACHE_ITEM * elements * sum(kept.get(str(kind), 0) for kind in kinds)
+    return item * elements * sum(kept.get(str(kind), 0) for kind in kinds)
 
 
 def estimates(subject: Subject, options: Options) -> dict[str, Estimate]:
     """``memory`` (of the host, one node) and, on GPUs, ``gpu_memory`` (of each GPU)."""
-    cache = float(options.sequences * cache_bytes(subject.config, options.context))
-    of_cache = {f"key-value cache of {options.sequences} x {options.context} tokens, 16 bits": cache}
+    unpacked = options.engine == "transformers"
+    item = 4 if unpacked and not options.gpus else CACHE_ITEM
+    cache = float(options.sequences * cache_bytes(subject.config, options.context, item))
+    of_cache = {f"key-value cache of {options.sequences} x {options.context} tokens, {8 * item} bits": cache}
     weights = float(subject.weights_bytes)
     model = {"weights": weights}
-    if options.engine == "transformers":
-        item = 2 if options.gpus else 4
+    if unpacked:
         model = {f"weights, unpacked to {8 * item} bits": float(item * subject.parameters)}
     runtime = {"runtime (torch and the engine)": RUNTIME_BYTES}
     if not options.gpus:

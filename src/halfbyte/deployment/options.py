@@ -108,6 +108,14 @@ def settle(target: str, subject: Subject, name: str, wishes: Wishes) -> Options:
     engine = _engine(target, subject, wishes, problems)
     storage = _storage(target, subject, wishes, problems)
     _shape(target, wishes, engine, storage, problems)
+    if target in ("podman", "compose") and re.search(r'[:{}"$\\]', str(subject.folder or "")):
+        problems.append(
+            UsageError(
+                'a container cannot be given a folder with any of : { } " $ \\ in its path',
+                where=str(subject.folder),
+                remedy="Rename it.",
+            )
+        )
     context = wishes.max_model_len or min(subject.context or CONTEXT, CONTEXT)
     if subject.context is not None and context > subject.context:
         problems.append(

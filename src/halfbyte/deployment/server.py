@@ -21,6 +21,11 @@ IMAGES = {
 COMMANDS = {"vllm": ("python3", "-m", "vllm.entrypoints.openai.api_server"), "llamacpp": ("/app/llama-server",)}
 # The variable by which each engine takes the key that it asks its callers for.
 KEYS = {"vllm": "VLLM_API_KEY", "llamacpp": "LLAMA_API_KEY"}
+# What each image has to ask a URL with.
+PROBES = {
+    "vllm": ("python3", "-c", "import urllib.request as u; u.urlopen('{url}')"),
+    "llamacpp": ("curl", "--fail", "--silent", "{url}"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +37,7 @@ class Server:
         args: its arguments, each ``--option=value``.
         environment: without secrets.
         key: name of the variable for the key that callers must send.
+        health: command inside the container that fails while the server does not answer.
         port: of the API, ``/health`` and ``/metrics``.
     """
 
@@ -40,6 +46,7 @@ class Server:
     args: tuple[str, ...]
     environment: dict[str, str]
     key: str
+    health: tuple[str, ...]
     port: int
 
 
@@ -94,5 +101,6 @@ def server_of(subject: Subject, options: Options, *, model: str = MODEL_PATH, se
         args=tuple(args),
         environment=environment,
         key=KEYS[engine],
+        health=(*PROBES[engine][:-1], PROBES[engine][-1].format(url=f"http://localhost:{options.port}/health")),
         port=options.port,
     )

@@ -57,6 +57,8 @@ def open_subject(source: str | Path) -> Subject:
     Raises:
         CheckpointError: it is missing, broken, or not loadable by any engine.
     """
+    if re.search(r"[\x00-\x1f\x7f]", str(source)):
+        raise CheckpointError("its name has control characters", where=repr(str(source)), remedy="Rename it.")
     if is_gguf(source):
         return _open_gguf(Path(source))
     checkpoint = open_headers(source)

@@ -82,7 +82,7 @@ class LlamaCppEngine:
             "top_p": s.top_p,
             "min_p": 0.0,
             "repeat_penalty": s.repetition_penalty,
-            "repeat_last_n": -1,  # the whole context, as transformers has it
+            "repeat_last_n": self.context,  # all that was read and written, as transformers has it
             "seed": s.seed if s.seed is not None else -1,
             "stop": list(s.stop),
             "stream": True,

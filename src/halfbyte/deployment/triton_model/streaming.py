@@ -121,7 +121,7 @@ class Answer:
         self.reasons: list[str | None] = [None] * count
 
     def finally_do(self, action: Any) -> None:
-        """What to do when everything has been sent."""
+        """What to do when all answers are known, before the last is sent."""
         self._after = action
 
     def taker(self, place: int) -> Any:
@@ -142,6 +142,8 @@ class Answer:
         self.reasons[place] = reason
         if None in self.reasons:
             return
+        if self._after is not None:
+            self._after()
         errors = [r for r in self.reasons if r is not None and r.startswith("error: ")]
         if errors:
             fail(self._sender, errors[0].removeprefix("error: "))
@@ -149,8 +151,6 @@ class Answer:
             if not self._stream or not any(self.texts):
                 self._send(self.texts)  # an answer without any text is one response all the same
             self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        if self._after is not None:
-            self._after()
 
     def _send(self, texts: list[str]) -> None:
         output = pb_utils.Tensor("text_output", np.array([t.encode() for t in texts], dtype=np.object_))
