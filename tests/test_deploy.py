@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import re
@@ -299,12 +300,14 @@ def test_ilab(deployed: Deploy, small: Path, tmp_path: Path) -> None:
 # Clusters
 
 
+@functools.cache
 def schema_of(file: str) -> Any:
+    """What checks a manifest of a kind. The schemas are large: reading one takes seconds."""
     path = CRDS / file
     if not path.exists():
         pytest.skip(f"KServe's schemas are not here ({CRDS}); HALFBYTE_KSERVE_CRDS names their folder")
-    crd = yaml.safe_load(path.read_text())
-    return strict(crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
+    crd = yaml.load(path.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return jsonschema.Draft202012Validator(strict(crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]))
 
 
 def strict(schema: Any) -> Any:
@@ -333,7 +336,7 @@ def check_kserve(folder: Path) -> tuple[Any, Any]:
         rest = {k: v for k, v in content.items() if k != "metadata"}
         assert set(content["metadata"]) <= {"name", "annotations", "labels"}
         assert all(isinstance(v, str) for k in ("annotations", "labels") for v in content["metadata"][k].values())
-        jsonschema.validate(rest, schema_of(crd))
+        schema_of(crd).validate(rest)
         found.append(content)
     return found[0], found[1]
 
@@ -402,8 +405,7 @@ def test_the_schemas_find_faults(deployed: Deploy, fault: str) -> None:
     problems = []
     for content, crd in ((runtime, "servingruntimes"), (service, "inferenceservices")):
         rest = {k: v for k, v in content.items() if k != "metadata"}
-        validator = jsonschema.Draft202012Validator(schema_of(f"serving.kserve.io_{crd}.yaml"))
-        problems += list(validator.iter_errors(rest))
+        problems += list(schema_of(f"serving.kserve.io_{crd}.yaml").iter_errors(rest))
     assert len(problems) == 1
 
 

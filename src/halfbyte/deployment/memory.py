@@ -21,8 +21,8 @@ GIB = 1 << 30
 # Of a GPU's memory vLLM takes this share; it is passed on explicitly.
 GPU_SHARE = 0.9
 CACHE_ITEM = 2  # 16 bits, in every engine but transformers on a CPU
-# Whose layers all have the window, where there is one, without layer_types that say so. Of others without, full attention
-# is the most that it can be.
+# Whose layers all have the window, where there is one, without layer_types that say so. Of others without, full
+# attention is the most that it can be.
 SLIDING = ("mistral", "mixtral", "phi3", "starcoder2")
 # Shared memory by which vLLM's processes pass tensors on, for each of them.
 SHARED_BYTES = 1 << 30
