@@ -629,6 +629,16 @@ def test_bad_options(small: Path, tmp_path: Path, case: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_engines_that_are_chosen(deployed: Deploy, small: Path, gguf: Path, tmp_path: Path) -> None:
+    awq = tmp_path / "awq"
+    halfbyte.convert(small, awq, to="awq", allow_requantize=True)
+    for source, engine in ((small, "transformers"), (gguf, "llamacpp"), (awq, "vllm")):
+        folder = deployed("triton", source, weights="none")
+        assert (folder / f"model_repository/{NAME}_stream/1/{engine}_engine.py").exists()
+    with pytest.raises(UsageError, match="transformers needs further packages for awq checkpoints"):
+        deployed("triton", awq, engine="transformers")
+
+
 def test_all_problems_are_said_at_once(small: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="4 problems"):
         halfbyte.deploy("kserve", small, tmp_path / "out", wishes=Wishes(gpus=-1, port=1, mode="x"))

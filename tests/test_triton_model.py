@@ -285,6 +285,18 @@ def test_a_failure_reaches_those_who_wait(run: Run, engine: Any, monkeypatch: py
     assert run([engine.encode("There")])[1] != ["error: RuntimeError: out of memory"]
 
 
+def test_a_model_that_sees_answers_text(shipped: dict[str, Any], tiny_model: Models) -> None:
+    folder = tiny_model("mistral3")
+    options = shipped["engine"].Options(checkpoint=folder, context=0, max_batch=2, dtype="auto", gpus=0)
+    engine = shipped["transformers_engine"].TransformersEngine(options)
+    answers = Answers(1)
+    ids = engine.encode("There are")
+    engine.submit([shipped["engine"].Job(ids, shipped["settings"].Settings(), 5, answers.taker(0), lambda: False)])
+    assert len(answers.wait()) == 1
+    assert answers.reasons[0] in ("length", "stop")
+    engine.close()
+
+
 def test_chat(shipped: dict[str, Any], engine: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     messages = [{"role": "user", "content": "hi"}]
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

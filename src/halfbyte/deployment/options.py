@@ -19,6 +19,8 @@ TARGETS = {
     "rhel-ai": "ilab commands for Red Hat Enterprise Linux AI",
 }
 ENGINES = ("transformers", "vllm", "llamacpp")
+# Formats that transformers reads by itself.
+UNPACKED = ("dense", "compressed-tensors")
 CLUSTERS = ("kserve", "kubernetes")
 STORAGES = {
     "kserve": ("oci", "hf", "pvc", "s3"),
@@ -186,7 +188,8 @@ def _ranges(wishes: Wishes) -> list[HalfbyteError]:
 def _engine(target: str, subject: Subject, wishes: Wishes, problems: list[HalfbyteError]) -> str:
     asked, gguf = wishes.engine, subject.format == "gguf"
     if asked == "auto":
-        return "llamacpp" if gguf else "transformers" if target == "triton" else "vllm"
+        unpackable = target == "triton" and subject.format in UNPACKED
+        return "llamacpp" if gguf else "transformers" if unpackable else "vllm"
     if asked == "transformers" and target != "triton":
         problems.append(
             UsageError(
@@ -201,7 +204,7 @@ def _engine(target: str, subject: Subject, wishes: Wishes, problems: list[Halfby
                 remedy="Use llamacpp, or give the checkpoint that the file was made of.",
             )
         )
-    if asked == "transformers" and subject.format not in ("dense", "compressed-tensors", "gguf"):
+    if asked == "transformers" and not gguf and subject.format not in UNPACKED:
         problems.append(
             UsageError(
                 f"transformers needs further packages for {subject.format} checkpoints",

@@ -43,7 +43,7 @@ NEW_TOKENS = 256
 MAX_REQUESTS = 64
 ENGINE_FILES = ("engine.py", "settings.py", "text.py")
 HTTP_PORT = 8000
-# What each engine needs in Triton's python. Its python backend of before 2.57 (25.04) needs numpy 1.
+# What each engine needs in the python that Triton's python backend runs.
 REQUIREMENTS = {
     "transformers": ("torch>=2.6", "transformers>=5.16", "compressed-tensors>=0.20", "accelerate>=1.6"),
     "vllm": ("vllm>=0.11",),

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from settings import BadRequest
 from text import Growing
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -193,7 +200,7 @@ def alike(job: Job) -> tuple[Any, ...]:
 
 def load(options: Options) -> Any:
     """The model: on GPUs where there are any, in the checkpoint's dtype; else on the CPU in float32, which most CPUs
-    multiply fastest. Compressed-tensors checkpoints are unpacked at once."""
+    multiply fastest. Compressed-tensors checkpoints are unpacked at once. Models that see get text alone."""
     folder = str(options.checkpoint)
     gpu = options.gpus > 0 and torch.cuda.is_available()
     dtype = options.dtype if options.dtype != "auto" else "auto" if gpu else "float32"
@@ -204,4 +211,5 @@ def load(options: Options) -> Any:
         from transformers import CompressedTensorsConfig
 
         extra["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **extra).eval()
+    kind = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    return kind.from_pretrained(folder, dtype=dtype, local_files_only=True, **extra).eval()

@@ -33,6 +33,7 @@ class VllmEngine:
             max_model_len=options.context or None,
             max_num_seqs=options.max_batch,
             tensor_parallel_size=max(1, options.gpus),
+            enforce_eager=options.gpus == 0,  # compiling for a CPU takes minutes and a C++ compiler
         )
         self._engine = self._wait(self._start(arguments))
         self.context = int(self._engine.model_config.max_model_len)
