@@ -163,7 +163,8 @@ def server(small: Path, folders: dict[str, Path]) -> Iterator[str]:
                 time.sleep(1)
         yield f"http://127.0.0.1:{port}"
     finally:
-        os.killpg(running.pid, signal.SIGTERM)
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGTERM)
         running.wait(timeout=120)
 
 

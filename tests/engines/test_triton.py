@@ -55,14 +55,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     text.write_text(tiny.TEXT, encoding="utf-8")
     options: dict[str, Any] = {"group_size": 32, "calibration": f"text:{text}", "samples": 4, "seq_len": 40}
     halfbyte.quantize(source, root / "small", effort="low", device="cpu", **options)
-    wishes = {"gpus": 0, "max_batch": 4, "trace": True}
-    halfbyte.deploy("triton", root / "small", root / "out", name="small", wishes=Wishes(**wishes))
+    wishes: dict[str, Any] = {"max_batch": 4, "trace": True}
+    halfbyte.deploy("triton", root / "small", root / "out", name="small", wishes=Wishes(gpus=0, **wishes))
     halfbyte.deploy(
         "triton",
         root / "small",
         root / "cpp",
         name="cpp",
-        wishes=Wishes(engine="llamacpp", max_model_len=512, **wishes),
+        wishes=Wishes(engine="llamacpp", max_model_len=512, gpus=1, **wishes),
     )
     repository = root / "out" / "model_repository"
     for folder in (root / "cpp" / "model_repository").iterdir():
