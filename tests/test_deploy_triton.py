@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,10 +47,14 @@ def test_triton_repository(deployed: Deploy, ferry: Path) -> None:
 
 
 def test_triton_with_llamacpp_has_a_gguf(deployed: Deploy, ferry_gguf: Path) -> None:
-    for source in (None, ferry_gguf):
+    another = ferry_gguf.with_name("two-files")
+    another.mkdir()
+    for name in ("model.gguf", "another.gguf"):
+        shutil.copy(ferry_gguf / "model.gguf", another / name)
+    for source in (None, ferry_gguf, another / "model.gguf"):
         folder = deployed("triton", source, engine="llamacpp", gpus=0)
         placed = folder / f"model_repository/{NAME}_stream/checkpoint"
-        assert (placed / "model.gguf").stat().st_size > 0
+        assert [f.name for f in placed.glob("*.gguf")] == ["model.gguf"]
         assert "xllamacpp" in (folder / "requirements.txt").read_text()
 
 

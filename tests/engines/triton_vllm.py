@@ -24,7 +24,7 @@ WANTED = ("model", "served_model_name", "port", "max_model_len", "tensor_paralle
 
 
 def parsed(arguments: dict[str, list[str]]) -> dict[str, Any]:
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     found = {}
@@ -77,7 +77,9 @@ def generated(asked: dict[str, Any]) -> dict[str, Any]:
 
 def main(question: Path, answer: Path) -> None:
     asked = json.loads(question.read_text())
-    answer.write_text(json.dumps(generated(asked) | {"parsed": parsed(asked["arguments"])}))
+    understood = parsed(asked["arguments"])
+    answer.write_text(json.dumps(generated(asked) | {"parsed": understood}))
+    os._exit(0)  # what vLLM does when it is cleared away at an interpreter's end is not asked here
 
 
 if __name__ == "__main__":

@@ -124,10 +124,10 @@ def place_weights(folder: Path, subject: Subject, options: Options, reporter: Re
         return list(record.notes)
     folder.mkdir(parents=True)
     if options.weights == "none":
-        return [f"put the checkpoint's files into {folder.name}/ of NAME_stream, or mount them there"]
+        return [f"put the checkpoint's files into {triton.checkpoint_folder(options)}, or mount them there"]
     origin = subject.folder or resolve(subject.source)
     if subject.gguf is not None:
-        chosen = sorted(p for p in origin.glob("*.gguf"))
+        chosen = [origin / part for part in subject.parts]
     else:
         chosen = [origin / "config.json", *companion_files(origin), *sorted(origin.glob("*.safetensors"))]
         chosen += list(origin.glob("*.safetensors.index.json"))

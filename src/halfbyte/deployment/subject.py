@@ -26,7 +26,7 @@ class Subject:
         source: what the user called it, a folder, file or hub id.
         folder: where its files are; ``None`` for a hub id.
         format: ``dense``, ``compressed-tensors``, ``awq``, ``gptq``, ``gguf``, ... by its config.
-        gguf: name of the GGUF file in the folder, where it is one.
+        gguf: name of the GGUF file in the folder, where it is one; parts: of all files that it is split into.
         architecture: class name of the model.
         parameters: logical ones; weights_bytes: of all weight files; largest_file_bytes: of the largest.
         config: of the language model, as ``config.json`` has it.
@@ -37,6 +37,7 @@ class Subject:
     folder: Path | None
     format: str
     gguf: str | None
+    parts: tuple[str, ...] = ()
     architecture: str
     parameters: int
     weights_bytes: int
@@ -100,6 +101,7 @@ def _open_gguf(path: Path) -> Subject:
         folder=opened.path.resolve().parent,
         format="gguf",
         gguf=opened.path.name,
+        parts=tuple(sorted(f.name for f in files)),
         architecture=str(names[0]),
         parameters=sum(_product(e.shape) for e in opened.entries.values()),
         weights_bytes=sum(f.stat().st_size for f in files),
