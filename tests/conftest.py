@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ import hypothesis
 import pytest
 import torch
 
+import halfbyte
 import tiny
+from deployments import NAME, NEEDED
 
 # Without a GPU, Triton's kernels run in its interpreter; it has to be told before it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 Models = Callable[..., Path]
+Deploy = Callable[..., Path]
 
 # Tiny models gain nothing from threads, and on a busy machine threads that wait for each other lose a lot.
 torch.set_num_threads(1)
@@ -50,3 +54,33 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "ferry.txt"
     path.write_text(tiny.TEXT, encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def ferry(tiny_model: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small quantised checkpoint, to be deployed. Not to be changed."""
+
+    out = tmp_path_factory.mktemp("deploy") / "Ferry_1B.w4a16"
+    halfbyte.quantize(tiny_model("llama"), out, group_size=32, method="rtn", device="cpu")
+    return out
+
+
+@pytest.fixture(scope="session")
+def ferry_gguf(ferry: Path) -> Path:
+    """The same for llama.cpp."""
+
+    out = ferry.with_name("ferry-gguf")
+    halfbyte.convert(ferry, out, to="gguf")
+    return out
+
+
+@pytest.fixture
+def deployed(ferry: Path, tmp_path: Path) -> Deploy:
+    """``deployed("kserve", gpus=2)``: the folder. ``source`` and ``name`` as well."""
+
+    def make(target: str, source: Path | None = None, name: str = NAME, **wishes: Any) -> Path:
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        halfbyte.deploy(target, source or ferry, out, name=name, wishes=replace(NEEDED[target], **wishes))
+        return out
+
+    return make

@@ -101,3 +101,18 @@ def test_an_unreachable_hub(hub: Hub, tmp_path: Path) -> None:
     assert failed.returncode == 2
     assert "halfbyte: org/tiny: is no local folder, and the hub cannot be reached" in failed.stderr
     assert "Check the network" in failed.stderr
+
+
+def test_manifests_of_a_hub_id_need_headers_alone(hub: Hub, tmp_path: Path) -> None:
+    made = halfbyte(hub, tmp_path / "cache", "deploy", "kserve", "org/tiny", "-o", tmp_path / "out", "--json")
+    assert made.returncode == 0, made.stderr
+    assert json.loads(made.stdout)["name"] == "tiny"
+    assert 'storageUri: "hf://org/tiny"' in (tmp_path / "out" / "inferenceservice.yaml").read_text()
+    weights = [sent for method, file, sent in hub.fetched if method == "GET" and file.endswith(".safetensors")]
+    assert sum(weights) < sum(f.stat().st_size for f in hub.models["org/tiny"].glob("*.safetensors")) / 2
+    run = halfbyte(hub, tmp_path / "cache", "deploy", "podman", "org/tiny", "-o", tmp_path / "podman")
+    assert run.returncode == 0, run.stderr
+    assert "--model=org/tiny" in (tmp_path / "podman" / "run.sh").read_text()
+    locked = halfbyte(hub, tmp_path / "cache", "deploy", "kserve", "org/locked", "-o", tmp_path / "no")
+    assert locked.returncode == 2
+    assert "access to this model must be granted by its owner" in locked.stderr

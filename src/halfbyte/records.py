@@ -5,6 +5,7 @@
     verify.json     VerifyRecord   what was checked in the written bytes, and the outcome
     compare.json    CompareRecord  divergence of a checkpoint from its baseline
     convert.json    ConvertRecord  what a checkpoint was converted from, and what could not be carried over exactly
+    (printed)       DeployRecord   what ``deploy`` wrote; beside manifests it would be taken for one
 
 Every number that a report or a model card prints is read from one of these. Fields that differ between two runs of the
 same work (seconds, memory, dates) live under ``Manifest.run`` and nowhere else, so that everything else can be compared
@@ -430,6 +431,31 @@ class ConvertRecord:
     notes: list[str]
     versions: dict[str, str]
     run: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeployRecord:
+    """What ``deploy`` wrote.
+
+    Attributes:
+        target: ``triton``, ``kserve``, ...; name: the model's, there.
+        source, format: the checkpoint.
+        engine: what serves it; port: of its HTTP API; context: tokens of prompt and answer, at most.
+        estimates: memory of the host and of each GPU, with the reckoning.
+        files: sha256 of every file written, weights excepted, by its path in the folder.
+        notes: what a user ought to know.
+    """
+
+    target: str
+    name: str
+    source: str
+    format: str
+    engine: str
+    port: int
+    context: int
+    estimates: dict[str, Estimate]
+    files: dict[str, str]
+    notes: list[str]
 
 
 def to_json(record: Any) -> str:

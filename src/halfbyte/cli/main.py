@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("halfbyte.cli.compare", "Measure how far a checkpoint's predictions are from its baseline's."),
     "inspect": ("halfbyte.cli.inspect", "Show what is inside a checkpoint: schemes, bits, bytes, errors."),
     "convert": ("halfbyte.cli.convert", "Write a checkpoint in another format, codes and scales carried over."),
+    "deploy": ("halfbyte.cli.deploy", "Write the files that put a checkpoint into service: Triton, KServe, podman."),
     "demo": ("halfbyte.cli.demo", "Do the whole way on a real small model, with explanations."),
 }
 
