@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 
 from halfbyte.cli.console import emit, json_option, reporter
 from halfbyte.cli.serving_options import address_model, engine_options, wishes
-from halfbyte.serving.service import ServeRecord
+
+if TYPE_CHECKING:
+    from halfbyte.serving.service import ServeRecord
 
 
 @click.command(
     "serve",
     short_help="Serve a checkpoint with OpenAI's API, on a GPU or a laptop.",
-    context_settings={"ignore_unknown_options": False},
 )
 @click.argument("checkpoint")
 @click.argument("engine_flags", nargs=-1, type=click.UNPROCESSED, metavar="[-- ENGINE FLAGS]")
 @engine_options
+@click.option("--parallel", type=click.IntRange(1, 256), default=4, show_default=True, help="Answers at a time.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option(
@@ -31,7 +34,9 @@ from halfbyte.serving.service import ServeRecord
 @click.option("--allow-origin", "origins", multiple=True, metavar="ORIGIN", help="Web pages there may ask; repeatable.")
 @click.option("--ui", is_flag=True, help="A chat page at /.")
 @click.option("--name", metavar="NAME", help="The model's name in the API.  [default: the folder's]")
-@click.option("--drain", type=click.FloatRange(min=0), default=30, show_default=True, help="Seconds for answers to end.")
+@click.option(
+    "--drain", type=click.FloatRange(min=0), default=30, show_default=True, help="Seconds for answers to end."
+)
 @click.option("--ready-file", type=click.Path(path_type=Path), help="Written when ready, with what --json prints.")
 @json_option
 def command(
@@ -39,9 +44,9 @@ def command(
     engine_flags: tuple[str, ...],
     engine: str,
     context: int | None,
-    parallel: int,
     cache: Path | None,
     engine_log: Path | None,
+    parallel: int,
     host: str,
     port: int,
     keys: tuple[str, ...],

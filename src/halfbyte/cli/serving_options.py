@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--engine``, ``--context``, ``--parallel``, ``--cache`` and ``--engine-log``."""
+    """Add ``--engine``, ``--context``, ``--cache`` and ``--engine-log``."""
     for option in reversed(
         (
             click.option(
@@ -28,14 +28,15 @@ def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 type=click.IntRange(min=16),
                 help="Tokens of a conversation, at most.  [default: the model's, up to 4096]",
             ),
-            click.option("--parallel", type=click.IntRange(1, 256), default=4, show_default=True, help="Answers at a time."),
             click.option(
                 "--cache",
                 type=click.Path(file_okay=False, path_type=Path),
                 help="Folder for converted checkpoints.  [default: .halfbyte beside the checkpoint]",
             ),
             click.option(
-                "--engine-log", type=click.Path(dir_okay=False, path_type=Path), help="File for all that the engine says."
+                "--engine-log",
+                type=click.Path(dir_okay=False, path_type=Path),
+                help="File for all that the engine says.",
             ),
         )
     ):

@@ -1,8 +1,8 @@
 """One process that is watched: its last lines kept, and stopped with everything that it started.
 
-It runs in a session of its own, so that Ctrl-C in the terminal reaches halfbyte alone, which then stops it in order, and
-so that whatever it forks can be reached by its group. It ends when halfbyte ends in whatever way: on Linux the kernel
-sends it SIGTERM, and its standard input closes.
+It runs in a session of its own, so that Ctrl-C in the terminal reaches halfbyte alone, which then stops it in order,
+and so that whatever it forks can be reached by its group. It ends when halfbyte ends in whatever way: on Linux the
+kernel sends it SIGTERM, and its standard input closes.
 """
 
 from __future__ import annotations

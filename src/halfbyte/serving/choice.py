@@ -1,7 +1,7 @@
 """Which engine runs a checkpoint on a machine, with the reason in words, before anything is started.
 
-The table of what an engine's kernels can do is :func:`vllm_obstacle`; it was read from vLLM 0.32 and tried on CPUs. Does
-not cover: whether vLLM or llama.cpp knows the architecture; the first says so when it starts, the second when the
+The table of what an engine's kernels can do is :func:`vllm_obstacle`; it was read from vLLM 0.32 and tried on CPUs.
+Does not cover: whether vLLM or llama.cpp knows the architecture; the first says so when it starts, the second when the
 checkpoint is converted.
 """
 

@@ -133,9 +133,7 @@ def _event(chunk: dict[str, Any], url: str) -> Event:
     choice = (chunk.get("choices") or [{}])[0]
     delta = choice.get("delta") or {}
     text = (delta.get("reasoning_content") or "") + (delta.get("content") or "")
-    return Event(
-        at=time.monotonic(), text=text, finish=choice.get("finish_reason"), usage=chunk.get("usage")
-    )
+    return Event(at=time.monotonic(), text=text, finish=choice.get("finish_reason"), usage=chunk.get("usage"))
 
 
 async def _refuse(reply: aiohttp.ClientResponse, url: str) -> None:

@@ -1,8 +1,8 @@
 """The address that clients see: one small server before whichever engine runs.
 
-It holds what all engines have to do alike and do not: keys, the model's name, errors in OpenAI's form, metrics, the page,
-and what protects a server on a laptop from web pages that its user visits. Answers of the engine pass through as they
-come, byte for byte.
+It holds what all engines have to do alike and do not: keys, the model's name, errors in OpenAI's form, metrics, the
+page, and what protects a server on a laptop from web pages that its user visits. Answers of the engine pass through as
+they come, byte for byte.
 
 Security. A browser lets any page send simple requests to 127.0.0.1, and lets a page whose own name was made to resolve
 there read the answers (DNS rebinding). So bodies have to be declared JSON, which pages of other origins may not send

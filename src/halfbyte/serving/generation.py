@@ -267,9 +267,7 @@ class Writer:
 class _Watch:
     """Hears every token from ``generate`` (its streamer protocol) and says when to stop (its criteria's)."""
 
-    def __init__(
-        self, pieces: Pieces, ends: set[int], tell: Callable[[str], None], stop: threading.Event
-    ) -> None:
+    def __init__(self, pieces: Pieces, ends: set[int], tell: Callable[[str], None], stop: threading.Event) -> None:
         self._pieces, self._ends, self._tell, self._stop = pieces, ends, tell, stop
         self._prompt_seen = False
         self.tokens, self.ended = 0, False

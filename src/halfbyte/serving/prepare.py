@@ -38,9 +38,7 @@ class Prepared:
     notes: list[str] = field(default_factory=list)
 
 
-def prepare(
-    checkpoint: str | Path, *, engine: str, wishes: Wishes, cache: Path | None, reporter: Reporter
-) -> Prepared:
+def prepare(checkpoint: str | Path, *, engine: str, wishes: Wishes, cache: Path | None, reporter: Reporter) -> Prepared:
     """Choose an engine and make what it reads.
 
     Args:

@@ -259,7 +259,11 @@ async def serve(
         EngineError: the engine did not start, gave no answer to the test prompt, or ended.
     """
     access, began = address.access(), time.monotonic()
-    with contextlib.closing(bind(address.host, address.port)) as bound, signals() as stops, contextlib.ExitStack() as end:
+    with (
+        contextlib.closing(bind(address.host, address.port)) as bound,
+        signals() as stops,
+        contextlib.ExitStack() as end,
+    ):
         end.enter_context(contextlib.suppress(Interrupted))
         launch = prepared.launch
         async with engine(launch, prepared.name, log=log, reporter=reporter, stops=stops) as child:

@@ -48,7 +48,11 @@ def load_writer(model: Path, context: int, device: str, dtype: str, threads: int
         torch.set_num_threads(threads)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = None if dtype == "auto" else {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    chosen = (
+        None
+        if dtype == "auto"
+        else {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+    )
     if chosen is None and device == "cpu" and not fast_bfloat16():
         chosen = torch.float32
     with quiet():
@@ -157,7 +161,9 @@ class Api:
 
         async def work() -> Written:
             try:
-                return await self._write(ids, how, lambda p: loop.call_soon_threadsafe(pieces.put_nowait, p) and None, stop)
+                return await self._write(
+                    ids, how, lambda p: loop.call_soon_threadsafe(pieces.put_nowait, p) and None, stop
+                )
             finally:
                 loop.call_soon(pieces.put_nowait, None)
 
