@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from halfbyte.cli.console import reporter
+from halfbyte.cli.console import json_option, reporter
 from halfbyte.cli.serving_options import address_model, engine_options, wishes
 from halfbyte.errors import HalfbyteError
 
@@ -31,6 +32,7 @@ HELP = (
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0 is the likeliest token.  [default: the model's]")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Of an answer, at most.")
 @click.option("--api-key", "key", envvar="HALFBYTE_API_KEY", metavar="KEY", help="That a URL wants.")
+@json_option
 def command(
     checkpoint: str,
     engine_flags: tuple[str, ...],
@@ -42,10 +44,11 @@ def command(
     temperature: float | None,
     max_tokens: int | None,
     key: str | None,
+    as_json: bool,
 ) -> None:
     """Talk with a checkpoint, or with the model of a server at URL; answers come as they are written.
 
-    Questions may also come from a pipe, one a line.
+    Questions may also come from a pipe, one a line. With --json each answer is one line of JSON.
     """
     from halfbyte.serving.machine import need
 
@@ -67,12 +70,12 @@ def command(
     with asyncio.Runner() as runner:
         conversation = runner.run(talk.__aenter__())
         try:
-            _talk(runner, conversation)
+            _talk(runner, conversation, as_json=as_json)
         finally:
             runner.run(talk.__aexit__(None, None, None))
 
 
-def _talk(runner: asyncio.Runner, conversation: Conversation) -> None:
+def _talk(runner: asyncio.Runner, conversation: Conversation, *, as_json: bool) -> None:
     """Read and answer until the end of input."""
     terminal = sys.stdin.isatty()
     if terminal:
@@ -98,7 +101,7 @@ def _talk(runner: asyncio.Runner, conversation: Conversation) -> None:
         elif word.startswith("/") and not rest and word[1:].isalpha():
             print(HELP, file=sys.stderr)
         elif line.strip():
-            _answer(runner, conversation, line.strip())
+            _answer(runner, conversation, line.strip(), as_json=as_json)
 
 
 def _read(prompt: str) -> str:
@@ -111,16 +114,17 @@ def _read(prompt: str) -> str:
     return "\n".join(lines)[:-3]
 
 
-def _answer(runner: asyncio.Runner, conversation: Conversation, text: str) -> None:
+def _answer(runner: asyncio.Runner, conversation: Conversation, text: str, *, as_json: bool) -> None:
     async def write() -> None:
         async with contextlib.aclosing(conversation.say(text)) as pieces:
             async for piece in pieces:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+                if not as_json:
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
 
     try:
         runner.run(write())
-        print()
+        print(json.dumps(conversation.messages[-1], ensure_ascii=False) if as_json else "")
     except KeyboardInterrupt:
         print("\n(stopped)", file=sys.stderr)
     except HalfbyteError as e:

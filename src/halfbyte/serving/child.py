@@ -107,7 +107,7 @@ class Child:
             return "is running"
         if code >= 0:
             return f"ended with status {code}"
-        name = signal.Signals(-code).name if -code in iter(signal.Signals) else f"signal {-code}"
+        name = {s.value: s.name for s in signal.Signals}.get(-code, f"signal {-code}")
         hint = ": the system may have run out of memory" if name == "SIGKILL" else ""
         return f"was killed by {name}{hint}"
 
