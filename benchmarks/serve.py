@@ -1,18 +1,18 @@
 """How fast ``halfbyte serve`` decodes, beside llama.cpp's own server and the dense model in transformers.
 
-    python benchmarks/serve.py --model DENSE --checkpoint W4A16 [--rounds 6] [--tokens 128] [--soak 120] [--out FILE]
+    python benchmarks/serve.py --model DENSE --checkpoint W4A16 [--rounds 6] [--tokens 128] [--soak 120]
 
-Four servers run at once and are asked in turn, one answer each a round, so that whatever else the machine does meets all
-alike; a server that is not asked sleeps. Answers have a fixed number of tokens, drawn greedily.
+Four servers run at once and are asked in turn, one answer each a round, so that whatever else the machine does meets
+all alike; a server that is not asked sleeps. Answers have a fixed number of tokens, drawn greedily.
 
     serve          halfbyte serve --engine llamacpp, through its front
     llama.cpp      llama.cpp's own server, the same GGUF, nothing between
     own Q4_0       likewise, with embeddings in Q8_0: llama.cpp's quantiser rounds them, halfbyte leaves them as they are
     dense          halfbyte serve --engine transformers of the dense model
 
-Decode speed is (tokens - 1) / (last piece - first piece) as a client sees it. The claim is the median over rounds of the
-ratio within a round. Memory is PSS of all processes of a server after the rounds. Then ``--soak`` seconds with eight
-clients on ``serve`` count answers and errors.
+Decode speed is (tokens - 1) / (last piece - first piece) as a client sees it. The claim is the median over rounds of
+the ratio within a round. Memory is PSS of all processes of a server after the rounds. Then ``--soak`` seconds with
+eight clients on ``serve`` count answers and errors.
 """
 
 from __future__ import annotations

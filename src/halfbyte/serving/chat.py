@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class Conversation:
     options: dict[str, Any]
     messages: list[dict[str, str]] = field(default_factory=list)
 
-    async def say(self, text: str) -> AsyncIterator[str]:
+    async def say(self, text: str) -> AsyncGenerator[str, None]:
         """Ask, and give the answer's pieces as they come.
 
         What came until an interruption stays in the conversation; where nothing came, the question is forgotten too.

@@ -55,7 +55,8 @@ class Event:
 async def session(limit_s: float | None = None) -> AsyncIterator[aiohttp.ClientSession]:
     """Connections to servers, as many as are asked for at a time."""
     timeout = aiohttp.ClientTimeout(total=limit_s, sock_connect=CONNECT_S)
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as opened:
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)  # engines close kept ones without warning
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as opened:
         yield opened
 
 

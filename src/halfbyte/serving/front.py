@@ -128,7 +128,9 @@ class Front:
 
     async def _sessions(self, _: web.Application) -> AsyncIterator[None]:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
-        connector = aiohttp.TCPConnector(limit=0)
+        # A connection that is kept can be closed by the engine in the moment in which it is used again, and a request
+        # for text may not be sent twice. A new one on the loopback device costs a fraction of a millisecond.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False) as session:
             self._session = session
             yield

@@ -64,8 +64,9 @@ def prepare(checkpoint: str | Path, *, engine: str, wishes: Wishes, cache: Path 
             choice = choose(engine, served, machine, gguf_obstacle=f"it cannot become GGUF: {e}")
             engines.check_wishes(choice.engine, wishes, served, machine)
     tokens = wishes.tokens(served)
+    notes: list[str] = []
     if choice.engine == "vllm":
-        launch, pictures, notes = engines.vllm(served, wishes, machine), served.pictures, []
+        launch, pictures = engines.vllm(served, wishes, machine), served.pictures
     else:
         path, notes = _readable(served, cache, reporter)
         launch, pictures = engines.transformers(path, served, wishes), False

@@ -159,11 +159,12 @@ class Api:
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
 
+        def tell(piece: str) -> None:  # called in the thread that writes
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
         async def work() -> Written:
             try:
-                return await self._write(
-                    ids, how, lambda p: loop.call_soon_threadsafe(pieces.put_nowait, p) and None, stop
-                )
+                return await self._write(ids, how, tell, stop)
             finally:
                 loop.call_soon(pieces.put_nowait, None)
 

@@ -53,7 +53,10 @@ function addFooter(article, note, isError) {
     copy.textContent = "Copied";
     setTimeout(() => { copy.textContent = "Copy"; }, 1500);
   });
-  footer.append(copy, element("span", isError ? "error" : "note", note));
+  const text = article.querySelector(".text");
+  if (text.textContent) footer.append(copy);
+  else text.remove();
+  footer.append(element("span", isError ? "error" : "note", note));
   article.append(footer);
 }
 
@@ -129,7 +132,7 @@ async function answer() {
     }
     const seconds = (performance.now() - (first || began)) / 1000;
     if (finish === "length") note = "cut at the longest length; ";
-    note += tokens > 1 && seconds > 0 ? `${tokens} tokens, ${((tokens - 1) / seconds).toFixed(1)} a second` : "";
+    note += tokens > 1 && seconds > 0.1 ? `${tokens} tokens, ${((tokens - 1) / seconds).toFixed(1)} a second` : "";
   } catch (error) {
     isError = error.name !== "AbortError";
     note = isError ? error.message : "stopped";
