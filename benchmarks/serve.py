@@ -7,7 +7,7 @@ all alike; a server that is not asked sleeps. Answers have a fixed number of tok
 
     serve          halfbyte serve --engine llamacpp, through its front
     llama.cpp      llama.cpp's own server, the same GGUF, nothing between
-    own Q4_0       likewise, with embeddings in Q8_0: llama.cpp's quantiser rounds them, halfbyte leaves them as they are
+    own Q4_0       likewise, embeddings in Q8_0: llama.cpp's quantiser rounds them, halfbyte leaves them as they are
     dense          halfbyte serve --engine transformers of the dense model
 
 Decode speed is (tokens - 1) / (last piece - first piece) as a client sees it. The claim is the median over rounds of

@@ -605,6 +605,13 @@ def test_a_crash_is_reported_with_the_last_lines() -> None:
         assert str(engine.error("before it answered")) == (
             "engine: ended with status 3 before it answered (out of luck). Its last lines are above."
         )
+    several = (
+        "print('RuntimeError: no head_dim=16'); print('INFO: DeprecationError: no'); print('EngineDead: see above')"
+    )
+    with child(f"print('WARNING OSError: soon'); {several}") as engine:
+        wait_until(engine.ended)
+        engine.tail()
+        assert engine.cause() == "RuntimeError: no head_dim=16"
     with child("import os; os.kill(os.getpid(), 9)") as engine:
         wait_until(engine.ended)
         assert engine.how_it_ended().startswith("was killed by SIGKILL")

@@ -20,6 +20,7 @@ from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 import halfbyte
+import tiny
 from conftest import Models
 from served import NO_VLLM, Server, alive, group, server, vllm_python
 
@@ -44,9 +45,9 @@ def running(
         environment |= {"HALFBYTE_VLLM_PYTHON": str(vllm_python()), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     folder = tmp_path_factory.mktemp(engine)
     out = folder / "tiny"
-    halfbyte.quantize(
-        tiny_model("llama"), out, scheme=SCHEMES[engine], group_size=None if engine == "vllm" else 32, method="rtn"
-    )
+    # vLLM's attention on CPUs wants heads of at least 32.
+    source = tiny_model("llama", **tiny.WIDE) if engine == "vllm" else tiny_model("llama")
+    halfbyte.quantize(source, out, scheme=SCHEMES[engine], group_size=None if engine == "vllm" else 32, method="rtn")
     flags = {"llamacpp": ["--", "--threads", "1"], "transformers": ["--", "--threads", "1"], "vllm": []}[engine]
     with server(folder, "--engine", engine, "--ui", out, *flags, environment=environment) as found:
         yield found

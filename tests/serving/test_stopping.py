@@ -101,8 +101,10 @@ def test_chat_and_bench_say_when_nobody_answers() -> None:
         assert "http://127.0.0.1:9: does not answer" in done.stderr
 
 
-def test_a_second_signal_does_not_wait(made: Path, tmp_path: Path) -> None:
-    with server(tmp_path, "--engine", "llamacpp", "--drain", "1000", made, "--", "--threads", "1") as running:
+def test_a_second_signal_does_not_wait(tiny_model: Models, tmp_path: Path) -> None:
+    lasting = tiny_model("llama", max_position_embeddings=1 << 17)
+    options = ("--engine", "llamacpp", "--drain", "1000", "--context", "100000", "--parallel", "1")
+    with server(tmp_path, *options, lasting, "--", "--threads", "1") as running:
         body = {"messages": [{"role": "user", "content": "x"}], "stream": True, "ignore_eos": True}
         with requests.post(running.record["url"] + "/chat/completions", json=body, stream=True, timeout=60) as reply:
             next(reply.iter_lines())
@@ -110,4 +112,4 @@ def test_a_second_signal_does_not_wait(made: Path, tmp_path: Path) -> None:
             time.sleep(0.3)
             running.process.send_signal(signal.SIGTERM)
             assert running.process.wait(60) == 0
-    assert "stopp" in running.errors.read_text()
+    assert "stopped; 1 answers were cut off" in running.errors.read_text()

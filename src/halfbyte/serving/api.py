@@ -79,13 +79,15 @@ def engine_error(status: int, raw: bytes) -> ApiError:
 
     llama.cpp has numbers as codes and types of its own; vLLM the names of Python exceptions.
     """
-    message, kind, param = raw.decode("utf-8", "replace").strip()[:2000], "", None
+    message, kind = raw.decode("utf-8", "replace").strip()[:2000], ""
+    param: Any = None
+    code: Any = None
     try:
         error = json.loads(raw)
         error = error.get("error", error) if isinstance(error, dict) else {}
         if isinstance(error, dict):
             message = str(error.get("message") or error.get("detail") or message)
-            kind, param = str(error.get("type") or ""), error.get("param")
+            kind, param, code = str(error.get("type") or ""), error.get("param"), error.get("code")
         elif isinstance(error, str):
             message = error
     except ValueError:
@@ -95,4 +97,4 @@ def engine_error(status: int, raw: bytes) -> ApiError:
         return ApiError(400, message, param=str(param) if param else None, code=TOO_LONG)
     if status >= 500 and "not supported" in message:  # llama.cpp's answer to a picture that the model cannot see
         return ApiError(400, message, code="unsupported")
-    return ApiError(status, message, param=str(param) if param else None)
+    return ApiError(status, message, param=str(param) if param else None, code=code if isinstance(code, str) else None)

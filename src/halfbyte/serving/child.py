@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -23,6 +24,8 @@ KEPT_LINES = 200
 SHOWN_LINES = 15
 LONGEST_LINE = 500
 POLL_S = 0.05
+_ERROR = re.compile(r"\b[A-Z]\w*(Error|Exception): \S.*")
+_NO_ERROR = re.compile(r"\b(WARNING|INFO|DEBUG)\b")
 # Ask the kernel for a SIGTERM at the parent's death, then become the program. The parent may have died before.
 _TIED = """
 import ctypes, os, signal, sys
@@ -100,11 +103,19 @@ class Child:
             self._reader.join(timeout=2)  # what it said last may still be in the pipe
         return list(self._lines)[-lines:]
 
+    def cause(self) -> str:
+        """The first error among what it said last, else its last line: of several processes the first knows why."""
+        for line in self._lines:
+            found = _ERROR.search(line)
+            if found is not None and not _NO_ERROR.search(line):
+                return found.group()
+        return "; ".join(self.tail(1)).strip() or "it said nothing"
+
     def how_it_ended(self) -> str:
         """``ended with status 1``, ``was killed by SIGKILL``."""
         code = self._process.poll()
         if code is None:
-            return "is running"
+            return "runs"
         if code >= 0:
             return f"ended with status {code}"
         name = {s.value: s.name for s in signal.Signals}.get(-code, f"signal {-code}")
@@ -116,7 +127,7 @@ class Child:
         return EngineError(
             f"{self.how_it_ended()} {during}",
             where=self.name,
-            why="; ".join(self.tail(1)).strip() or "it said nothing",
+            why=self.cause(),
             remedy="Its last lines are above.",
         )
 

@@ -156,7 +156,7 @@ class Stops:
 
 @contextlib.contextmanager
 def signals() -> Iterator[Stops]:
-    """Hear SIGINT and SIGTERM instead of ending by them."""
+    """Hear SIGINT and SIGTERM instead of ending by them; afterwards, when the process is about to end, ignore them."""
     stops, loop = Stops(asyncio.Event(), asyncio.Event()), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stops.hear)
@@ -165,6 +165,7 @@ def signals() -> Iterator[Stops]:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)  # all is stopped: a late one must not spoil the exit status
 
 
 @contextlib.asynccontextmanager
@@ -283,9 +284,7 @@ async def serve(
                 try:
                     answer, first_s = await stops.unless(first_answer(target))
                 except EngineError:
-                    if child.ended():
-                        raise report(child, "at its first prompt", reporter) from None
-                    raise
+                    raise report(child, "and gave no answer to its first prompt", reporter) from None
                 choice = prepared.choice
                 record = ServeRecord(
                     url=url + "/v1",
