@@ -30,6 +30,7 @@ KEY = "secret-of-the-test"
 SCHEMES = {"llamacpp": "W4A16", "transformers": "W4A16", "vllm": "W8A8"}
 HELLO: list[Any] = [{"role": "user", "content": "The ferry leaves"}]
 CUT = "\ufffd"
+VLLM_TOOLS = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
 SEEN = frozenset({"stop", "length"})
 
 
@@ -48,7 +49,11 @@ def running(
     # vLLM's attention on CPUs wants heads of at least 32.
     source = tiny_model("llama", **tiny.WIDE) if engine == "vllm" else tiny_model("llama")
     halfbyte.quantize(source, out, scheme=SCHEMES[engine], group_size=None if engine == "vllm" else 32, method="rtn")
-    flags = {"llamacpp": ["--", "--threads", "1"], "transformers": ["--", "--threads", "1"], "vllm": []}[engine]
+    flags = {
+        "llamacpp": ["--", "--threads", "1"],
+        "transformers": ["--", "--threads", "1"],
+        "vllm": ["--", *VLLM_TOOLS],
+    }[engine]
     with server(folder, "--engine", engine, "--ui", out, *flags, environment=environment) as found:
         yield found
 
@@ -132,6 +137,22 @@ def test_a_seed_is_kept_to(client: OpenAI) -> None:
 
     assert say(7) == say(7)
     assert len({say(seed) for seed in range(4)}) > 1
+
+
+def test_a_tool_is_called(running: Server, client: OpenAI) -> None:
+    """A call that is demanded leaves even random weights no way but a right one; transformers says that it has none."""
+    parameters = {"type": "object", "properties": {"bell": {"enum": ["church", "ferry"]}}, "required": ["bell"]}
+    body: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 100}
+    body["tools"] = [{"type": "function", "function": {"name": "ring", "parameters": parameters}}]
+    body["tool_choice"] = {"type": "function", "function": {"name": "ring"}}
+    if running.record["engine"] == "transformers":
+        assert refusal(client, **body).code == "unsupported"
+    elif running.record["engine"] == "vllm":
+        (call,) = client.chat.completions.create(**body).choices[0].message.tool_calls or ()
+        assert call.type == "function"
+        assert json.loads(call.function.arguments)["bell"] in ("church", "ferry")
+    else:
+        pytest.skip("llama.cpp does not force a call on a model whose template knows none")
 
 
 def refusal(client: OpenAI, **changes: Any) -> openai.APIStatusError:

@@ -1,22 +1,18 @@
 """The chat page in a real browser, before llama.cpp with a tiny model: streaming, stop, copy, keys, at a phone's width
 and at a desk's.
-
-The browser is Chromium: the one that ``HALFBYTE_CHROMIUM`` names, the system's, or Playwright's own.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
-from playwright.sync_api import Error as PlaywrightError
+from playwright.sync_api import Browser, Page, expect
 
 import halfbyte
+from browsing import LIMIT_MS, chromium, page_in, shot
 from conftest import Models
 from served import Server, server
 
@@ -24,21 +20,12 @@ pytestmark = pytest.mark.serve
 
 KEY = "secret-of-the-test"
 PHONE, DESK = {"width": 360, "height": 640}, {"width": 1280, "height": 800}
-# As root no sandbox is to be had, and offline nothing is to be fetched in the background.
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync")
-LIMIT_MS = 120_000
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    found = os.environ.get("HALFBYTE_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    with sync_playwright() as playwright:
-        try:
-            opened = playwright.chromium.launch(executable_path=found, args=list(FLAGS))
-        except PlaywrightError as e:
-            pytest.skip(f"no Chromium here: {str(e).splitlines()[0]}")
-        yield opened
-        opened.close()
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +44,8 @@ def running(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 @pytest.fixture(params=[PHONE, DESK], ids=["phone", "desk"])
 def page(request: pytest.FixtureRequest, browser: Browser, running: Server) -> Iterator[Page]:
-    wrong: list[str] = []
-    context = browser.new_context(viewport=request.param, permissions=["clipboard-read", "clipboard-write"])
-    opened = context.new_page()
-    opened.set_default_timeout(LIMIT_MS)
-    expect.set_options(timeout=LIMIT_MS)
-    opened.on("pageerror", lambda e: wrong.append(str(e)))
-    # Chromium reports each refused request too, and refusals are wanted here.
-    refused = "Failed to load resource: the server responded with a status of 4"
-    opened.on("console", lambda m: wrong.append(m.text) if m.type == "error" and refused not in m.text else None)
-    opened.goto(running.url + "/")
-    yield opened
-    context.close()
-    assert wrong == []
+    with page_in(browser, running.url, request.param) as found:
+        yield found
 
 
 def ask(page: Page, text: str, tokens: int) -> None:
@@ -78,14 +54,6 @@ def ask(page: Page, text: str, tokens: int) -> None:
     page.locator("summary").click()
     page.get_by_label("Message").fill(text)
     page.get_by_role("button", name="Send").click()
-
-
-def shot(page: Page, name: str) -> None:
-    """A picture for whoever wants to look: into the folder that ``HALFBYTE_SHOTS`` names."""
-    folder = os.environ.get("HALFBYTE_SHOTS")
-    if folder:
-        assert page.viewport_size is not None
-        page.screenshot(path=Path(folder, f"{name}-{page.viewport_size['width']}.png"))
 
 
 def test_a_question_is_answered_and_the_answer_can_be_copied(page: Page) -> None:
@@ -151,11 +119,11 @@ def test_a_key_is_asked_for_and_a_wrong_one_is_said(
     browser: Browser, made: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     flags = ("--engine", "llamacpp", "--ui", made, "--", "--threads", "1")
-    with server(tmp_path_factory.mktemp("keyed"), *flags, environment={"HALFBYTE_API_KEY": KEY}) as keyed:
-        context = browser.new_context(viewport=DESK)
-        page = context.new_page()
-        page.set_default_timeout(LIMIT_MS)
-        page.goto(keyed.url + "/")
+    keys = {"HALFBYTE_API_KEY": KEY}
+    with (
+        server(tmp_path_factory.mktemp("keyed"), *flags, environment=keys) as keyed,
+        page_in(browser, keyed.url, DESK) as page,
+    ):
         page.get_by_label("API key").fill("wrong")
         page.get_by_label("Message").fill("Hello")
         page.get_by_label("Message").press("Enter")
@@ -164,4 +132,3 @@ def test_a_key_is_asked_for_and_a_wrong_one_is_said(
         page.get_by_label("Longest answer").fill("4")
         page.get_by_label("Message").press("Enter")
         expect(page.locator("article .note")).to_have_count(1, timeout=LIMIT_MS)
-        context.close()

@@ -122,7 +122,7 @@ def available_bytes(meminfo: Path) -> int | None:
 
 def find_vllm() -> Vllm | None:
     """vLLM in the environment that :data:`VLLM_PYTHON` names, else in this one."""
-    named = os.environ.get(VLLM_PYTHON)
+    named = os.environ.get(VLLM_PYTHON) or None
     if named is None and importlib.util.find_spec("vllm") is None:
         return None
     python = named or sys.executable
