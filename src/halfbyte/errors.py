@@ -11,6 +11,7 @@
     |-- NumericsError                 NaN or infinity in weights or activations, or a matrix that cannot be factored
     |-- RankError                     another process of a run on several ended, or failed without a message
     |-- MemoryShortage              the system or the device gave no more memory
+    |-- EngineError                   an engine that serves a model did not start, ended by itself or does not answer
     |-- MissingDependencyError        an optional package is needed; the message says which to install
     `-- GateFailed                    exit status 1: the work was done, and a check on its result failed
 
@@ -85,6 +86,10 @@ class RankError(HalfbyteError):
 
 class MemoryShortage(HalfbyteError):
     """The system or the device gave no more memory."""
+
+
+class EngineError(HalfbyteError):
+    """An engine that serves a model did not start, ended by itself, or does not answer."""
 
 
 class MissingDependencyError(HalfbyteError):

@@ -26,6 +26,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("halfbyte.cli.inspect", "Show what is inside a checkpoint: schemes, bits, bytes, errors."),
     "convert": ("halfbyte.cli.convert", "Write a checkpoint in another format, codes and scales carried over."),
     "deploy": ("halfbyte.cli.deploy", "Write the files that put a checkpoint into service: Triton, KServe, podman."),
+    "serve": ("halfbyte.cli.serve", "Serve a checkpoint with OpenAI's API, on a GPU or a laptop."),
+    "chat": ("halfbyte.cli.chat", "Talk with a checkpoint in the terminal."),
+    "bench": ("halfbyte.cli.bench", "Time the answers of a served checkpoint, beside its baseline's."),
     "demo": ("halfbyte.cli.demo", "Do the whole way on a real small model, with explanations."),
 }
 

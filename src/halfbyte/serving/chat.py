@@ -1,0 +1,75 @@
+"""A conversation with a model, turn by turn; the terminal is ``cli.chat``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from halfbyte.progress import Reporter
+from halfbyte.serving import client, service
+from halfbyte.serving.client import Target
+from halfbyte.serving.prepare import Prepared
+
+
+@dataclass(slots=True)
+class Conversation:
+    """Who said what, and with whom.
+
+    Attributes:
+        target: the server; opened: connections to it.
+        system: prompt before everything, empty for none.
+        options: further fields of requests, such as ``temperature``.
+    """
+
+    target: Target
+    opened: aiohttp.ClientSession
+    system: str
+    options: dict[str, Any]
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    async def say(self, text: str) -> AsyncGenerator[str, None]:
+        """Ask, and give the answer's pieces as they come.
+
+        What came until an interruption stays in the conversation; where nothing came, the question is forgotten too.
+        """
+        self.messages.append({"role": "user", "content": text})
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        pieces: list[str] = []
+        try:
+            async for event in client.stream(self.opened, self.target, [*head, *self.messages], self.options):
+                if event.text:
+                    pieces.append(event.text)
+                    yield event.text
+        finally:
+            if pieces:
+                self.messages.append({"role": "assistant", "content": "".join(pieces)})
+            else:
+                self.messages.pop()
+
+
+@contextlib.asynccontextmanager
+async def with_url(url: str, key: str | None, system: str, options: dict[str, Any]) -> AsyncIterator[Conversation]:
+    """A conversation with the first model of a server.
+
+    Raises:
+        EngineError: it does not answer.
+    """
+    async with client.session() as opened:
+        model = await client.only_model(opened, url, key)
+        yield Conversation(Target(url=url, key=key, model=model), opened, system, options)
+
+
+@contextlib.asynccontextmanager
+async def with_engine(
+    prepared: Prepared, model: str, system: str, options: dict[str, Any], log: Path | None, reporter: Reporter
+) -> AsyncIterator[Conversation]:
+    """A conversation with an engine that is started for it, and stopped after it."""
+    launch = prepared.launch
+    async with service.engine(launch, prepared.name, log=log, reporter=reporter), client.session() as opened:
+        target = Target(url=f"http://127.0.0.1:{launch.port}", key=launch.key, model=model)
+        yield Conversation(target, opened, system, options)
