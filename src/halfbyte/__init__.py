@@ -1,6 +1,7 @@
 """halfbyte: make a language model small, prove that it is still good, and put it into service.
 
-``halfbyte.quantize``, ``halfbyte.plan``, ``halfbyte.verify``, ``halfbyte.compare``, ``halfbyte.convert`` and
+``halfbyte.quantize``, ``halfbyte.plan``, ``halfbyte.verify``, ``halfbyte.compare``, ``halfbyte.evaluate`` (``eval``),
+``halfbyte.convert`` and
 ``halfbyte.inspect`` are the Python face of the commands of the same names; ``halfbyte.load`` gives a checkpoint as a
 dense transformers model. They are imported when first used, so ``import halfbyte`` is instant.
 """
@@ -14,11 +15,12 @@ _PUBLIC = {
     "plan": "halfbyte.planner",
     "verify": "halfbyte.verifier",
     "compare": "halfbyte.evaluation.divergence",
+    "evaluate": "halfbyte.evaluation.run",
     "convert": "halfbyte.conversion.run",
     "inspect": "halfbyte.inspection",
     "load": "halfbyte.loading",
 }
-__all__ = ["compare", "convert", "inspect", "load", "plan", "quantize", "verify"]
+__all__ = ["compare", "convert", "evaluate", "inspect", "load", "plan", "quantize", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,24 @@ class Harness:
 
         self.limit, self.chat_template, self.system = limit, chat_template, system_instruction
         own = folder("tasks")
-        self.manager = TaskManager(include_path=[str(own)] + ([str(tasks_dir)] if tasks_dir else []))
+        self.paths = [str(own)] + ([str(tasks_dir)] if tasks_dir else [])
+        self.near = TaskManager(include_path=self.paths, include_defaults=False)
         self.own = {f.stem: f.with_suffix(".jsonl") for f in own.glob("*.yaml")}
+
+    @cached_property
+    def everything(self) -> Any:
+        """lm-eval's own tasks too: indexing its 14,000 files takes seconds, so only where one is asked for."""
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager(include_path=self.paths)
+
+    def knows(self, name: str) -> bool:
+        """Whether there is such a task or group."""
+        return name in self.near.task_index or name in self.everything.task_index
 
     def known(self) -> set[str]:
         """Names of all tasks and groups."""
-        return set(self.manager.all_tasks)
+        return set(self.everything.all_tasks)
 
     def load(self, task: SuiteTask) -> Any:
         """lm-eval's objects for a task: ``{"tasks": ..., "groups": ...}``, with the suite's shots.
@@ -101,7 +114,9 @@ class Harness:
             config = yaml.safe_load(self.own[task.task].with_suffix(".yaml").read_text(encoding="utf-8"))
             spec = config | {"dataset_kwargs": {"data_files": {"test": str(self.own[task.task])}}}
         try:
-            loaded = self.manager.load([spec])
+            entry = self.near.task_index.get(task.task)
+            alone = entry is not None and entry.kind.name in ("TASK", "PY_TASK")  # a group may name lm-eval's own
+            loaded = (self.near if alone else self.everything).load([spec])
         except ModuleNotFoundError as e:
             raise HalfbyteError(
                 f"the task needs the package {e.name}", where=task.task, remedy=f"Install it: pip install {e.name}."
@@ -121,7 +136,6 @@ class Harness:
                 leaf.set_config(key="num_fewshot", value=0)
             if task.max_gen_toks and leaf.get_config("output_type") == "generate_until":
                 leaf.set_config(key="generation_kwargs", value={"max_gen_toks": task.max_gen_toks}, update=True)
-            leaf.set_fewshot_seed(seed=FEWSHOT_SEED)
         if len(loaded["tasks"]) > 1 and task.task not in loaded["groups"]:
             raise UsageError(
                 f"it is a tag for several tasks: {', '.join(sorted(loaded['tasks'])[:6])}",
@@ -163,6 +177,8 @@ class Harness:
         from lm_eval.evaluator import evaluate
 
         cache.parent.mkdir(parents=True, exist_ok=True)
+        for leaf in loaded["tasks"].values():
+            leaf.set_fewshot_seed(seed=FEWSHOT_SEED)  # here, since each draw of examples moves it on
         found = evaluate(
             lm=CachingLM(lm, str(cache)),
             task_dict=loaded,

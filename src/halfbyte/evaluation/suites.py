@@ -20,7 +20,7 @@ import difflib
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -107,12 +107,22 @@ def suite_of(name: str, content: Any, where: str) -> Suite:
     return Suite(name=name, category=category, tasks=tasks, divergence=bool(content.get("divergence", False)))
 
 
-def resolve(wanted: list[str], known_tasks: set[str], tasks_dir: Path | None = None) -> list[Suite]:
+class Tasks(Protocol):
+    """Names of tasks, as far as they have to be known."""
+
+    def knows(self, name: str) -> bool:
+        """Whether there is such a task or group."""
+
+    def known(self) -> set[str]:
+        """All of them; slow."""
+
+
+def resolve(wanted: list[str], known: Tasks, tasks_dir: Path | None = None) -> list[Suite]:
     """Suites by name, files that hold one, and single tasks; tasks of their own come under one heading.
 
     Args:
         wanted: names, or paths of YAML files with a list of tasks.
-        known_tasks: lm-eval's names, those in ``tasks_dir`` included.
+        known: lm-eval's tasks, those in ``tasks_dir`` included.
 
     Raises:
         UsageError: nothing has such a name; every one is told.
@@ -126,12 +136,12 @@ def resolve(wanted: list[str], known_tasks: set[str], tasks_dir: Path | None = N
         elif name.endswith((".yaml", ".yml")) and Path(name).is_file():
             content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
             suites.append(suite_of(Path(name).stem, content, name))
-        elif name in known_tasks:
+        elif known.knows(name):
             suites.append(
                 Suite(name=name, category=OTHER, tasks=[SuiteTask(suite=name, category=OTHER, task=name, title=name)])
             )
         else:
-            close = difflib.get_close_matches(name, [*own, *known_tasks], 3, 0.7)
+            close = difflib.get_close_matches(name, [*own, *known.known()], 3, 0.7)
             hint = f"Did you mean {', '.join(close)}? " if close else ""
             where = f"lm-eval's tasks or {tasks_dir}" if tasks_dir else "lm-eval's tasks"
             problems.append(
