@@ -69,9 +69,7 @@ def transposed(text: str) -> list[list[str]]:
     rows = [cells[9:17], cells[18:26]]
     assert names[-1] == "恢复率", names
     titles = [*names[:6], "平均"]
-    return [
-        ["OpenLLM v1", titles[i], rows[0][i], rows[1][i], rows[1][7] if i == 6 else ""] for i in range(len(titles))
-    ]
+    return [["OpenLLM v1", titles[i], rows[0][i], rows[1][i], rows[1][7] if i == 6 else ""] for i in range(len(titles))]
 
 
 def base_tables(text: str) -> list[dict[str, Any]]:

@@ -87,11 +87,15 @@ def test_a_card_prints_the_averages_and_recoveries_of_the_published_one(name: st
         for printed, cell in ((line.base, row[2]), (line.value, row[3])):
             scale, digits = (100, 2) if shares else (1, 0)
             half = 0.5 * 10 ** -(len(printed.split(".")[1]) - digits)
-            assert float(cell) == pytest.approx(scale * float(printed), abs=half + 0.005 + 1e-9 if line.average else 0.0051)
+            assert float(cell) == pytest.approx(
+                scale * float(printed), abs=half + 0.005 + 1e-9 if line.average else 0.0051
+            )
         wrong = (WRONG[name] | ROUNDED[name]).get(seed_figures.key_of(line))
         if line.recovery.endswith("%") and wrong is None:
             digits = len(line.recovery.rstrip("%").split(".")[1])
-            assert float(row[4].rstrip("%")) == pytest.approx(float(line.recovery.rstrip("%")), abs=0.051 if digits else 1)
+            assert float(row[4].rstrip("%")) == pytest.approx(
+                float(line.recovery.rstrip("%")), abs=0.051 if digits else 1
+            )
         elif line.recovery == "N/A":
             assert row[4] == "N/A"
 
@@ -168,7 +172,11 @@ def test_the_card_round_trips_through_the_hub_library(made: tuple[Path, Path]) -
     data = loaded.data
     assert data.base_model == "meta-llama/Llama-3.3-70B-Instruct"
     assert data.to_dict()["base_model_relation"] == "quantized"
-    assert (data.license, data.license_name, data.license_link) == ("llama3.3", "Llama 3.3", "https://example.org/licence")
+    assert (data.license, data.license_name, data.license_link) == (
+        "llama3.3",
+        "Llama 3.3",
+        "https://example.org/licence",
+    )
     assert data.language == ["en", "de"]
     assert {"quantized", "compressed-tensors", "w4a16"} <= set(data.tags)
     assert data.pipeline_tag == "text-generation"
@@ -258,7 +266,9 @@ def test_a_recipe_of_several_groups_goes_with_the_command(tiny_model: Models, tm
     (tmp_path / "recipe.yaml").write_text(code_blocks(text, "yaml")[0])
     again = load_recipe(tmp_path / "recipe.yaml")
     original = load_recipe(tmp_path / "mixed.yaml")
-    assert {(g.scheme.name, g.scheme.weights.group_size) for g in again.groups} >= {("W8A16", None)} or again == original
+    assert {(g.scheme.name, g.scheme.weights.group_size) for g in again.groups} >= {
+        ("W8A16", None)
+    } or again == original
     assert "--recipe recipe.yaml" in text
     assert "| 8" in text or "W8A16" in text
 
@@ -359,5 +369,3 @@ def test_pushing_sends_the_folder_without_samples(made: tuple[Path, Path], monke
 
     assert push(made[1], "org/small") == "https://huggingface.co/org/small"
     assert calls[1][1]["ignore_patterns"] == ["eval/*", "*.tmp"]
-
-

@@ -71,7 +71,12 @@ def tasks(tmp_path: Path) -> Path:
 @pytest.fixture
 def measure(pair: tuple[Path, Path], tasks: Path, tmp_path: Path) -> Callable[..., EvalRecord]:
     def call(checkpoint: Path | None = None, **options: Any) -> EvalRecord:
-        given = {"suite": "ferry_quiz", "tasks_dir": tasks, "cache": tmp_path / "cache", "backend": Backend(device="cpu")}
+        given = {
+            "suite": "ferry_quiz",
+            "tasks_dir": tasks,
+            "cache": tmp_path / "cache",
+            "backend": Backend(device="cpu"),
+        }
         return evaluate(checkpoint or pair[1], baseline=pair[0], **(given | options))
 
     return call
@@ -181,7 +186,7 @@ def test_bad_input_is_told_before_a_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(Backend, "_transformers", lambda *a: pytest.fail("a model was loaded"))
     monkeypatch.setattr(harness_module.Harness, "everything", property(lambda self: self.near))
-    with pytest.raises(UsageError, match="'ferry_quizz' is neither a suite nor .*Did you mean ferry_quiz"):
+    with pytest.raises(UsageError, match=r"'ferry_quizz' is neither a suite nor .*Did you mean ferry_quiz"):
         measure(suite="ferry_quizz")
     with pytest.raises(UsageError, match="--allow-code-execution"):
         measure(suite="code")

@@ -223,7 +223,12 @@ def test_what_cannot_be_scored_is_refused(strata: list[Stratum], why: str) -> No
 
 def test_gates() -> None:
     gates = parse_gates("recovery>=99, kl<=0.05,score.arc_challenge > 0.5,recovery_low.gsm8k>=95%")
-    assert [str(g) for g in gates] == ["recovery>=99", "kl_mean<=0.05", "score.arc_challenge>0.5", "recovery_low.gsm8k>=95"]
+    assert [str(g) for g in gates] == [
+        "recovery>=99",
+        "kl_mean<=0.05",
+        "score.arc_challenge>0.5",
+        "recovery_low.gsm8k>=95",
+    ]
     assert needs_divergence(gates)
     measured = {"recovery": 99.2, "kl_mean": 0.06, "score.arc_challenge": 0.5}
     assert failures(gates, measured) == [
@@ -235,7 +240,8 @@ def test_gates() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("recovery", "is no condition"), ("accuracy>=3", "no measurement 'accuracy'"), ("kl<=1.2.3", "1.2.3")]
+    ("text", "words"),
+    [("recovery", "is no condition"), ("accuracy>=3", "no measurement 'accuracy'"), ("kl<=1.2.3", "1.2.3")],
 )
 def test_gates_that_mean_nothing(text: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):

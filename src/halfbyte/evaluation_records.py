@@ -1,7 +1,7 @@
-"""``eval.json``: what an evaluation found, task by task. Every number on a card's or a report's tables is read from here.
+"""``eval.json``: what an evaluation found, task by task. Every number of a card's or report's tables is from here.
 
-Scores are shares (0 to 1), recoveries percent. Bounds of intervals are ``None`` where there are none, as in records that
-were made from figures that somebody published without them. Never imports torch.
+Scores are shares (0 to 1), recoveries percent. Bounds of intervals are ``None`` where there are none, as in records
+that were made from figures that somebody published without them. Never imports torch.
 """
 
 from __future__ import annotations

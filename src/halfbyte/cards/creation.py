@@ -1,7 +1,8 @@
 """How a checkpoint was made, as commands that make it again: from the manifest, not from memory.
 
 Three forms: halfbyte's command line, its Python function, and a recipe for llm-compressor that asks for the same scheme
-(which then finds other codes: its solver is another). Where options do not say it all, a recipe file goes with the command.
+(which then finds other codes: its solver is another). Where options do not say it all, a recipe file goes with the
+command.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def creation_of(facts: Facts, source: str, out: str) -> Creation | None:
     if facts.manifest is None:
         return None
     options = plain_options(facts.manifest)
-    recipe = None if options is not None else yaml.safe_dump(recipe_of(facts.manifest), sort_keys=False, allow_unicode=True)
+    recipe = (
+        None if options is not None else yaml.safe_dump(recipe_of(facts.manifest), sort_keys=False, allow_unicode=True)
+    )
     arguments = options or {"recipe": "recipe.yaml"} | calibration_options(facts.manifest)
     command = ["halfbyte", "quantize", source, out]
     for key, value in arguments.items():

@@ -1,6 +1,7 @@
 """Everything a card can say of a checkpoint, read from its folder: records, config, headers. Never imports torch.
 
-What is not there is ``None``; nothing is guessed. Paths of the machine that wrote a record are cut down to their last part.
+What is not there is ``None``; nothing is guessed. Paths of the machine that wrote a record are cut down to their last
+part.
 """
 
 from __future__ import annotations

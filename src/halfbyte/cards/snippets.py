@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-TEXT_TRANSFORMERS = '''\
+TEXT_TRANSFORMERS = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model_id = "{model}"
@@ -11,12 +11,12 @@ model = AutoModelForCausalLM.from_pretrained(model_id, dtype="auto", device_map=
 {prompt}
 outputs = model.generate(**inputs.to(model.device), max_new_tokens=64)
 print(tokenizer.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-'''
-CHAT_PROMPT = '''\
+"""
+CHAT_PROMPT = """\
 messages = [{"role": "user", "content": "Give me a short introduction to large language models."}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")'''
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
 PLAIN_PROMPT = 'inputs = tokenizer("A large language model is", return_tensors="pt")'
-PICTURE_TRANSFORMERS = '''\
+PICTURE_TRANSFORMERS = """\
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -34,8 +34,8 @@ inputs = processor.apply_chat_template(
 )
 outputs = model.generate(**inputs.to(model.device), max_new_tokens=64)
 print(processor.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-'''
-VLLM_OFFLINE = '''\
+"""
+VLLM_OFFLINE = """\
 from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
@@ -43,9 +43,9 @@ if __name__ == "__main__":
     sampling = SamplingParams(temperature=0.6, top_p=0.9, max_tokens=256)
     {call}
     print(outputs[0].outputs[0].text)
-'''
-VLLM_CHAT = '''messages = [{"role": "user", "content": "Give me a short introduction to large language models."}]
-    outputs = llm.chat(messages, sampling)'''
+"""
+VLLM_CHAT = """messages = [{"role": "user", "content": "Give me a short introduction to large language models."}]
+    outputs = llm.chat(messages, sampling)"""
 VLLM_PLAIN = 'outputs = llm.generate(["A large language model is"], sampling)'
 
 

@@ -1,4 +1,4 @@
-"""Evaluation tables: rows of numbers from records, as text. Nothing is computed that is not the quotient of two of them.
+"""Evaluation tables: rows of numbers from records, as text. Nothing is computed but quotients of two of them.
 
 Scores are printed in percent with two digits, recoveries with one, as most published cards do.
 """

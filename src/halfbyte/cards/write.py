@@ -1,4 +1,4 @@
-"""``card``: a model card from what is known of a checkpoint, its metadata, and the hub's files of evaluation results."""
+"""``card``: a model card from what is known of a checkpoint, its metadata, and the hub's files of results."""
 
 from __future__ import annotations
 
@@ -160,7 +160,8 @@ def result_files(record: EvalRecord | None) -> dict[str, str]:
 
     if record is None:
         return {}
-    known, by_file = datasets(), {}
+    known = datasets()
+    by_file: dict[str, list[EvalResultEntry]] = {}
     for t in record.tasks:
         if t.task in known:
             where = known[t.task]
@@ -349,5 +350,3 @@ def size(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
         n /= 1000
     return f"{n:.2f} GB"
-
-

@@ -12,8 +12,11 @@ from halfbyte.errors import UsageError
 
 @click.command("card")
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--source", type=click.Path(exists=True, file_okay=False, path_type=Path), help="The base model's folder: "
-              "its card has licence, languages, citation.")  # fmt: skip
+@click.option(
+    "--source",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="The base model's folder: its card has licence, languages, citation.",
+)
 @click.option("--base-model", metavar="ORG/NAME", help="The base model's hub id, where the records know a folder only.")
 @click.option("--license", "licence", metavar="ID", help="The licence, where the source's card does not say.")
 @click.option("--repo-id", metavar="ORG/NAME", help="What it will be published as.")
@@ -38,9 +41,7 @@ def command(
         raise UsageError("where to is not said", where="--push", remedy="Add --repo-id ORG/NAME.")
     from halfbyte.cards.write import CARD_NAME, card
 
-    written = card(
-        checkpoint, source=source, repo_id=repo_id, base_model=base_model, licence=licence, lang=lang
-    )
+    written = card(checkpoint, source=source, repo_id=repo_id, base_model=base_model, licence=licence, lang=lang)
     say = reporter()
     for note in written.notes:
         say.say(note)
@@ -51,4 +52,6 @@ def command(
         address = upload(checkpoint, repo_id)
     paths = [str(checkpoint / CARD_NAME), *(str(checkpoint / p) for p in written.results)]
     result = {"files": paths, "notes": written.notes, "url": address}
-    emit(result, as_json=as_json, render=lambda console: console.print("\n".join(paths + ([address] if address else []))))
+    emit(
+        result, as_json=as_json, render=lambda console: console.print("\n".join(paths + ([address] if address else [])))
+    )

@@ -12,6 +12,7 @@ from rich.table import Table
 from halfbyte.cli.console import emit, json_option, reporter
 from halfbyte.cli.options import device_option
 from halfbyte.errors import GateFailed
+from halfbyte.evaluation.code_execution import WARNING
 from halfbyte.evaluation_records import Estimated, EvalRecord
 
 
@@ -37,7 +38,9 @@ from halfbyte.evaluation_records import Estimated, EvalRecord
 @click.option("--backend-args", metavar="K=V,...", help="Further arguments for the engine, e.g. max_length=4096.")
 @click.option("--url", help="With openai-url: where the checkpoint is served, up to /v1.")
 @click.option("--base-url", help="With openai-url: where the baseline is served.")
-@click.option("--chat-completions", is_flag=True, help="With openai-url: ask /chat/completions; no choices, only texts.")
+@click.option(
+    "--chat-completions", is_flag=True, help="With openai-url: ask /chat/completions; no choices, only texts."
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Documents of each (sub)task, at most.  [default: all]")
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True, help="Requests at a time.")
 @click.option(
@@ -46,7 +49,9 @@ from halfbyte.evaluation_records import Estimated, EvalRecord
     help="Folder with YAML files of further lm-eval tasks.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Where eval.json and eval/ go.  [default: CHECKPOINT]")
-@click.option("--cache-dir", type=click.Path(path_type=Path), help="Where scores are kept.  [default: ~/.cache/halfbyte]")
+@click.option(
+    "--cache-dir", type=click.Path(path_type=Path), help="Where scores are kept.  [default: ~/.cache/halfbyte]"
+)
 @click.option(
     "--resume/--no-resume",
     default=True,
@@ -60,9 +65,7 @@ from halfbyte.evaluation_records import Estimated, EvalRecord
 @click.option(
     "--allow-code-execution",
     is_flag=True,
-    help="For the suite code: runs programs written by the model, as an unprivileged user, limited in time, memory, "
-    "files and processes, without a network where the kernel allows. They can still read what every user may read, and "
-    "attack the kernel: use a container or a virtual machine for models that you do not trust.",
+    help=f"For the suite code. {WARNING}",
 )
 @device_option
 @json_option
@@ -149,8 +152,8 @@ def render(console: Console, record: EvalRecord) -> None:
     for mean in record.averages:
         name = f"{mean.category}: average"
         table.add_row(
-            name, "", f"{100 * mean.base:.2f}", f"{100 * mean.value:.2f}", *recovery_cells(mean.ratio_of_averages), "", "",
-            f"{mean.verdict} (ratio of averages)",
+            name, "", f"{100 * mean.base:.2f}", f"{100 * mean.value:.2f}", *recovery_cells(mean.ratio_of_averages),
+            "", "", f"{mean.verdict} (ratio of averages)",
         )  # fmt: skip
         table.add_row("", "", "", "", *recovery_cells(mean.average_of_ratios), "", "", "(average of ratios)")
     console.print(table)
@@ -158,7 +161,8 @@ def render(console: Console, record: EvalRecord) -> None:
         d = record.divergence
         console.print(
             f"on {record.divergence_text}: KL {d['kl_mean']:.5f} ± {d['kl_se']:.5f} nats, perplexity ratio "
-            f"{d['perplexity_ratio']:.4f} ± {d['perplexity_ratio_se']:.4f}, top-1 agreement {100 * d['top1_agreement']:.2f}%"
+            f"{d['perplexity_ratio']:.4f} ± {d['perplexity_ratio_se']:.4f}, top-1 agreement {
+                100 * d['top1_agreement']:.2f}%"
         )
 
 
@@ -166,4 +170,7 @@ def recovery_cells(found: Estimated | None) -> tuple[str, str]:
     """A recovery and its interval, in percent."""
     if found is None:
         return "n/a", ""
-    return f"{found.value:.1f}", "" if found.low is None or found.high is None else f"{found.low:.1f} – {found.high:.1f}"
+    return (
+        f"{found.value:.1f}",
+        "" if found.low is None or found.high is None else f"{found.low:.1f} – {found.high:.1f}",
+    )

@@ -96,7 +96,9 @@ class Backend:
         elif self.name == "llamacpp":
             from halfbyte.evaluation.llamacpp import LlamaCppLM, gguf_of
 
-            with contextlib.closing(LlamaCppLM(gguf_of(folder, cache / digest, reporter), folder, **self.arguments)) as lm:
+            with contextlib.closing(
+                LlamaCppLM(gguf_of(folder, cache / digest, reporter), folder, **self.arguments)
+            ) as lm:
                 yield lm
         elif self.name == "openai-url":
             url = self.base_url if baseline else self.url
@@ -141,7 +143,11 @@ class Backend:
         backend = None if self.chat else "huggingface"
         name = model or served_name(url)
         return kind(
-            base_url=f"{url.rstrip('/')}/{path}", model=name, tokenizer=str(folder), tokenizer_backend=backend, **options
+            base_url=f"{url.rstrip('/')}/{path}",
+            model=name,
+            tokenizer=str(folder),
+            tokenizer_backend=backend,
+            **options,
         )
 
 

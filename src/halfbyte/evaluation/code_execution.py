@@ -1,12 +1,12 @@
 """Running programs that a language model wrote, to see whether they pass their tests.
 
-Each runs in a process of its own, in an empty folder that is deleted afterwards, as a user without privileges, with limits
-on time, processor time, memory, file size, open files and processes, and without a network where the kernel gives it a
-namespace of its own (code_launch.py). It passes when its last line runs.
+Each runs in a process of its own, in an empty folder that is deleted afterwards, as a user without privileges, with
+limits on time, processor time, memory, file size, open files and processes, and without a network where the kernel
+gives it a namespace of its own (code_launch.py). It passes when its last line runs.
 
-What this does not protect from: the program can read every file that all users may read, can use processor time up to the
-limits, can write to folders that are open to everyone (/tmp), and can attack the kernel. A program that wants to look as if
-it had passed can. Run it in a container or a virtual machine where that matters.
+What this does not protect from: the program can read every file that all users may read, can use processor time up to
+the limits, can write to folders that are open to everyone (/tmp), and can attack the kernel. A program that wants to
+look as if it had passed can. Run it in a container or a virtual machine where that matters.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from pathlib import Path
 from halfbyte.errors import HalfbyteError
 
 WARNING = (
-    "runs programs written by the model: as an unprivileged user, limited in time, memory, files and processes, without "
-    "a network where the kernel allows. They can still read what every user may read, and attack the kernel: use a "
-    "container or a virtual machine for models that you do not trust."
+    "Run programs that the models write: as an unprivileged user, limited in time, memory, files and processes, and "
+    "without a network where the kernel allows. They can still read what every user may read, and attack the kernel: "
+    "use a container or a virtual machine for models that you do not trust."
 )
 # Users above those that systems hand out, so that a limit on processes counts nobody else's.
 FIRST_USER, USERS = 61_500, 2_000
@@ -50,14 +50,14 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a program ended: ``passed``, ``failed`` or ``timed out``; ``missing`` are protections that were not to be had."""
+    """How a program ended: ``passed``, ``failed`` or ``timed out``; ``missing`` names protections that were not had."""
 
     status: str
     detail: str
     missing: tuple[str, ...] = ()
 
 
-def run_program(source: str, limits: Limits = Limits()) -> Outcome:  # noqa: B008 - immutable
+def run_program(source: str, limits: Limits = Limits()) -> Outcome:
     """Run one program.
 
     Raises:
@@ -128,7 +128,7 @@ def _supervise(command: list[str], work: Path, wall_s: float) -> tuple[str, str,
     return texts[0], texts[1], timed_out, process.returncode
 
 
-def run_programs(sources: list[str], limits: Limits = Limits(), workers: int | None = None) -> list[Outcome]:  # noqa: B008
+def run_programs(sources: list[str], limits: Limits = Limits(), workers: int | None = None) -> list[Outcome]:
     """Run many, a few at a time, in order."""
     with ThreadPoolExecutor(workers or max(1, (os.cpu_count() or 2) // 2)) as pool:
         return list(pool.map(lambda s: run_program(s, limits), sources))

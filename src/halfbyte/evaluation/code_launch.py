@@ -3,9 +3,9 @@
     python -I -S code_launch.py LIMITS.json PROGRAM.py
 
 In order: a session of its own, no network (a new network namespace, where the kernel allows), no privileges to gain
-(no_new_privs), another user (where this one is root), limits, exec. Each step that could not be taken is a line on stderr
-that starts with ``missing:``. Not covered: reading files that everyone may read, talking to processes over files, and
-holes in the kernel.
+(no_new_privs), another user (where this one is root), limits, exec. Each step that could not be taken is a line on
+stderr that starts with ``missing:``. Not covered: reading files that everyone may read, talking to processes over
+files, and holes in the kernel.
 """
 
 import ctypes

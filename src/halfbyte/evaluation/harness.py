@@ -1,8 +1,8 @@
 """One task of lm-evaluation-harness on one model: how it is asked, and each document's score.
 
 The harness does prompts, answers and metrics. This module gives its cache of responses the identity of the model (one
-file for each), so that a killed run goes on where it was, and takes scores by document rather than averages, so that two
-models can be compared on the same ones.
+file for each), so that a killed run goes on where it was, and takes scores by document rather than averages, so that
+two models can be compared on the same ones.
 """
 
 from __future__ import annotations
@@ -75,7 +75,12 @@ class Harness:
     """
 
     def __init__(
-        self, tasks_dir: Path | None, *, limit: int | None, chat_template: bool | None, system_instruction: str | None = None
+        self,
+        tasks_dir: Path | None,
+        *,
+        limit: int | None,
+        chat_template: bool | None,
+        system_instruction: str | None = None,
     ) -> None:
         quieten()
         from lm_eval.tasks import TaskManager
@@ -167,7 +172,9 @@ class Harness:
         for _, document in leaf.doc_iterator(rank=0, limit=self.limit, world_size=1):
             yield document
 
-    def run(self, lm: Any, loaded: Any, task: SuiteTask, settings: dict[str, Any], digest: str, cache: Path) -> TaskScores:
+    def run(
+        self, lm: Any, loaded: Any, task: SuiteTask, settings: dict[str, Any], digest: str, cache: Path
+    ) -> TaskScores:
         """Ask a model; responses are kept in ``cache`` as they come, and taken from there.
 
         Raises:
@@ -221,7 +228,9 @@ def quieten() -> None:
 
 def choose_metric(found: Any, task: SuiteTask) -> tuple[str, str]:
     """Metric and filter: the suite's, or the first of the task's configuration."""
-    names = sorted({(m, s["filter"]) for samples in found["samples"].values() for s in samples[:20] for m in s["metrics"]})
+    names = sorted(
+        {(m, s["filter"]) for samples in found["samples"].values() for s in samples[:20] for m in s["metrics"]}
+    )
     first = next(iter(found["samples"].values()))
     if not first:
         raise UsageError("it has no documents", where=task.task)

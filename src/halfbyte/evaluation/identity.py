@@ -1,4 +1,4 @@
-"""What a result belongs to: a checkpoint by its bytes, a task by its configuration and documents, an engine by its name.
+"""What a result belongs to: a checkpoint by its bytes, a task by its configuration and documents, an engine by name.
 
 lm-eval's own cache of responses knows none of these, so two models that share a cache file answer for each other.
 """

@@ -1,8 +1,8 @@
 """lm-eval's questions put to llama.cpp, in this process (package xllamacpp), with quantised weights as they are.
 
 llama.cpp's server gives no probabilities of a prompt's own tokens. It gives those of what it draws, so each token of a
-continuation is forced by a bias, which counts when drawing but not in the probability that is reported; the prompt before
-it stays in the cache. Choices of one token cost one pass.
+continuation is forced by a bias, which counts when drawing but not in the probability that is reported; the prompt
+before it stays in the cache. Choices of one token cost one pass.
 """
 
 from __future__ import annotations

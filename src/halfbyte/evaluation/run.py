@@ -3,8 +3,8 @@
     suites -> everything that could fail early -> for each model: (cached scores | harness) -> pairs -> eval.json
 
 The cache has a folder for each model's bytes and engine, and in it a file for each task's configuration and documents:
-``CACHE/MODEL_SHA256-ENGINE/TASK-SHA256.json``. Beside them lies lm-eval's cache of single responses, from which a killed run
-goes on.
+``CACHE/MODEL_SHA256-ENGINE/TASK-SHA256.json``. Beside them lies lm-eval's cache of single responses, from which a
+killed run goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -100,7 +99,8 @@ def evaluate(
         The record, also in ``eval.json``.
 
     Raises:
-        UsageError: an option or a name is wrong; MissingDependencyError: a package is missing; HalfbyteError: a data set
+        UsageError: an option or a name is wrong; MissingDependencyError: a package is missing; HalfbyteError: a data
+        set
             cannot be had; all of these before any model is loaded.
     """
     begun = time.monotonic()
@@ -118,7 +118,8 @@ def evaluate(
     store = _Store(cache or cache_folder(), backend, resume=resume)
     names = {"base": baseline, "checkpoint": checkpoint}
     scores = {
-        side: _measure(side, names[side], digests[side], prepared, harness, backend, store, reporter) for side in folders
+        side: _measure(side, names[side], digests[side], prepared, harness, backend, store, reporter)
+        for side in folders
     }
     rows, pairs = [], []
     for number, p in enumerate(prepared):
@@ -466,5 +467,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-

@@ -89,8 +89,8 @@ def suite_of(name: str, content: Any, where: str) -> Suite:
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), list):
         raise UsageError("it has no list of tasks", where=where)
     known = {f.name for f in dataclasses.fields(SuiteTask)} - {"suite", "category"}
-    for key in content.keys() - {"category", "divergence", "defaults", "tasks"}:
-        problems.append(UsageError(f"unknown key {key!r}", where=where))
+    unknown_keys = sorted(content.keys() - {"category", "divergence", "defaults", "tasks"})
+    problems += [UsageError(f"unknown key {key!r}", where=where) for key in unknown_keys]
     category = str(content.get("category", name))
     tasks = []
     for number, entry in enumerate(content["tasks"], 1):

@@ -1,6 +1,7 @@
 """vLLM in an environment of its own, as a server for the length of an evaluation.
 
-vLLM pins other versions of what halfbyte needs, so it may live beside it (docs/models.md); lm-eval then asks it over HTTP.
+vLLM pins other versions of what halfbyte needs, so it may live beside it (docs/models.md); lm-eval then asks it over
+HTTP.
 """
 
 from __future__ import annotations

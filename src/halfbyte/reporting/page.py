@@ -116,9 +116,8 @@ def tiles(facts: Facts) -> list[tuple[str, str]]:
     """The numbers that come first."""
     found = []
     if facts.evaluation:
-        for mean in facts.evaluation.averages:
-            if mean.ratio_of_averages is not None:
-                found.append((f"{mean.ratio_of_averages.value:.1f}%", f"recovery, {mean.category}"))
+        means = [(m.category, m.ratio_of_averages) for m in facts.evaluation.averages]
+        found += [(f"{r.value:.1f}%", f"recovery, {category}") for category, r in means if r is not None]
     measured = divergence_of(facts)
     if measured:
         found.append((f"{measured['kl_mean']:.4f}", "nats, mean KL divergence"))

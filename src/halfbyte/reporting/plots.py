@@ -40,7 +40,9 @@ def write_plots(facts: Facts, folder: Path) -> list[Path]:
     if spread is not None:
         figure, axes = plt.subplots(figsize=(6.4, 2.6))
         width = spread.axis.high / len(spread.bars)
-        axes.bar([(i + 0.5) * width for i in range(len(spread.bars))], [h for h, _ in spread.bars], 0.9 * width, color=MARK)
+        axes.bar(
+            [(i + 0.5) * width for i in range(len(spread.bars))], [h for h, _ in spread.bars], 0.9 * width, color=MARK
+        )
         axes.set_xlabel("mean KL divergence of a window, nats")
         axes.set_yticks([])
         _plain(axes)
