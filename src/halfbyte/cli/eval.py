@@ -161,8 +161,8 @@ def render(console: Console, record: EvalRecord) -> None:
         d = record.divergence
         console.print(
             f"on {record.divergence_text}: KL {d['kl_mean']:.5f} ± {d['kl_se']:.5f} nats, perplexity ratio "
-            f"{d['perplexity_ratio']:.4f} ± {d['perplexity_ratio_se']:.4f}, top-1 agreement {
-                100 * d['top1_agreement']:.2f}%"
+            f"{d['perplexity_ratio']:.4f} ± {d['perplexity_ratio_se']:.4f}, "
+            f"top-1 agreement {100 * d['top1_agreement']:.2f}%"
         )
 
 

@@ -64,6 +64,7 @@ def run_program(source: str, limits: Limits = Limits()) -> Outcome:
         HalfbyteError: the sandbox itself does not work here.
     """
     token = secrets.token_hex(16)
+    interpreter = os.path.realpath(sys.executable)
     folder = Path(tempfile.mkdtemp(prefix="halfbyte-code-"))
     try:
         user = FIRST_USER + secrets.randbelow(USERS)
@@ -75,15 +76,16 @@ def run_program(source: str, limits: Limits = Limits()) -> Outcome:
             "file_bytes": limits.file_bytes,
             "files": limits.files,
             "processes": limits.processes,
+            "prefix": "" if open_to_all(interpreter) else os.path.realpath(sys.base_prefix),
         }
         (folder / "limits.json").write_text(json.dumps(settings))
         shutil.copyfile(Path(__file__).with_name("code_launch.py"), folder / "launch.py")
         work = folder / "work"
         work.mkdir()
+        (folder / "python").mkdir()
         folder.chmod(0o755)
         if os.geteuid() == 0:
             os.chown(work, user, user)
-        interpreter = os.path.realpath(sys.executable)
         command = [interpreter, "-I", "-S", *(str(folder / n) for n in ("launch.py", "limits.json", "program.py"))]
         out, err, timed_out, status = _supervise(command, work, limits.wall_s)
     finally:
@@ -103,6 +105,11 @@ def run_program(source: str, limits: Limits = Limits()) -> Outcome:
         return Outcome(status="passed", detail="", missing=missing)
     said = [line for line in lines if not line.startswith("missing: ")]
     return Outcome(status="failed", detail=(said[-1] if said else f"exit status {status}")[:300], missing=missing)
+
+
+def open_to_all(path: str) -> bool:
+    """Whether every user may go to a file and run it."""
+    return all(p.stat().st_mode & 0o001 for p in (Path(path), *Path(path).parents))
 
 
 def _supervise(command: list[str], work: Path, wall_s: float) -> tuple[str, str, bool, int]:

@@ -14,7 +14,8 @@ import os
 import resource
 import sys
 
-CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWIPC = 0x10000000, 0x40000000, 0x08000000
+CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWIPC, CLONE_NEWNS = 0x10000000, 0x40000000, 0x08000000, 0x00020000
+MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 
 
@@ -27,6 +28,9 @@ def main() -> None:
     spaces = CLONE_NEWNET | CLONE_NEWIPC | (0 if root else CLONE_NEWUSER)
     if libc.unshare(spaces) != 0 and libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC) != 0:
         print(f"missing: network namespace ({os.strerror(ctypes.get_errno())})", file=sys.stderr)
+    interpreter = sys.executable
+    if root and limits["prefix"]:
+        interpreter = visible(libc, limits["prefix"], os.path.join(os.path.dirname(sys.argv[1]), "python"))
     if root:
         try:
             os.setgroups([])
@@ -51,7 +55,19 @@ def main() -> None:
         except (OSError, ValueError) as e:
             print(f"missing: {name} ({e})", file=sys.stderr)
             os._exit(97)
-    os.execve(sys.executable, [sys.executable, "-I", "-S", sys.argv[2]], {"PATH": "/usr/bin:/bin", "HOME": os.getcwd()})
+    environment = {"PATH": "/usr/bin:/bin", "HOME": os.getcwd()}
+    if interpreter != sys.executable:
+        environment["LD_LIBRARY_PATH"] = os.path.join(os.path.dirname(os.path.dirname(interpreter)), "lib")
+    os.execve(interpreter, [interpreter, "-I", "-S", sys.argv[2]], environment)
+
+
+def visible(libc: ctypes.CDLL, prefix: str, target: str) -> str:
+    """Python's folder under a path that every user may go (below /root they may not), seen by this process alone."""
+    private = libc.unshare(CLONE_NEWNS) == 0 and libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) == 0
+    if not private or libc.mount(prefix.encode(), target.encode(), None, MS_BIND | MS_REC, None) != 0:
+        print(f"missing: an interpreter that every user may run ({os.strerror(ctypes.get_errno())})", file=sys.stderr)
+        os._exit(97)
+    return os.path.join(target, os.path.relpath(sys.executable, prefix))
 
 
 if __name__ == "__main__":
