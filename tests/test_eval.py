@@ -1,0 +1,231 @@
+"""`halfbyte eval` on tiny models: pairing, cache, resume, suites, gates. Needs the extra `eval`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import Models
+
+pytest.importorskip("lm_eval", reason='needs lm-eval: pip install "halfbyte[eval]"')
+
+from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.evaluation import harness as harness_module
+from halfbyte.evaluation import run as run_module
+from halfbyte.evaluation.backends import Backend, parse_arguments
+from halfbyte.evaluation.gates import parse_gates
+from halfbyte.evaluation.run import evaluate
+from halfbyte.evaluation_records import EvalRecord
+from halfbyte.records import read_record
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of lm-eval and what it uses
+
+QUIZ = """\
+task: ferry_quiz
+dataset_path: json
+dataset_kwargs: {data_files: {test: QUIZ_FILE}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+
+
+@pytest.fixture
+def pair(tiny_model: Models, tmp_path: Path) -> tuple[Path, Path]:
+    """A model and a copy of it with noise on its weights."""
+    base, other = tmp_path / "base", tmp_path / "other"
+    shutil.copytree(tiny_model("llama"), base)
+    shutil.copytree(base, other)
+    tensors = load_file(other / "model.safetensors")
+    generator = torch.Generator().manual_seed(5)
+    for name, t in tensors.items():
+        if t.dim() == 2 and "layers" in name:
+            t += 0.6 * t.float().std() * torch.randn(t.shape, generator=generator).to(t.dtype)
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    return base, other
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    """A folder with one local task of 24 documents."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [
+        {"question": f"Seat {i} is by the", "choices": [" river", " lamp", " buoy"], "answer": i % 3} for i in range(24)
+    ]
+    (folder / "quiz.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "quiz.yaml").write_text(QUIZ.replace("QUIZ_FILE", str(folder / "quiz.jsonl")))
+    return folder
+
+
+@pytest.fixture
+def measure(pair: tuple[Path, Path], tasks: Path, tmp_path: Path) -> Callable[..., EvalRecord]:
+    def call(checkpoint: Path | None = None, **options: Any) -> EvalRecord:
+        given = {
+            "suite": "ferry_quiz",
+            "tasks_dir": tasks,
+            "cache": tmp_path / "cache",
+            "backend": Backend(device="cpu"),
+        }
+        return evaluate(checkpoint or pair[1], baseline=pair[0], **(given | options))
+
+    return call
+
+
+def test_scores_are_paired_by_document_and_every_sample_is_kept(
+    pair: tuple[Path, Path], measure: Callable[..., EvalRecord]
+) -> None:
+    record = measure(gates=parse_gates("recovery>=1000,score.ferry_quiz>=0"))
+    assert read_record(EvalRecord, pair[1] / "eval.json") == record
+    (row,) = record.tasks
+    assert row.documents == 24
+    assert row.metric == "acc"
+    lines = {
+        side: [json.loads(line) for line in (pair[1] / row.samples[side]).read_text().splitlines()]
+        for side in ("base", "checkpoint")
+    }
+    base, value = ([s["score"] for s in lines[side]] for side in ("base", "checkpoint"))
+    # The scores are right: each is the argmax of the log-likelihoods that are kept with it.
+    for side in lines.values():
+        for s in side:
+            found = max(range(3), key=lambda i: s["response"][i][0])
+            assert s["score"] == float(found == s["target"])
+    assert row.base == pytest.approx(sum(base) / 24)
+    assert row.value == pytest.approx(sum(value) / 24)
+    assert row.right_to_wrong == sum(b > v for b, v in zip(base, value, strict=True))
+    assert base != value, "noise of that size has to flip something, or this test shows nothing"
+    assert record.gate_failures[0].startswith("recovery>=1000: it is")
+    assert len(record.gate_failures) == 1
+
+
+def test_the_baseline_is_measured_once_and_identity_is_by_content(
+    pair: tuple[Path, Path], measure: Callable[..., EvalRecord], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first = measure()
+    opened: list[str] = []
+    real = Backend._transformers
+    monkeypatch.setattr(Backend, "_transformers", lambda self, f, p: (opened.append(f.name), real(self, f, p))[1])
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(pair[1], moved)
+    (moved / "README.md").write_text("a card changes nothing")
+    again = measure(moved)
+    assert opened == []
+    assert again.tasks[0].base == first.tasks[0].base
+    assert again.checkpoint_sha256 == first.checkpoint_sha256
+    # Another chat template is another model; another limit is another task.
+    (moved / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    measure(moved)
+    assert opened == ["elsewhere"]
+    measure(limit=5)
+    assert opened == ["elsewhere", "base", "other"]
+    # Another document under the same name is another task, too.
+
+
+def test_changed_documents_are_asked_again(
+    pair: tuple[Path, Path], tasks: Path, measure: Callable[..., EvalRecord]
+) -> None:
+    first = measure()
+    text = (tasks / "quiz.jsonl").read_text().replace("Seat 3 ", "Bench 3 ")
+    (tasks / "quiz.jsonl").write_text(text)
+    second = measure()
+    assert first.tasks[0].config_sha256 != second.tasks[0].config_sha256
+
+
+def test_a_killed_run_goes_on_with_the_answers_it_had(
+    measure: Callable[..., EvalRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine dies after 40 of 72 requests; the second run asks it for the others alone."""
+    from lm_eval.models.huggingface import HFLM
+
+    asked: list[int] = []
+    real = HFLM._model_call
+    dies = {"after": 10}
+
+    def counted(self: Any, *a: Any, **k: Any) -> Any:
+        asked.append(len(a[0]))
+        if dies["after"] and len(asked) > dies["after"]:
+            raise KeyboardInterrupt
+        return real(self, *a, **k)
+
+    monkeypatch.setattr(HFLM, "_model_call", counted)
+    with pytest.raises(KeyboardInterrupt):
+        measure()
+    done = sum(asked[:-1])
+    assert done > 0
+    asked.clear()
+    dies["after"] = 0
+    resumed = measure()
+    whole = 2 * 72
+    assert sum(asked) <= whole - done
+    asked.clear()
+    fresh = measure(resume=False)
+    assert sum(asked) > sum(asked[:1])
+    assert [r.base for r in fresh.tasks] == pytest.approx([r.base for r in resumed.tasks])
+
+
+def test_models_that_were_asked_differently_are_not_paired(
+    pair: tuple[Path, Path], measure: Callable[..., EvalRecord]
+) -> None:
+    (pair[1] / "chat_template.jinja").write_text("{% for m in messages %}|{{ m['content'] }}{% endfor %}")
+    with pytest.raises(HalfbyteError, match="not asked the same documents"):
+        measure(chat_template=True)
+
+
+def test_bad_input_is_told_before_a_model_is_loaded(
+    pair: tuple[Path, Path], tasks: Path, measure: Callable[..., EvalRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Backend, "_transformers", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(harness_module.Harness, "everything", property(lambda self: self.near))
+    with pytest.raises(UsageError, match=r"'ferry_quizz' is neither a suite nor .*Did you mean ferry_quiz"):
+        measure(suite="ferry_quizz")
+    with pytest.raises(UsageError, match="--allow-code-execution"):
+        measure(suite="code")
+    with pytest.raises(UsageError, match="no such folder"):
+        measure(tasks_dir=tasks / "absent")
+    with pytest.raises(UsageError, match="--url"):
+        measure(backend=Backend(name="openai-url"))
+    (tasks / "broken.yaml").write_text(QUIZ.replace("ferry_quiz", "broken_quiz").replace("QUIZ_FILE", "absent.jsonl"))
+    with pytest.raises(HalfbyteError, match=r"broken_quiz: its data set .* could not be loaded"):
+        measure(suite="broken_quiz")
+
+
+def test_an_unknown_metric_names_those_that_there_are(tasks: Path, measure: Callable[..., EvalRecord]) -> None:
+    (tasks / "mine.yml").write_text("category: Mine\ntasks:\n- {task: ferry_quiz, metric: f1}\n")
+    with pytest.raises(UsageError, match=r"no metric 'f1'. It has: acc, acc_norm"):
+        measure(suite=str(tasks / "mine.yml"))
+
+
+def test_the_suite_quick_measures_tasks_and_divergence(
+    pair: tuple[Path, Path], measure: Callable[..., EvalRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import functools
+
+    from halfbyte.evaluation import divergence
+
+    monkeypatch.setattr(divergence, "compare", functools.partial(divergence.compare, tokens=64, window=32))
+    record = measure(suite="quick", limit=6, gates=parse_gates("kl<=0"))
+    assert [t.task for t in record.tasks] == ["halfbyte_opposites", "halfbyte_capitals"]
+    assert record.divergence is not None
+    assert record.divergence["kl_mean"] > 0
+    assert record.gate_failures == [f"kl_mean<=0: it is {record.divergence['kl_mean']:.4g}"]
+    (average,) = record.averages
+    assert average.base == pytest.approx(sum(t.base for t in record.tasks) / 2)
+    assert run_module.measured(record.tasks, record.averages, None, []).keys() >= {"score.halfbyte_capitals"}
+
+
+def test_arguments_for_the_engine() -> None:
+    assert parse_arguments("max_length=4096,dtype=auto,rate=0.5,flag=true") == {
+        "max_length": 4096, "dtype": "auto", "rate": 0.5, "flag": True,
+    }  # fmt: skip
+    with pytest.raises(UsageError, match="'4096' is not KEY=VALUE"):
+        parse_arguments("4096")
