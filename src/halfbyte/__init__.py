@@ -1,9 +1,9 @@
 """halfbyte: make a language model small, prove that it is still good, and put it into service.
 
 ``halfbyte.quantize``, ``halfbyte.plan``, ``halfbyte.verify``, ``halfbyte.compare``, ``halfbyte.evaluate`` (``eval``),
-``halfbyte.convert``, ``halfbyte.deploy`` and ``halfbyte.inspect`` are the Python face of the commands of the same names;
-``halfbyte.load`` gives a checkpoint as a dense transformers model. They are imported when first used, so ``import
-halfbyte`` is instant.
+``halfbyte.convert``, ``halfbyte.deploy`` and ``halfbyte.inspect`` are the Python face of the commands of the same
+names; ``halfbyte.load`` gives a checkpoint as a dense transformers model. They are imported when first used, so
+``import halfbyte`` is instant.
 """
 
 from __future__ import annotations

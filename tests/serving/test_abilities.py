@@ -114,7 +114,7 @@ def _send(page: Page, file: Path) -> str:
 
 
 def test_tools_reach_the_template(tiny_model: Models, tmp_path: Path) -> None:
-    """Tools, calls and results are rendered by the checkpoint's template. (vLLM is made to call one in test_engines.)"""
+    """The checkpoint's template renders tools, calls and results. (vLLM is made to call one in test_engines.)"""
     out = tmp_path / "tiny"
     source = tiny_model("llama", max_position_embeddings=2048)
     halfbyte.quantize(source, out, scheme="W4A16", group_size=32, method="rtn")
