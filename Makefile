@@ -39,11 +39,11 @@ test: lint
 
 test-vllm: $(VENV)/.dev
 	PYTHON=$(PYTHON) TORCH_ARGS="$(TORCH_ARGS)" envs/make.sh vllm || echo "test-vllm: no vLLM here, so its tests are skipped"
-	$(BIN)/python -m pytest tests/engines -m engine -rs --ignore tests/engines/test_triton.py
+	$(BIN)/python -m pytest tests/engines -m engine -rs --ignore tests/engines/test_tritonserver.py
 
 test-triton: $(VENV)/.dev
 	PYTHON=$(PYTHON) TORCH_ARGS="$(TORCH_ARGS)" envs/make.sh triton || echo "test-triton: no Triton here, so its tests are skipped"
-	$(BIN)/python -m pytest tests/engines/test_triton.py -m engine -rs
+	$(BIN)/python -m pytest tests/engines/test_tritonserver.py -m engine -rs
 
 test-llamacpp: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/engines/test_llamacpp.py -m llamacpp -rs

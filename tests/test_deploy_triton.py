@@ -1,4 +1,4 @@
-"""Triton's repositories as files; the real server is asked in ``tests/engines/test_triton.py``."""
+"""Triton's repositories as files; the real server is asked in ``tests/engines/test_tritonserver.py``."""
 
 from __future__ import annotations
 

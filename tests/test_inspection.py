@@ -334,7 +334,7 @@ ODD_CONFIGS = st.fixed_dictionaries(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     leaves=st.dictionaries(st.sampled_from([*LEAVES, "weight_shape"]), SHAPES, min_size=1),
     dtype=st.sampled_from([torch.int32, torch.int8, torch.bfloat16, torch.float8_e4m3fn]),

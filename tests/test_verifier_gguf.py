@@ -33,6 +33,7 @@ def test_sound_files_pass(family: str, options: dict[str, object], tiny_model: M
     halfbyte.convert(tmp_path / "q", tmp_path / "out", to="gguf")
     record = halfbyte.verify(tmp_path / "out", source=tmp_path / "q")
     assert record.passed, [c for c in record.checks if c.status == "failed"]
+    assert record.tensors >= 20
     assert outcomes(record) == {
         "files": "passed",
         "headers": "passed",

@@ -102,7 +102,7 @@ class Inspection:
     Attributes:
         quantization: ``none``, or the config's ``quant_method`` (``compressed-tensors``, ``awq``, ``gptq``, ``fp8``),
             or ``gguf``.
-        format: the storage format, where the method has several, and what is no folder of safetensors files.
+        format: the storage format, where the method has several: of GGUF, the commonest type.
         parameters: logical ones; a tied output matrix that is not stored counts once.
         bits_per_weight: over quantised weights, scales included; ``None`` when none is quantised.
         bits_per_parameter: all tensor bytes over all parameters.
@@ -186,7 +186,7 @@ def _inspect_headers(headers: Headers, name: str) -> Inspection:
         if leaf == "weight"
     }
     method = headers.format if headers.quantized else "none"
-    return _described(checkpoint, modules, weights, method, headers.format, list(headers.notes))
+    return _described(checkpoint, modules, weights, method, headers.kind or headers.format, list(headers.notes))
 
 
 def _modules(checkpoint: Checkpoint) -> dict[str, dict[str, TensorInfo]]:

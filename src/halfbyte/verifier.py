@@ -97,9 +97,15 @@ def verify(
     """
     reporter = reporter or Silent()
     if is_gguf_folder(_folder(checkpoint)):
+        if source is not None and is_gguf_source(Path(source)):
+            raise CheckpointError(
+                "is a GGUF too",
+                where=f"--source {source}",
+                remedy="Give a checkpoint of another format to compare with.",
+            )
         beside = None if source is None else _sound_source(_folder(source))
-        checks, found = gguf_checks(_folder(checkpoint), beside, reporter)
-        return _recorded(checks, checkpoint, source, found)
+        checks, found, count = gguf_checks(_folder(checkpoint), beside, reporter)
+        return _recorded(checks, checkpoint, source, found, count)
     found = take_inventory(_folder(checkpoint))
     gguf = read_original(Path(source)) if source is not None and is_gguf_source(Path(source)) else None
     original = None if source is None or gguf is not None else _sound_source(_folder(source))
@@ -128,7 +134,7 @@ def verify(
     misfits = _misfits(modules, found, skeleton, dense or {}, strict=manifest is not None)
     readable = [m for m in modules if m.decodable and not misfits[m.name]]
     structure = [
-        _check("files", found.file_problems + found.mode_problems + changed, files_detail(found, manifest)),
+        _check("files", found.file_problems + found.mode_problems + changed, files_detail(found, manifest, converted)),
         _check("headers", found.header_problems, f"{len(found.tensors)} tensors in {len(found.files)} files"),
         _check("config", problems, _config_detail(rules, modules, unknown)),
         _linears_check(modules, misfits, missing_experts(parts, _dense_modules(found, modules), skeleton.fused)),
@@ -210,14 +216,20 @@ def _converted_checks(
     return checks
 
 
-def _recorded(checks: list[Check], checkpoint: str | Path, source: str | Path | None, found: Inventory) -> VerifyRecord:
-    """The record of some checks, written into the checkpoint."""
+def _recorded(
+    checks: list[Check],
+    checkpoint: str | Path,
+    source: str | Path | None,
+    found: Inventory,
+    tensors: int | None = None,
+) -> VerifyRecord:
+    """The record of some checks, written into the checkpoint; ``tensors`` counts them where the inventory does not."""
     record = VerifyRecord(
         checkpoint=str(checkpoint),
         source=None if source is None else str(source),
         passed=all(c.status != "failed" for c in checks),
         checks=checks,
-        tensors=len(found.tensors),
+        tensors=len(found.tensors) if tensors is None else tensors,
         bytes_read=sum((found.folder / f).stat().st_size for f in found.files),
         versions={p: version(p) for p in PACKAGES},
     )

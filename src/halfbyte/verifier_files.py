@@ -14,7 +14,7 @@ from typing import Any
 
 from halfbyte.errors import CheckpointError
 from halfbyte.progress import Reporter
-from halfbyte.records import MANIFEST_NAME, Manifest, read_json, read_record
+from halfbyte.records import CONVERT_NAME, MANIFEST_NAME, ConvertRecord, Manifest, read_json, read_record
 from halfbyte.reference import StoredTensor, read_header
 
 CONFIG_NAME = "config.json"
@@ -161,8 +161,10 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def files_detail(found: Inventory, manifest: Manifest | None) -> str:
-    hashed = (
-        f"{len(manifest.files)} hashed against {MANIFEST_NAME}" if manifest else f"no {MANIFEST_NAME} to hash against"
-    )
+def files_detail(found: Inventory, manifest: Manifest | None, converted: ConvertRecord | None) -> str:
+    hashed = f"no {MANIFEST_NAME} to hash against"
+    if manifest is not None:
+        hashed = f"{len(manifest.files)} hashed against {MANIFEST_NAME}"
+    elif converted is not None:
+        hashed = f"tensors hashed against {CONVERT_NAME}"
     return f"{len(found.files)} weight files, {hashed}"

@@ -75,8 +75,8 @@ def is_gguf_folder(folder: Path) -> bool:
     return (folder / MODEL).exists() and not any(folder.glob("*.safetensors"))
 
 
-def gguf_checks(folder: Path, source: Inventory | None, reporter: Reporter) -> tuple[list[Check], Inventory]:
-    """All checks, and an inventory of the files for the record.
+def gguf_checks(folder: Path, source: Inventory | None, reporter: Reporter) -> tuple[list[Check], Inventory, int]:
+    """All checks, and for the record an inventory of the files and the number of tensors in them.
 
     Raises:
         MissingDependencyError: the package gguf is not installed.
@@ -114,7 +114,8 @@ def gguf_checks(folder: Path, source: Inventory | None, reporter: Reporter) -> t
     ]
     if found.header_problems:
         reason = "the structure of the files has to be right first"
-        return checks + [Check(name=n, status="skipped", detail=reason) for n in ("config", "copies", "error")], found
+        checks += [Check(name=n, status="skipped", detail=reason) for n in ("config", "copies", "error")]
+        return checks, found, len(tensors)
     checks.append(check_of("config", _config_problems(folder, metadata, tensors), "sizes, tokens and chat template"))
     if source is None:
         checks += [
@@ -123,7 +124,7 @@ def gguf_checks(folder: Path, source: Inventory | None, reporter: Reporter) -> t
     else:
         checks += _compare(metadata, tensors, contents_of(source), record, reporter)
     reason = "verify does not start llama.cpp"
-    return [*checks, Check(name="reload", status="skipped", detail=reason)], found
+    return [*checks, Check(name="reload", status="skipped", detail=reason)], found, len(tensors)
 
 
 def check_of(name: str, problems: list[str], detail: str) -> Check:

@@ -60,6 +60,8 @@ def read_original(path: Path) -> GgufOriginal:
         MissingDependencyError: the package gguf is not installed.
     """
     gguf = library()
+    if not path.exists():
+        raise CheckpointError("there is no such file", where=str(path), remedy="Give a GGUF file or a folder.")
     files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
     if match := PART.fullmatch(path.name):
         files = sorted(p for p in path.parent.glob("*.gguf") if (m := PART.fullmatch(p.name)) and m[1] == match[1])

@@ -167,7 +167,7 @@ def test_real_models(name: str, tolerance: float, tmp_path: Path) -> None:
     With dense weights llama.cpp's log probabilities are transformers', and its greedy continuation is, token for token.
     With codes it rounds inputs, and thirty layers of rounding make of any last bit that is otherwise a difference as
     large as rounding makes at all: so the distance is held against that of transformers from itself, inputs rounded and
-    the embedding changed by a millionth.
+    the embedding changed by a hundred-thousandth (which moves dense logits as far as llama.cpp's arithmetic does).
     """
     source = real(name)
     halfbyte.quantize(source, tmp_path / "q", method="rtn", group_size=32)
@@ -199,7 +199,7 @@ def test_real_models(name: str, tolerance: float, tmp_path: Path) -> None:
     longer = [*ids, *answer["continuation"]]
     for seed in range(4):
         noise = torch.randn(table.shape, generator=torch.Generator().manual_seed(seed))
-        table.data = exact * (1 + 1e-6 * noise)
+        table.data = exact * (1 + 1e-5 * noise)
         runs.append((expected(model, ids, prefixes), expected(model, longer, [longer[:n] for n in ends(ids, COUNT)])))
     apart = [float((a[0] - b[0])[likely].abs().mean()) for a, b in itertools.combinations(runs, 2)]
     found = llamacpp.next_tokens(answer, want.shape[1])

@@ -96,7 +96,7 @@ def target_of(to: str, dtype: str | None) -> Target:
         raise UsageError(f"unknown format {to!r}", where="--to", remedy=f"Use one of {', '.join(TARGETS)}.")
     if dtype is not None and (to not in ("dense", "gguf") or dtype not in DTYPES):
         raise UsageError(
-            f"{dtype} is no dtype of a {to} checkpoint",
+            f"{dtype} cannot be chosen with --to {to}",
             where="--dtype",
             remedy=f"Use {', '.join(DTYPES)}, with --to dense, or with --to gguf for what is not quantised.",
         )

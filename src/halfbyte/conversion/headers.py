@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class Headers:
         tensors: by dense name, or by the file's where halfbyte knows no dense one; ``dtype`` is the format's name of
             the type, a stack of experts is one tensor.
         quantized: names of those that hold codes.
+        kind: the type that most of its weights have, where it has names for types.
         notes: what a reader ought to know.
     """
 
@@ -40,6 +42,7 @@ class Headers:
     model_type: str
     tensors: Mapping[str, TensorInfo]
     quantized: frozenset[str]
+    kind: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -77,8 +80,16 @@ def _gguf(path: Path) -> Headers:
             for n, i in found
         },
         quantized=frozenset(n.replace("{e}", "*") for n, i in found if i.dtype not in _FLOATS),
+        kind=_commonest(i for _, i in found),
         notes=() if family is not None else ("convert does not read this architecture: names are the file's own",),
     )
+
+
+def _commonest(tensors: Iterable[TensorInfo]) -> str:
+    counts: Counter[str] = Counter()
+    for tensor in tensors:
+        counts[tensor.dtype] += tensor.numel
+    return counts.most_common(1)[0][0] if counts else "empty"
 
 
 def _tensors(file: GgufFile, noted: Mapping[str, str]) -> Iterator[tuple[str, TensorInfo]]:

@@ -171,7 +171,7 @@ def settle(source: Source, target: Target, facts: Mapping[str, Facts], *, allow_
     obstacles = target.obstacles(source, facts)
     hard = [o for o in obstacles if o.grid is None]
     if hard:
-        raise_all([_refusal(target, source, o, "") for o in hard[:NAMED]])
+        raise_all([_refusal(target, source, o) for o in hard[:NAMED]])
     if obstacles and not allow_requantize:
         raise _listed(obstacles, source, target)
     return {o.name: o.grid for o in obstacles if o.grid is not None}
@@ -187,14 +187,15 @@ def _listed(obstacles: Sequence[Obstacle], source: Source, target: Target) -> Ha
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         parts.append(f"{', '.join(names[:NAMED])}{more}: {reason}")
     remedies = list(dict.fromkeys(o.remedy for o in obstacles if o.remedy))
+    rounding = "dd --allow-requantize to round these again; convert.json then has the error of each."
     return UsageError(
         f"{target.format} cannot hold {len(obstacles)} of its weights exactly: {'; '.join(parts)}",
         where=source.name,
-        remedy=" ".join([*remedies, "Or add --allow-requantize to round these again; the record then says the error."]),
+        remedy=" ".join([*remedies, ("Or a" if remedies else "A") + rounding]),
     )
 
 
-def _refusal(target: Target, source: Source, obstacle: Obstacle, extra: str) -> HalfbyteError:
+def _refusal(target: Target, source: Source, obstacle: Obstacle) -> HalfbyteError:
     where = f"{source.name}: {obstacle.name}" if obstacle.name else source.name
     return UsageError(f"cannot be converted to {target.format}: {obstacle.reason}", where=where, remedy=obstacle.remedy)
 
