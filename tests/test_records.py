@@ -18,6 +18,7 @@ from halfbyte.records import (
     Check,
     CompareRecord,
     ConvertRecord,
+    DeployRecord,
     Estimate,
     LinearRecord,
     Manifest,
@@ -173,6 +174,18 @@ EVERY: list[Any] = [
         notes=["so"],
         versions={"a": "1"},
         run={"seconds": 0.5},
+    ),
+    DeployRecord(
+        target="kserve",
+        name="a",
+        source="org/A",
+        format="dense",
+        engine="vllm",
+        port=8080,
+        context=4096,
+        estimates={"memory": Estimate(value=3.0, unit="bytes", how="so", parts={"a": 1.0, "b": 2.0})},
+        files={"README.md": "55" * 32},
+        notes=["so"],
     ),
 ]
 
