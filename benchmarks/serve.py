@@ -1,6 +1,6 @@
 """How fast ``halfbyte serve`` decodes, beside llama.cpp's own server and the dense model in transformers.
 
-    python benchmarks/serve.py --model DENSE --checkpoint W4A16 [--rounds 6] [--tokens 128] [--soak 120]
+    python benchmarks/serve.py --model DENSE --checkpoint W4A16 [--rounds 6] [--soak 120] [--threads N]
 
 Four servers run at once and are asked in turn, one answer each a round, so that whatever else the machine does meets
 all alike; a server that is not asked sleeps. Answers have a fixed number of tokens, drawn greedily.
@@ -89,9 +89,9 @@ def served(checkpoint: Path, *options: str) -> Iterator[Arm]:
 
 
 @contextmanager
-def plain(model: Path, name: str) -> Iterator[Arm]:
+def plain(model: Path, name: str, flags: tuple[str, ...]) -> Iterator[Arm]:
     """llama.cpp's server, asked directly."""
-    wishes = engines.Wishes(name=name, context=CONTEXT, parallel=PARALLEL)
+    wishes = engines.Wishes(name=name, context=CONTEXT, parallel=PARALLEL, flags=flags)
     launch = engines.llamacpp(model, None, read_served(model), wishes, look())
     child = Child(
         name=name,
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--soak", type=float, default=120)
+    parser.add_argument("--threads", type=int, help="of every engine  [default: each one's own]")
     parser.add_argument("--cache", type=Path, help="folder for GGUFs")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -170,16 +171,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         cache = args.cache or Path(temporary)
         shared = ("--context", str(CONTEXT), "--parallel", str(PARALLEL), "--cache", str(cache))
+        flags = ("--threads", str(args.threads)) if args.threads else ()
         wishes = engines.Wishes(name="x", context=CONTEXT)
         prepared = prepare(args.checkpoint, engine="llamacpp", wishes=wishes, cache=cache, reporter=Silent())
         model = Path(json.loads(prepared.launch.settings)["model"])
         small = Path(temporary) / "small.gguf"
         with_small_embeddings(model, small)
         arms = {
-            "serve": stack.enter_context(served(args.checkpoint, "--engine", "llamacpp", *shared)),
-            "llama.cpp": stack.enter_context(plain(model, "llama.cpp")),
-            "own Q4_0": stack.enter_context(plain(small, "own")),
-            "dense": stack.enter_context(served(args.model, "--engine", "transformers", *shared)),
+            "serve": stack.enter_context(served(args.checkpoint, "--engine", "llamacpp", *shared, "--", *flags)),
+            "llama.cpp": stack.enter_context(plain(model, "llama.cpp", flags)),
+            "own Q4_0": stack.enter_context(plain(small, "own", flags)),
+            "dense": stack.enter_context(served(args.model, "--engine", "transformers", *shared, "--", *flags)),
         }
         prompts = bench.Prompts(48)
         rates: dict[str, list[float]] = {name: [] for name in ARMS}
@@ -200,6 +202,7 @@ def main() -> None:
         "model": args.model.name,
         "checkpoint": args.checkpoint.name,
         "tokens": args.tokens,
+        "threads": args.threads,
         "rates": rates,
         "summary": {name: spread(values) for name, values in rates.items()},
         "serve_over": {
