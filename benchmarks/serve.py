@@ -2,10 +2,11 @@
 
     python benchmarks/serve.py --model DENSE --checkpoint W4A16 [--rounds 6] [--soak 120] [--threads N]
 
-Four servers run at once and are asked in turn, one answer each a round, so that whatever else the machine does meets
+Five servers run at once and are asked in turn, one answer each a round, so that whatever else the machine does meets
 all alike; a server that is not asked sleeps. Answers have a fixed number of tokens, drawn greedily.
 
     serve          halfbyte serve --engine llamacpp, through its front
+    serve q8_0     likewise, with --embeddings q8_0
     llama.cpp      llama.cpp's own server, the same GGUF, nothing between
     own Q4_0       likewise, embeddings in Q8_0: llama.cpp's quantiser rounds them, halfbyte leaves them as they are
     dense          halfbyte serve --engine transformers of the dense model
@@ -32,8 +33,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 from harness import busy_s, git_commit, machine, spread, today, versions, write_result
 
 from halfbyte.errors import EngineError
@@ -42,13 +41,20 @@ from halfbyte.serving import bench, client, engines
 from halfbyte.serving.child import Child
 from halfbyte.serving.choice import read_served
 from halfbyte.serving.client import Target
+from halfbyte.serving.gguf_embeddings import with_small_embeddings
 from halfbyte.serving.machine import look
 from halfbyte.serving.prepare import prepare
 
-ARMS = ("serve", "llama.cpp", "own Q4_0", "dense")
+ARMS = ("serve", "serve q8_0", "llama.cpp", "own Q4_0", "dense")
+PAIRS = (
+    ("serve", "llama.cpp"),
+    ("serve q8_0", "own Q4_0"),
+    ("serve", "own Q4_0"),
+    ("serve", "dense"),
+    ("serve q8_0", "dense"),
+)
 CLIENTS = 8
 CONTEXT, PARALLEL = 1024, 4
-EMBEDDING = "token_embd.weight"
 
 
 @dataclass(frozen=True)
@@ -57,29 +63,6 @@ class Arm:
 
     target: Target
     pid: int
-
-
-def with_small_embeddings(source: Path, out: Path) -> None:
-    """A GGUF with its embeddings in Q8_0 (llama.cpp's quantiser takes Q6_K or Q8_0 for them), all else as it is."""
-    read = gguf.GGUFReader(source)
-    architecture = read.get_field("general.architecture").contents()
-    writer = gguf.GGUFWriter(out, architecture)
-    for field in read.fields.values():
-        if field.name.startswith("GGUF.") or field.name == "general.architecture":
-            continue
-        inner = field.types[1] if len(field.types) > 1 else None
-        writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
-    for tensor in read.tensors:
-        if tensor.name != EMBEDDING:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-            continue
-        values = gguf.quants.dequantize(np.asarray(tensor.data), tensor.tensor_type)
-        small = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
-        writer.add_tensor(tensor.name, small, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @contextmanager
@@ -175,10 +158,12 @@ def main() -> None:
         wishes = engines.Wishes(name="x", context=CONTEXT)
         prepared = prepare(args.checkpoint, engine="llamacpp", wishes=wishes, cache=cache, reporter=Silent())
         model = Path(json.loads(prepared.launch.settings)["model"])
-        small = Path(temporary) / "small.gguf"
-        with_small_embeddings(model, small)
+        small = with_small_embeddings(model, Silent())
         arms = {
             "serve": stack.enter_context(served(args.checkpoint, "--engine", "llamacpp", *shared, "--", *flags)),
+            "serve q8_0": stack.enter_context(
+                served(args.checkpoint, "--engine", "llamacpp", "--embeddings", "q8_0", *shared, "--", *flags)
+            ),
             "llama.cpp": stack.enter_context(plain(model, "llama.cpp", flags)),
             "own Q4_0": stack.enter_context(plain(small, "own", flags)),
             "dense": stack.enter_context(served(args.model, "--engine", "transformers", *shared, "--", *flags)),
@@ -205,10 +190,11 @@ def main() -> None:
         "threads": args.threads,
         "rates": rates,
         "summary": {name: spread(values) for name, values in rates.items()},
-        "serve_over": {
-            name: round(statistics.median(s / r for s, r in zip(rates["serve"], rates[name], strict=True)), 3)
-            for name in ARMS
-            if name != "serve"
+        "ratios": {
+            f"{one} / {other}": round(
+                statistics.median(a / b for a, b in zip(rates[one], rates[other], strict=True)), 3
+            )
+            for one, other in PAIRS
         },
         "memory_bytes": memory,
         "soak": soaked,
@@ -218,7 +204,7 @@ def main() -> None:
         "git": git_commit(),
     }
     write_result(out, result)
-    print(json.dumps({key: result[key] for key in ("summary", "serve_over", "memory_bytes", "soak")}, indent=2))
+    print(json.dumps({key: result[key] for key in ("summary", "ratios", "memory_bytes", "soak")}, indent=2))
 
 
 def own_s(arms: dict[str, Arm]) -> float:
