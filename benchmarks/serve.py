@@ -1,11 +1,12 @@
 """How fast ``halfbyte serve`` decodes, beside llama.cpp's own server and the dense model in transformers.
 
-    python benchmarks/serve.py --model DENSE --checkpoint W4A16 [--rounds 6] [--tokens 128] [--soak 120]
+    python benchmarks/serve.py --model DENSE --checkpoint W4A16 [--rounds 6] [--soak 120] [--threads N]
 
-Four servers run at once and are asked in turn, one answer each a round, so that whatever else the machine does meets
+Five servers run at once and are asked in turn, one answer each a round, so that whatever else the machine does meets
 all alike; a server that is not asked sleeps. Answers have a fixed number of tokens, drawn greedily.
 
     serve          halfbyte serve --engine llamacpp, through its front
+    serve q8_0     likewise, with --embeddings q8_0
     llama.cpp      llama.cpp's own server, the same GGUF, nothing between
     own Q4_0       likewise, embeddings in Q8_0: llama.cpp's quantiser rounds them, halfbyte leaves them as they are
     dense          halfbyte serve --engine transformers of the dense model
@@ -32,8 +33,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 from harness import busy_s, git_commit, machine, spread, today, versions, write_result
 
 from halfbyte.errors import EngineError
@@ -42,13 +41,20 @@ from halfbyte.serving import bench, client, engines
 from halfbyte.serving.child import Child
 from halfbyte.serving.choice import read_served
 from halfbyte.serving.client import Target
+from halfbyte.serving.gguf_embeddings import with_small_embeddings
 from halfbyte.serving.machine import look
 from halfbyte.serving.prepare import prepare
 
-ARMS = ("serve", "llama.cpp", "own Q4_0", "dense")
+ARMS = ("serve", "serve q8_0", "llama.cpp", "own Q4_0", "dense")
+PAIRS = (
+    ("serve", "llama.cpp"),
+    ("serve q8_0", "own Q4_0"),
+    ("serve", "own Q4_0"),
+    ("serve", "dense"),
+    ("serve q8_0", "dense"),
+)
 CLIENTS = 8
 CONTEXT, PARALLEL = 1024, 4
-EMBEDDING = "token_embd.weight"
 
 
 @dataclass(frozen=True)
@@ -59,29 +65,6 @@ class Arm:
     pid: int
 
 
-def with_small_embeddings(source: Path, out: Path) -> None:
-    """A GGUF with its embeddings in Q8_0 (llama.cpp's quantiser takes Q6_K or Q8_0 for them), all else as it is."""
-    read = gguf.GGUFReader(source)
-    architecture = read.get_field("general.architecture").contents()
-    writer = gguf.GGUFWriter(out, architecture)
-    for field in read.fields.values():
-        if field.name.startswith("GGUF.") or field.name == "general.architecture":
-            continue
-        inner = field.types[1] if len(field.types) > 1 else None
-        writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=inner)
-    for tensor in read.tensors:
-        if tensor.name != EMBEDDING:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-            continue
-        values = gguf.quants.dequantize(np.asarray(tensor.data), tensor.tensor_type)
-        small = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
-        writer.add_tensor(tensor.name, small, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @contextmanager
 def served(checkpoint: Path, *options: str) -> Iterator[Arm]:
     with bench.started(str(checkpoint), options, Silent()) as (ready, pid):
@@ -89,9 +72,9 @@ def served(checkpoint: Path, *options: str) -> Iterator[Arm]:
 
 
 @contextmanager
-def plain(model: Path, name: str) -> Iterator[Arm]:
+def plain(model: Path, name: str, flags: tuple[str, ...]) -> Iterator[Arm]:
     """llama.cpp's server, asked directly."""
-    wishes = engines.Wishes(name=name, context=CONTEXT, parallel=PARALLEL)
+    wishes = engines.Wishes(name=name, context=CONTEXT, parallel=PARALLEL, flags=flags)
     launch = engines.llamacpp(model, None, read_served(model), wishes, look())
     child = Child(
         name=name,
@@ -163,6 +146,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--soak", type=float, default=120)
+    parser.add_argument("--threads", type=int, help="of every engine  [default: each one's own]")
     parser.add_argument("--cache", type=Path, help="folder for GGUFs")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -170,16 +154,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         cache = args.cache or Path(temporary)
         shared = ("--context", str(CONTEXT), "--parallel", str(PARALLEL), "--cache", str(cache))
+        flags = ("--threads", str(args.threads)) if args.threads else ()
         wishes = engines.Wishes(name="x", context=CONTEXT)
         prepared = prepare(args.checkpoint, engine="llamacpp", wishes=wishes, cache=cache, reporter=Silent())
         model = Path(json.loads(prepared.launch.settings)["model"])
-        small = Path(temporary) / "small.gguf"
-        with_small_embeddings(model, small)
+        small = with_small_embeddings(model, Silent())
         arms = {
-            "serve": stack.enter_context(served(args.checkpoint, "--engine", "llamacpp", *shared)),
-            "llama.cpp": stack.enter_context(plain(model, "llama.cpp")),
-            "own Q4_0": stack.enter_context(plain(small, "own")),
-            "dense": stack.enter_context(served(args.model, "--engine", "transformers", *shared)),
+            "serve": stack.enter_context(served(args.checkpoint, "--engine", "llamacpp", *shared, "--", *flags)),
+            "serve q8_0": stack.enter_context(
+                served(args.checkpoint, "--engine", "llamacpp", "--embeddings", "q8_0", *shared, "--", *flags)
+            ),
+            "llama.cpp": stack.enter_context(plain(model, "llama.cpp", flags)),
+            "own Q4_0": stack.enter_context(plain(small, "own", flags)),
+            "dense": stack.enter_context(served(args.model, "--engine", "transformers", *shared, "--", *flags)),
         }
         prompts = bench.Prompts(48)
         rates: dict[str, list[float]] = {name: [] for name in ARMS}
@@ -200,12 +187,14 @@ def main() -> None:
         "model": args.model.name,
         "checkpoint": args.checkpoint.name,
         "tokens": args.tokens,
+        "threads": args.threads,
         "rates": rates,
         "summary": {name: spread(values) for name, values in rates.items()},
-        "serve_over": {
-            name: round(statistics.median(s / r for s, r in zip(rates["serve"], rates[name], strict=True)), 3)
-            for name in ARMS
-            if name != "serve"
+        "ratios": {
+            f"{one} / {other}": round(
+                statistics.median(a / b for a, b in zip(rates[one], rates[other], strict=True)), 3
+            )
+            for one, other in PAIRS
         },
         "memory_bytes": memory,
         "soak": soaked,
@@ -215,7 +204,7 @@ def main() -> None:
         "git": git_commit(),
     }
     write_result(out, result)
-    print(json.dumps({key: result[key] for key in ("summary", "serve_over", "memory_bytes", "soak")}, indent=2))
+    print(json.dumps({key: result[key] for key in ("summary", "ratios", "memory_bytes", "soak")}, indent=2))
 
 
 def own_s(arms: dict[str, Arm]) -> float:

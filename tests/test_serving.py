@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import gguf
+import numpy as np
 import pytest
 from aiohttp import web
 from tokenizers import Tokenizer
 
 import halfbyte
 from conftest import Models
+from halfbyte.conversion.gguf_cache import to_gguf
 from halfbyte.errors import EngineError, HalfbyteError, MissingDependencyError, UsageError
 from halfbyte.progress import Silent
 from halfbyte.serving import api, bench, client, engines, service
@@ -34,6 +37,7 @@ from halfbyte.serving.client import Target
 from halfbyte.serving.engines import Wishes
 from halfbyte.serving.front import Access, Backend, Front, is_loopback
 from halfbyte.serving.generation import Pieces, sampling_of
+from halfbyte.serving.gguf_embeddings import with_small_embeddings
 from halfbyte.serving.machine import Gpu, Machine, Vllm, available_bytes, cpu_flags, need
 from halfbyte.serving.prepare import cache_folder, prepare
 
@@ -157,6 +161,29 @@ def test_what_cannot_fit_is_said_before_anything_starts() -> None:
     with pytest.raises(UsageError, match=r"take 16.0 GiB, 8.0 GiB are free"):
         engines.check_wishes("llamacpp", Wishes(name="m"), large, replace(LAPTOP, memory_bytes=1 << 33))
     assert Wishes(name="m").tokens(W4A16) == 2048
+
+
+def test_embeddings_are_rounded_for_llamacpp_alone_and_all_else_stays(tiny_model: Models, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="transformers serves embeddings as they are"):
+        engines.check_wishes("transformers", Wishes(name="m", embeddings="q8_0"), W4A16, LAPTOP)
+    halfbyte.quantize(tiny_model("llama"), tmp_path / "w4", scheme="W4A16", group_size=32, method="rtn")
+    model = to_gguf(tmp_path / "w4", tmp_path / "cache").model
+    small = with_small_embeddings(model, Silent())
+    assert with_small_embeddings(model, Silent()) == small
+    before, after = gguf.GGUFReader(model), gguf.GGUFReader(small)
+    assert [t.name for t in after.tensors] == [t.name for t in before.tensors]
+    assert {k: f.contents() for k, f in after.fields.items() if not k.startswith("GGUF.")} == {
+        k: f.contents() for k, f in before.fields.items() if not k.startswith("GGUF.")
+    }
+    for old, new in zip(before.tensors, after.tensors, strict=True):
+        if old.name != "token_embd.weight":
+            assert bytes(new.data) == bytes(old.data)
+            continue
+        assert new.tensor_type == gguf.GGMLQuantizationType.Q8_0
+        want, got = (gguf.quants.dequantize(np.asarray(t.data), t.tensor_type).reshape(-1, 32) for t in (old, new))
+        step = np.abs(want).max(1, keepdims=True) / 127
+        assert np.all(np.abs(got - want) <= step * (0.5 + 127 * 2.0**-11) + 1e-9)
+    assert with_small_embeddings(small, Silent()) == small
 
 
 def test_keys_are_not_arguments_and_user_flags_come_last() -> None:

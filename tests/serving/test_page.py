@@ -53,7 +53,7 @@ def ask(page: Page, text: str, tokens: int) -> None:
     page.get_by_label("Longest answer").fill(str(tokens))
     page.locator("summary").click()
     page.get_by_label("Message").fill(text)
-    page.get_by_role("button", name="Send").click()
+    page.get_by_role("button", name="Send", exact=True).click()
 
 
 def test_a_question_is_answered_and_the_answer_can_be_copied(page: Page) -> None:
@@ -69,7 +69,7 @@ def test_a_question_is_answered_and_the_answer_can_be_copied(page: Page) -> None
     expect(answer.locator(".copy")).to_have_text("Copied")
     assert page.evaluate("navigator.clipboard.readText()") == said
     page.get_by_label("Message").fill("And then?")
-    page.get_by_role("button", name="Send").click()
+    page.get_by_role("button", name="Send", exact=True).click()
     expect(page.locator("article.assistant .note")).to_have_count(2)
     shot(page, "answered")
     page.get_by_role("button", name="New").click()
@@ -82,10 +82,10 @@ def test_an_answer_can_be_stopped(page: Page) -> None:
     ask(page, "Go on and on", 200)
     page.get_by_role("button", name="Stop").click()
     expect(page.locator(".note")).to_have_text("stopped")
-    expect(page.get_by_role("button", name="Send")).to_be_visible()
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
     page.unroute("**/v1/chat/completions")
     page.get_by_label("Message").fill("Again")
-    page.get_by_role("button", name="Send").click()
+    page.get_by_role("button", name="Send", exact=True).click()
     expect(page.locator("article.assistant .note")).to_have_count(2)
 
 

@@ -107,7 +107,8 @@ def test_a_second_signal_does_not_wait(tiny_model: Models, tmp_path: Path) -> No
     with server(tmp_path, *options, lasting, "--", "--threads", "1") as running:
         body = {"messages": [{"role": "user", "content": "x"}], "stream": True, "ignore_eos": True}
         with requests.post(running.record["url"] + "/chat/completions", json=body, stream=True, timeout=60) as reply:
-            next(reply.iter_lines())
+            lines = reply.iter_lines()
+            next(lines)
             running.process.send_signal(signal.SIGTERM)
             time.sleep(0.3)
             running.process.send_signal(signal.SIGTERM)

@@ -38,6 +38,7 @@ def command(
     engine_flags: tuple[str, ...],
     engine: str,
     context: int | None,
+    embeddings: str,
     cache: Path | None,
     engine_log: Path | None,
     system: str,
@@ -63,7 +64,7 @@ def command(
         talk = with_url(checkpoint.rstrip("/").removesuffix("/v1"), key, system, options)
     else:
         model = address_model(checkpoint)
-        one = wishes(model, context, 1, engine_flags)
+        one = wishes(model, context, 1, embeddings, engine_flags)
         prepared = prepare(checkpoint, engine=engine, wishes=one, cache=cache, reporter=progress)
         progress.say(f"engine: {prepared.name} ({prepared.choice.reason}). {prepared.choice.advice}".rstrip())
         talk = with_engine(prepared, model, system, options, engine_log, progress)

@@ -44,6 +44,7 @@ def command(
     engine_flags: tuple[str, ...],
     engine: str,
     context: int | None,
+    embeddings: str,
     cache: Path | None,
     engine_log: Path | None,
     parallel: int,
@@ -79,7 +80,7 @@ def command(
     prepared = prepare(
         checkpoint,
         engine=engine,
-        wishes=wishes(model, context, parallel, engine_flags),
+        wishes=wishes(model, context, parallel, embeddings, engine_flags),
         cache=cache,
         reporter=progress,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--engine``, ``--context``, ``--cache`` and ``--engine-log``."""
+    """Add ``--engine``, ``--context``, ``--embeddings``, ``--cache`` and ``--engine-log``."""
     for option in reversed(
         (
             click.option(
@@ -27,6 +27,13 @@ def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 "--context",
                 type=click.IntRange(min=16),
                 help="Tokens of a conversation, at most.  [default: the model's, up to 4096]",
+            ),
+            click.option(
+                "--embeddings",
+                type=click.Choice(["as-is", "q8_0"]),
+                default="as-is",
+                show_default=True,
+                help="For llama.cpp: q8_0 rounds them to 8 bits, as its own quantiser does; small models get faster.",
             ),
             click.option(
                 "--cache",
@@ -52,8 +59,9 @@ def address_model(checkpoint: str) -> str:
     return path.stem if path.is_file() else checkpoint
 
 
-def wishes(name: str, context: int | None, parallel: int, flags: tuple[str, ...]) -> Wishes:
+def wishes(name: str, context: int | None, parallel: int, embeddings: str, flags: tuple[str, ...]) -> Wishes:
     """What is wanted of the engine."""
     from halfbyte.serving.engines import Wishes
 
-    return Wishes(name=name, context=context, parallel=parallel, flags=flags)
+    small: Literal["as-is", "q8_0"] = "q8_0" if embeddings == "q8_0" else "as-is"
+    return Wishes(name=name, context=context, parallel=parallel, embeddings=small, flags=flags)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from halfbyte.errors import UsageError
 from halfbyte.serving.choice import Engine, Served
@@ -69,12 +69,14 @@ class Wishes:
         name: the model's, in the API.
         context: tokens of a sequence, prompt and answer; ``None`` for the model's, at most :data:`DEFAULT_CONTEXT`.
         parallel: sequences at a time.
+        embeddings: ``q8_0`` rounds them for llama.cpp (:mod:`halfbyte.serving.gguf_embeddings`).
         flags: for the engine itself.
     """
 
     name: str
     context: int | None = None
     parallel: int = DEFAULT_PARALLEL
+    embeddings: Literal["as-is", "q8_0"] = "as-is"
     flags: tuple[str, ...] = field(default=())
 
     def tokens(self, served: Served) -> int:
@@ -96,6 +98,12 @@ def check_wishes(engine: Engine, wishes: Wishes, served: Served, machine: Machin
             f"{wishes.context} tokens are more than the {served.context} that the model was made for",
             where="--context",
             remedy=f"Use at most {served.context}.",
+        )
+    if engine != "llamacpp" and wishes.embeddings != "as-is":
+        raise UsageError(
+            f"{engine} serves embeddings as they are",
+            where="--embeddings",
+            remedy="Use --engine llamacpp, or leave it.",
         )
     if engine == "llamacpp":
         parse_flags(wishes.flags, {name: kind for name, (_, kind) in LLAMACPP_FLAGS.items()}, "llama.cpp")

@@ -29,7 +29,7 @@ from aiohttp import web
 
 from halfbyte.serving import api
 from halfbyte.serving.api import CHAT, TEXT, ApiError
-from halfbyte.serving.metrics import Metrics
+from halfbyte.serving.metrics import CANCELLED, Metrics
 
 MAX_BODY_BYTES = 64 << 20
 MOST_REQUESTS = 256  # at a time; more are told to come later
@@ -252,8 +252,8 @@ class Front:
         self.running += 1
         with self._metrics.watch(request.path) as watched:
             try:
-                response = await self._pass_on(request, watched.first_byte)
-                watched.status = response.status
+                response, whole = await self._pass_on(request, watched.first_byte)
+                watched.status = response.status if whole else CANCELLED
                 return response
             except ApiError as e:
                 watched.status = e.status
@@ -261,7 +261,8 @@ class Front:
             finally:
                 self.running -= 1
 
-    async def _pass_on(self, request: web.Request, first_byte: Callable[[], None]) -> web.StreamResponse:
+    async def _pass_on(self, request: web.Request, first_byte: Callable[[], None]) -> tuple[web.StreamResponse, bool]:
+        """The engine's answer, given on; and whether the client was there to the end."""
         if request.content_type != "application/json":
             raise ApiError(415, "The body has to be sent with 'Content-Type: application/json'.", code="content_type")
         raw = await request.read()
@@ -277,7 +278,7 @@ class Front:
                 if reply.content_type != "text/event-stream":
                     whole = await reply.read()
                     first_byte()
-                    return web.Response(body=whole, content_type="application/json")
+                    return web.Response(body=whole, content_type="application/json"), True
                 response = web.StreamResponse(
                     headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
                 )
@@ -287,14 +288,14 @@ class Front:
                     first_byte()
                     await response.write(piece)
         except (aiohttp.ClientError, TimeoutError) as e:
-            if request.transport is None or request.transport.is_closing():
-                raise  # the client has gone, not the engine
+            if request.transport is None or request.transport.is_closing():  # the client has gone, not the engine
+                return response or web.Response(status=CANCELLED), False
             error = ApiError(502, f"{self._backend.name} broke off: {type(e).__name__}.", code="engine")
             if response is None:
                 raise error from None
             await response.write(b"data: " + json.dumps(error.body()).encode() + b"\n\n")
         await response.write_eof()
-        return response
+        return response, True
 
     def _ask(
         self, method: str, path: str, *, data: bytes | None = None, timeout: float | None = None

@@ -13,6 +13,7 @@ from halfbyte.progress import Reporter
 from halfbyte.serving import engines
 from halfbyte.serving.choice import NAMES, Choice, Served, choose, read_served
 from halfbyte.serving.engines import Launch, Wishes
+from halfbyte.serving.gguf_embeddings import with_small_embeddings
 from halfbyte.serving.machine import Machine, look, need
 
 CACHE_NAME = ".halfbyte"
@@ -79,12 +80,16 @@ def _llamacpp(
     choice: Choice, served: Served, wishes: Wishes, machine: Machine, cache: Path | None, reporter: Reporter
 ) -> Prepared:
     if served.method == "gguf":
+        if wishes.embeddings != "as-is":
+            raise UsageError("is for checkpoints", where="--embeddings", remedy="A GGUF file is served as it is.")
         model, mmproj = _gguf_files(served.path)
         notes: list[str] = []
     else:
         made = to_gguf(served.path, cache_folder(served.path, cache), reporter=reporter)
         model, mmproj, notes = made.model, made.mmproj, list(made.record.notes)
         reporter.say(f"GGUF: {made.folder}")
+        if wishes.embeddings == "q8_0":
+            model = with_small_embeddings(model, reporter)
     return Prepared(
         choice=choice,
         launch=engines.llamacpp(model, mmproj, served, wishes, machine),
