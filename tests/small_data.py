@@ -35,7 +35,8 @@ ON_DISK: dict[str, tempfile.TemporaryDirectory[str]] = {}
 
 def mmlu(name: str | None) -> list[dict[str, Any]]:
     return [
-        {"question": f"Question {i}?", "subject": name, "choices": ["w", "x", "y", "z"], "answer": i % 4} for i in range(6)
+        {"question": f"Question {i}?", "subject": name, "choices": ["w", "x", "y", "z"], "answer": i % 4}
+        for i in range(6)
     ]
 
 

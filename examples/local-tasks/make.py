@@ -54,7 +54,18 @@ metadata: {version: 1}
 
 def package(name: str, folder: Path) -> Path:
     """Download a package's file from the index that pip is set up for."""
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-build-isolation", "-d", str(folder), name]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-d",
+        str(folder),
+        name,
+    ]
     found = sorted(folder.glob(f"{name.split('==')[0].replace('-', '_')}*"))
     if not found:
         subprocess.run(command, check=True)
@@ -69,7 +80,9 @@ def choices(task: dict[str, Any]) -> list[dict[str, Any]]:
         scores = example["target_scores"]
         answers = sorted(scores)
         best = max(answers, key=lambda a: scores[a])
-        rows.append({"question": example["input"], "choices": [f" {a}" for a in answers], "answer": answers.index(best)})
+        rows.append(
+            {"question": example["input"], "choices": [f" {a}" for a in answers], "answer": answers.index(best)}
+        )
     return rows
 
 
