@@ -87,7 +87,7 @@ ROWS: dict[str, Any] = {
     "openai/gsm8k": [{"question": f"{i} and {i}?", "answer": f"It is {2 * i}.\n#### {2 * i}"} for i in range(9)],
     "Rowan/hellaswag": [
         {
-            "ind": i, "activity_label": "Sailing", "ctx_a": "A ferry leaves.", "ctx_b": "it", "ctx": "A ferry leaves. it",
+            "ind": i, "activity_label": "Sailing", "ctx_a": "A ferry leaves.", "ctx_b": "it", "ctx": "A ferry leaves.",
             "endings": ["sinks.", "floats.", "sings.", "flies."], "source_id": "x", "split": "val", "split_type": "x",
             "label": str(i % 4),
         }
@@ -107,7 +107,7 @@ ROWS: dict[str, Any] = {
     * 2,
     "TIGER-Lab/MMLU-Pro": [
         {
-            "question_id": i, "question": f"Question {i}?", "options": ["w", "x", "y"], "answer": "B", "answer_index": 1,
+            "question_id": i, "question": f"Question {i}?", "options": list("wxy"), "answer": "B", "answer_index": 1,
             "cot_content": "A: Let's think step by step. The answer is (B).", "category": category, "src": "x",
         }
         for category in ("biology", "business", "chemistry", "computer science", "economics", "engineering", "health",
@@ -128,7 +128,7 @@ ROWS: dict[str, Any] = {
     * 5,
     "Idavidrein/gpqa": [
         {
-            "Question": f"Question {i}?", "Correct Answer": f"w{i}", "Incorrect Answer 1": "x", "Incorrect Answer 2": "y",
+            "Question": f"Question {i}?", "Correct Answer": "w", "Incorrect Answer 1": "x", "Incorrect Answer 2": "y",
             "Incorrect Answer 3": "z", "Explanation": "So.",
         }
         for i in range(8)

@@ -1,7 +1,7 @@
 """Every suite's tasks, as lm-eval has them, asked of a model that answers anything, on data with the right columns.
 
-What this shows: names, shots, metrics, filters, prompts and groups are those of lm-eval 0.4.13, so that with the hub within
-reach the same commands run the whole data sets.
+What this shows: names, shots, metrics, filters, prompts and groups are those of lm-eval 0.4.13, so that with the hub
+within reach the same commands run the whole data sets.
 """
 
 from __future__ import annotations

