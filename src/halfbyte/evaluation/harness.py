@@ -273,8 +273,9 @@ def reported(found: Any, task: str, metric: str, chosen: str) -> float:
 
 def answered(name: str, sample: dict[str, Any], metric: str) -> Answered:
     """A sample of lm-eval's, as far as it is kept."""
-    score = sample.get(metric)
-    number = float(score) if isinstance(score, (bool, int, float)) or hasattr(score, "item") else None
+    score: Any = sample.get(metric)
+    is_number = isinstance(score, bool | int | float) or hasattr(score, "item")
+    number = float(score) if is_number else None
     identity = plain([sample["doc_hash"], sample["prompt_hash"], sample["target_hash"]])
     return Answered(
         task=name,
