@@ -7,6 +7,7 @@
 # make test-llamacpp  load converted checkpoints, tiny and real, in llama.cpp and compare logits with transformers
 # make test-serve  start real servers (llama.cpp, transformers, and vLLM where `make test-vllm` has put it), ask them with
 #              the openai package, and use the chat page in Chromium where there is one (minutes)
+# make test-eval  run the tasks of every evaluation suite, as lm-eval has them, on small data with the right columns
 # make bench-peers  measure other quantisers and halfbyte on the same tokens, each in an environment of its own (hours);
 #              without the variables: a model from PyPI and texts that are here already
 #                MODEL="DIR ..."  CALIBRATION=FILE  VALIDATION=FILE  RUNS=3  PEERS_ARGS="--variant='--method rtn'"
@@ -29,7 +30,7 @@ VALIDATION  ?=
 RUNS        ?= 3
 PEERS_ARGS  ?=
 
-.PHONY: demo test test-vllm test-triton test-llamacpp test-serve lint bench-peers bench-gpu clean
+.PHONY: demo test test-vllm test-triton test-llamacpp test-serve test-eval lint bench-peers bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/halfbyte demo
@@ -50,6 +51,9 @@ test-llamacpp: $(VENV)/.dev
 
 test-serve: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/serving -m serve -rs
+
+test-eval: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/test_suites.py tests/engines/test_eval_engines.py -m "evaluation" -rs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ from halfbyte.cli.main import cli
 from halfbyte.errors import CheckpointError, UsageError
 from halfbyte.evaluation_records import Estimated, EvalRecord, TaskResult
 from halfbyte.recipe.load import load_recipe
-from halfbyte.records import Manifest, read_record, write_json
+from halfbyte.records import ConvertRecord, Manifest, read_record, write_json
 
 WITH_TABLES = [name for name in seed_figures.SEEDS if name != "gemma-3-27b-qat-int4-flax-to-awq"]
 # What the cards print that does not follow from their own scores: task -> (printed, computed).
@@ -294,6 +294,15 @@ def test_evaluation_rows_have_intervals_commands_and_files_for_the_hub(made: tup
     assert entry["value"] == 49.5
     (result,) = ModelCard.load(out / "README.md").data.eval_results
     assert (result.dataset_type, result.metric_value, result.metric_type) == ("allenai/ai2_arc", 49.5, "acc_norm")
+
+
+def test_a_converted_checkpoint_says_from_what(made: tuple[Path, Path], tmp_path: Path) -> None:
+    halfbyte.convert(made[1], tmp_path / "awq", to="awq", allow_requantize=True)
+    record = read_record(ConvertRecord, tmp_path / "awq/convert.json")
+    text = card(tmp_path / "awq", write=False).text
+    assert f"{record.exact} of {record.quantized} quantised weights" in text
+    assert "| small (compressed-tensors) to awq;" in text
+    assert str(made[1].parent) not in text
 
 
 def test_pictures(tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -240,7 +240,9 @@ def body(facts: Facts, repo_id: str | None, base_model: str | None, data: Any, l
 def what(facts: Facts, w: Mapping[str, str]) -> dict[str, Any]:
     """What was quantised, and how: cells of the first table."""
     m = facts.manifest
+    converted = conversion(facts, w)
     empty: dict[str, Any] = {"schemes": [], "calibration": "", "bits": "", "size": "", "error": "", "verified": ""}
+    empty["converted"] = converted
     kept = ", ".join(f"`{p}`" for p in facts.kept)
     if m is None:
         return empty | {"kept": kept}
@@ -269,6 +271,7 @@ def what(facts: Facts, w: Mapping[str, str]) -> dict[str, Any]:
         if failed:
             verified += "; " + w["verify_failed"].format(checks=", ".join(failed))
     return {
+        "converted": converted,
         "schemes": schemes,
         "calibration": calibration,
         "kept": ", ".join(filter(None, [kept, w["kept_rest"]])),
@@ -277,6 +280,22 @@ def what(facts: Facts, w: Mapping[str, str]) -> dict[str, Any]:
         "error": f"{sum(errors) / len(errors):.4g}" if errors else "",
         "verified": verified,
     }
+
+
+def conversion(facts: Facts, w: Mapping[str, str]) -> str:
+    """What it was converted from, and what of that is unchanged; empty for what was not converted."""
+    r = facts.convert
+    if r is None:
+        return ""
+    source = public_name(str(r.source.get("name", "")))
+    parts = [w["converted_text"].format(name=source, format=r.source.get("format", "?"), target=r.target)]
+    if r.quantized:
+        parts.append(w["converted_exact"].format(exact=r.exact, quantized=r.quantized))
+    if r.requantized:
+        names = [f"`{x.name}` ({x.grid}, {x.relative_error:.2g})" for x in r.requantized]
+        listed = ", ".join(names[:5]) + (f", + {len(names) - 5}" if len(names) > 5 else "")
+        parts.append(w["converted_rounded"].format(names=listed))
+    return "; ".join(parts)
 
 
 def divergence(facts: Facts, w: Mapping[str, str]) -> dict[str, Any]:
@@ -312,7 +331,7 @@ def evaluation_text(record: EvalRecord, w: Mapping[str, str]) -> str:
 def versions_of(facts: Facts) -> dict[str, str]:
     """Versions that made and measured it."""
     found: dict[str, str] = {}
-    for record in (facts.manifest, facts.evaluation):
+    for record in (facts.convert, facts.manifest, facts.evaluation):
         found |= record.versions if record else {}
     return found
 

@@ -7,16 +7,20 @@ two models can be compared on the same ones.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import os
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluation.identity import plain, task_digest
@@ -121,7 +125,8 @@ class Harness:
         try:
             entry = self.near.task_index.get(task.task)
             alone = entry is not None and entry.kind.name in ("TASK", "PY_TASK")  # a group may name lm-eval's own
-            loaded = (self.near if alone else self.everything).load([spec])
+            with seeded():  # some tasks shuffle choices while they load
+                loaded = (self.near if alone else self.everything).load([spec])
         except ModuleNotFoundError as e:
             raise HalfbyteError(
                 f"the task needs the package {e.name}", where=task.task, remedy=f"Install it: pip install {e.name}."
@@ -216,6 +221,19 @@ class Harness:
         )
 
 
+@contextlib.contextmanager
+def seeded() -> Iterator[None]:
+    """The seeds that lm-eval's own command sets, for as long as tasks load; afterwards those of before."""
+    before, numpy_before = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(FEWSHOT_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        np.random.set_state(numpy_before)
+
+
 def quieten() -> None:
     """Let lm-eval and what it uses report problems alone: a result's progress is told by halfbyte."""
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -255,8 +273,9 @@ def reported(found: Any, task: str, metric: str, chosen: str) -> float:
 
 def answered(name: str, sample: dict[str, Any], metric: str) -> Answered:
     """A sample of lm-eval's, as far as it is kept."""
-    score = sample.get(metric)
-    number = float(score) if isinstance(score, (bool, int, float)) or hasattr(score, "item") else None
+    score: Any = sample.get(metric)
+    is_number = isinstance(score, bool | int | float) or hasattr(score, "item")
+    number = float(score) if is_number else None
     identity = plain([sample["doc_hash"], sample["prompt_hash"], sample["target_hash"]])
     return Answered(
         task=name,

@@ -142,13 +142,13 @@ def histogram(record: CompareRecord) -> Histogram | None:
     values = [w.kl / w.tokens for w in record.by_window if w.tokens]
     if len(values) < 2:
         return None
-    axis = axis_over(0.0, max(max(values), NOTHING_BELOW))
+    axis = axis_over(min(values), max(max(values), NOTHING_BELOW))
     bins = min(BINS, max(5, 2 * math.isqrt(len(values))))
     counts = [0] * bins
     for v in values:
-        counts[min(bins - 1, int(bins * v / axis.high))] += 1
-    width = axis.high / bins
-    labels = [f"{i * width:.4g} to {(i + 1) * width:.4g} nats: {n} windows" for i, n in enumerate(counts)]
+        counts[min(bins - 1, int(bins * axis.at(v) / 100))] += 1
+    edges = [axis.low + i * (axis.high - axis.low) / bins for i in range(bins + 1)]
+    labels = [f"{a:.4g} to {b:.4g} nats: {n} windows" for a, b, n in zip(edges, edges[1:], counts, strict=False)]
     bars = [(100 * n / max(counts), label) for n, label in zip(counts, labels, strict=True)]
     mean = record.metrics["kl_mean"]
     return Histogram(bars=bars, axis=axis, marks=[(f"mean {mean:.4f}", axis.at(mean))], windows=len(values))

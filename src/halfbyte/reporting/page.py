@@ -93,7 +93,7 @@ def render(facts: Facts, bench: Any = None) -> str:
     )
     record, manifest = facts.evaluation, facts.manifest
     source = facts.source_name
-    name = public_name(record.checkpoint) if record and not manifest else facts.folder.resolve().name
+    name = public_name(record.checkpoint) if record else facts.folder.resolve().name
     versions = (manifest.versions if manifest else {}) | (record.versions if record else {})
     return environment.get_template("page.html.jinja").render(
         title=name,
@@ -105,6 +105,7 @@ def render(facts: Facts, bench: Any = None) -> str:
         divergence_text=divergence_text(facts),
         histogram=histogram(facts.compare) if facts.compare else None,
         grid=layer_grid(manifest) if manifest else None,
+        calibrated=manifest is not None and manifest.calibration is not None,
         sizes=sizes(manifest),
         speed=speed_rows(bench),
         checks=[(c.name, c.status, c.detail) for c in facts.verify.checks] if facts.verify else [],

@@ -39,10 +39,9 @@ def write_plots(facts: Facts, folder: Path) -> list[Path]:
     spread = histogram(facts.compare) if facts.compare else None
     if spread is not None:
         figure, axes = plt.subplots(figsize=(6.4, 2.6))
-        width = spread.axis.high / len(spread.bars)
-        axes.bar(
-            [(i + 0.5) * width for i in range(len(spread.bars))], [h for h, _ in spread.bars], 0.9 * width, color=MARK
-        )
+        width = (spread.axis.high - spread.axis.low) / len(spread.bars)
+        centres = [spread.axis.low + (i + 0.5) * width for i in range(len(spread.bars))]
+        axes.bar(centres, [h for h, _ in spread.bars], 0.9 * width, color=MARK)
         axes.set_xlabel("mean KL divergence of a window, nats")
         axes.set_yticks([])
         _plain(axes)
@@ -71,6 +70,7 @@ def draw_recovery(axes: Any, figure: RecoveryFigure) -> None:
         axes.plot(figure.axis.low + span * line.dot / 100, y, "D" if line.average else "o", color=MARK, markersize=6)
     axes.axvline(100, color=FULL, linestyle="--", linewidth=1)
     axes.set_yticks(range(len(figure.lines)), [line.title for line in reversed(figure.lines)])
+    axes.set_ylim(-0.6, len(figure.lines) - 0.4)
     axes.set_xlim(figure.axis.low, figure.axis.high)
     axes.set_xlabel("recovery, % of the baseline's score (95 % interval)")
     _plain(axes)
