@@ -8,6 +8,8 @@
 # make test-serve  start real servers (llama.cpp, transformers, and vLLM where `make test-vllm` has put it), ask them with
 #              the openai package, and use the chat page in Chromium where there is one (minutes)
 # make test-eval  run the tasks of every evaluation suite, as lm-eval has them, on small data with the right columns
+# make test-libraries  have llm-compressor and AutoRound, each in an environment of its own, write checkpoints for
+#              convert, and read its own (minutes; HALFBYTE_AUTOAWQ=FOLDER, an unpacked autoawq source, adds AutoAWQ)
 # make bench-peers  measure other quantisers and halfbyte on the same tokens, each in an environment of its own (hours);
 #              without the variables: a model from PyPI and texts that are here already
 #                MODEL="DIR ..."  CALIBRATION=FILE  VALIDATION=FILE  RUNS=3  PEERS_ARGS="--variant='--method rtn'"
@@ -30,7 +32,7 @@ VALIDATION  ?=
 RUNS        ?= 3
 PEERS_ARGS  ?=
 
-.PHONY: demo test test-vllm test-triton test-llamacpp test-serve test-eval lint bench-peers bench-gpu clean
+.PHONY: demo test test-vllm test-triton test-llamacpp test-libraries test-serve test-eval lint bench-peers bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/halfbyte demo
@@ -54,6 +56,9 @@ test-serve: $(VENV)/.dev
 
 test-eval: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/test_suites.py tests/engines/test_eval_engines.py -m "evaluation" -rs
+
+test-libraries: $(VENV)/.dev .envs/llmcompressor/.made .envs/autoround/.made
+	$(BIN)/python -m pytest tests/libraries -m engine -rs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -493,7 +493,7 @@ def test_unknown_names_and_options(tmp_path: Path) -> None:
     assert "unknown format 'onnx'" in refused(source, tmp_path / "out", "onnx")
     assert "unknown format 'x'" in refused(source, tmp_path / "out", "dense", source_format="x")
     assert "the checkpoint's format is awq" in refused(source, tmp_path / "out", "dense", source_format="gptq")
-    assert "int8 is no dtype" in refused(source, tmp_path / "out", "dense", dtype="int8")
+    assert "int8 cannot be chosen with --to dense" in refused(source, tmp_path / "out", "dense", dtype="int8")
     assert "float16 cannot be chosen with --to awq" in refused(source, tmp_path / "out", "awq", dtype="float16")
 
 

@@ -22,7 +22,7 @@ import torch
 
 from halfbyte.checkpoint.reader import TensorInfo
 from halfbyte.conversion.bits import pack_rows, unpack_rows, words_in
-from halfbyte.conversion.coded import CodedWeight, Grid, Steps
+from halfbyte.conversion.coded import FLOATS, CodedWeight, Grid, Steps
 from halfbyte.conversion.config import integer_in, plain_modules, unrounded
 from halfbyte.conversion.folder_source import Module
 from halfbyte.conversion.source import Entry, Source
@@ -35,7 +35,6 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 BITS = 4
 MIDDLE = 1 << (BITS - 1)
 ALL_MIDDLE = -0x77777778  # 0x88888888 as int32
-FLOATS = ("F16", "BF16", "F32")
 
 
 def pack_columns(words: torch.Tensor, in_features: int) -> torch.Tensor:

@@ -13,6 +13,8 @@ import torch
 from halfbyte.conversion.bits import pack_rows, unpack_rows, words_in
 from halfbyte.schemes import ActivationFormat, WeightFormat
 
+FLOATS = ("F16", "BF16", "F32")  # safetensors dtypes that scales and dense weights come in
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:

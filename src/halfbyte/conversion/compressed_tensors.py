@@ -21,7 +21,7 @@ import torch
 
 from halfbyte.checkpoint.reader import TensorInfo
 from halfbyte.conversion.bits import pack_rows, unpack_rows, words_in
-from halfbyte.conversion.coded import CodedWeight, Grid, Steps
+from halfbyte.conversion.coded import FLOATS, CodedWeight, Grid, Steps
 from halfbyte.conversion.config import dense_blocks
 from halfbyte.conversion.folder_source import Module
 from halfbyte.conversion.source import Entry, Source
@@ -33,7 +33,6 @@ from halfbyte.planner import ignore_patterns
 from halfbyte.recipe import Recipe, SchemeGroup, matches
 from halfbyte.schemes import ActivationFormat, Scheme, StorageFormat, WeightFormat, quantization_config
 
-FLOATS = ("F16", "BF16", "F32")
 CODES = ("I8", "F8_E4M3", "F8_E5M2", "U8")
 READ = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision")
 PACKED_BITS = (2, 3, 4, 8)

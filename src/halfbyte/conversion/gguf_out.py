@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.conversion.coded import CodedWeight, Grid
+from halfbyte.conversion.coded import FLOATS, CodedWeight, Grid
 from halfbyte.conversion.folder_target import write_companions
 from halfbyte.conversion.gguf_blocks import BLOCK, BlockType, block_type, encode, from_words, has_words
 from halfbyte.conversion.gguf_families import (
@@ -49,7 +49,6 @@ from halfbyte.schemes import WeightFormat
 MODEL_NAME, VISION_NAME = "model.gguf", "mmproj.gguf"
 # general.file_type, llama.cpp's LLAMA_FTYPE, by the type of most weights
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "BF16": 32}
-_FLOATS = ("F32", "F16", "BF16")
 _LEFT_BEHIND = re.compile(r"rotary_emb\.inv_freq$")
 
 
@@ -142,7 +141,7 @@ class GgufTarget:
                 continue
             if entry.grid is not None:
                 entry = replace(entry, grid=replace(entry.grid, scale_dtype="F16"))
-            elif len(entry.shape) == 1 or _only_float32(place.name) or entry.dtype not in _FLOATS:
+            elif len(entry.shape) == 1 or _only_float32(place.name) or entry.dtype not in FLOATS:
                 entry = replace(entry, dtype="F32")
             elif self.dtype is not None:
                 entry = replace(entry, dtype=self.dtype)

@@ -24,7 +24,7 @@ import torch
 from halfbyte.architectures import KEPT_MODULES
 from halfbyte.checkpoint.reader import TensorInfo
 from halfbyte.conversion.bits import pack_rows, unpack_rows, words_in
-from halfbyte.conversion.coded import CodedWeight, Grid, Steps
+from halfbyte.conversion.coded import FLOATS, CodedWeight, Grid, Steps
 from halfbyte.conversion.config import dense_blocks, integer_in, plain_modules, unrounded
 from halfbyte.conversion.folder_source import Module
 from halfbyte.conversion.source import Entry, Source
@@ -34,7 +34,6 @@ from halfbyte.mixing import groups_of
 from halfbyte.schemes import Scheme, WeightFormat
 
 BITS = (2, 3, 4, 8)
-FLOATS = ("F16", "BF16", "F32")
 V1, V2 = "gptq", "gptq_v2"
 # What config.json calls the two layouts of zero points.
 VERSIONS = {"gptq": V1, "": V1, "gptq_v2": V2}
