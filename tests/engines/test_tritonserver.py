@@ -6,7 +6,10 @@ from the dequantised weights. One server runs a model on the engine transformers
 
 from __future__ import annotations
 
+import http.client
 import json
+import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,6 +279,22 @@ def test_trace(served: Served) -> None:
     assert len(lines) == 1
     for part in ("prompt_tokens", "text_output", "seconds", "max_new_tokens"):
         assert part in lines[0]
+
+
+@pytest.mark.parametrize("model", ["small_stream", "cpp_stream"])
+def test_a_caller_that_leaves_is_not_generated_for(served: Served, model: str) -> None:
+    marked = f"The passengers of {model} leave"
+    limit = 400 if model == "cpp_stream" else 4000
+    body = json.dumps({"text_input": marked, "max_new_tokens": limit, "do_sample": True, "temperature": 1.9})
+    connection = http.client.HTTPConnection(served.server.http)
+    connection.request("POST", f"/v2/models/{model}/generate_stream", body)
+    assert connection.getresponse().read(20)
+    connection.close()
+    until = time.monotonic() + 60
+    while not (ended := re.findall(rf"{re.escape(marked)}.*ended\W+(\w+)", served.server.log)):
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    assert ended == ["cancelled"]
 
 
 def test_llamacpp_inside(served: Served) -> None:

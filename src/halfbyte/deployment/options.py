@@ -97,15 +97,23 @@ class Options:
         return not _loopback(self.host)
 
 
+def check_target(target: str) -> None:
+    """Refuse an unknown target, before the checkpoint is looked at.
+
+    Raises:
+        UsageError: it is none of :data:`TARGETS`.
+    """
+    if target not in TARGETS:
+        raise UsageError(f"unknown target {target!r}", where="deploy", remedy=f"Use one of {', '.join(TARGETS)}.")
+
+
 def settle(target: str, subject: Subject, name: str, wishes: Wishes) -> Options:
     """Check the wishes against each other and the checkpoint, and choose what was left open.
 
     Raises:
-        UsageError: the target is unknown, or options are out of range, contradict each other or do not fit the
-            checkpoint. All problems are listed.
+        UsageError: options are out of range, contradict each other or do not fit the checkpoint. All problems are
+            listed.
     """
-    if target not in TARGETS:
-        raise UsageError(f"unknown target {target!r}", where="deploy", remedy=f"Use one of {', '.join(TARGETS)}.")
     problems: list[HalfbyteError] = _ranges(wishes)
     engine = _engine(target, subject, wishes, problems)
     storage = _storage(target, subject, wishes, problems)
@@ -173,8 +181,10 @@ def _ranges(wishes: Wishes) -> list[HalfbyteError]:
         if chosen not in allowed:
             problems.append(UsageError(f"unknown value {chosen!r}", where=option, remedy=f"Use {', '.join(allowed)}."))
     try:
-        ipaddress.ip_address(wishes.host)
+        known = "%" not in wishes.host and bool(ipaddress.ip_address(wishes.host))
     except ValueError:
+        known = False
+    if not known:
         problems.append(
             UsageError(f"{wishes.host!r} is no IP address", where="--host", remedy="Use 127.0.0.1 or 0.0.0.0, say.")
         )

@@ -14,7 +14,7 @@ from halfbyte.checkpoint.reader import companion_files
 from halfbyte.checkpoint.source import resolve
 from halfbyte.deployment import compose, kserve, kubernetes, podman, rhel_ai, triton
 from halfbyte.deployment.memory import check_fits, estimates
-from halfbyte.deployment.options import Options, Wishes, settle
+from halfbyte.deployment.options import Options, Wishes, check_target, settle
 from halfbyte.deployment.subject import Subject, name_for, open_subject
 from halfbyte.errors import OutputError, UsageError
 from halfbyte.progress import Reporter, Silent
@@ -58,8 +58,7 @@ def deploy(
         OutputError: OUT exists or cannot be written.
     """
     reporter, wishes, out = reporter or Silent(), wishes or Wishes(), Path(out)
-    if target not in WRITERS:
-        settle_target(target)
+    check_target(target)
     if out.exists():
         raise OutputError(
             "exists already", where=str(out), remedy="Choose another folder, or remove this one; it is left untouched."
@@ -101,11 +100,6 @@ def deploy(
         files={file: hashlib.sha256(text.encode()).hexdigest() for file, text in sorted(texts.items())},
         notes=notes,
     )
-
-
-def settle_target(target: str) -> None:
-    """Refuse an unknown target before the checkpoint is looked at."""
-    raise UsageError(f"unknown target {target!r}", where="deploy", remedy=f"Use one of {', '.join(WRITERS)}.")
 
 
 def write_text(path: Path, text: str) -> None:

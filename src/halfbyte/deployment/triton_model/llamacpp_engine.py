@@ -36,7 +36,7 @@ class LlamaCppEngine:
         params.n_ctx = options.context  # 0 is what the model was made for
         params.n_gpu_layers = -1 if options.gpus > 0 else 0
         self._server = xllamacpp.Server(params)
-        self._url = self._server.listening_address  # on this machine alone
+        self._url = self._server.listening_address  # 127.0.0.1, unless hostnames says otherwise
         found = self._get("/props")
         self.context = options.context or int(found["default_generation_settings"]["n_ctx"])
         self._has_template = bool(found.get("chat_template"))
