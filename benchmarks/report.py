@@ -50,6 +50,28 @@ def ablation(result: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def serving(result: dict[str, Any]) -> str:
+    """Decode speed and memory of each server, the ratios within rounds, and what eight clients met."""
+    rows = [["server", "tokens/s, median", "min", "max", "memory"]]
+    for name, found in result["summary"].items():
+        speeds = [f"{found[key]:.1f}" for key in ("median", "min", "max")]
+        rows.append([name, *speeds, harness.gib(result["memory_bytes"][name])])
+    lines = [harness.table(rows), ""]
+    lines += [f"- {pair}, median of rounds: {ratio:.3f}" for pair, ratio in result["ratios"].items()]
+    threads = result["threads"] or "its own choice of"
+    lines += [f"- {result['checkpoint']}, {result['tokens']} tokens an answer, each engine with {threads} threads."]
+    if result["soak"]:
+        soak = result["soak"]
+        lines.append(
+            f"- {soak['clients']} clients for {soak['seconds']:.0f} s: {soak['answers']} answers, "
+            f"{soak['failed']} errors, "
+            f"{soak['tokens_per_s']} tokens/s."
+        )
+    if result["other_cpu_share"] is not None:
+        lines.append(f"- Other work used {100 * result['other_cpu_share']:.0f}% of the processors meanwhile.")
+    return "\n".join(lines)
+
+
 def beside(kind: str) -> str:
     """One table of all paired runs: every tool's divergence, and its cost as a share of the baseline tool's.
 
@@ -100,6 +122,9 @@ def page() -> str:
     for path in newest("gpu"):
         result = json.loads(path.read_text(encoding="utf-8"))
         parts += [f"## On a GPU: `{path.name}`\n", gpu.render(result) + "\n"]
+    for path in newest("serve"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        parts += [f"## Serving: `{path.name}`\n", serving(result) + "\n"]
     for path in newest("memory"):
         result = json.loads(path.read_text(encoding="utf-8"))
         parts += [f"## Peak memory: `{path.name}`\n", block(memory.render(result))]

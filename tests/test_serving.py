@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -21,8 +22,10 @@ import aiohttp
 import gguf
 import numpy as np
 import pytest
+import torch
 from aiohttp import web
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import halfbyte
 from conftest import Models
@@ -40,6 +43,7 @@ from halfbyte.serving.generation import Pieces, sampling_of
 from halfbyte.serving.gguf_embeddings import with_small_embeddings
 from halfbyte.serving.machine import Gpu, Machine, Vllm, available_bytes, cpu_flags, need
 from halfbyte.serving.prepare import cache_folder, prepare
+from halfbyte.serving.transformers_process import load_writer
 
 INT4, INT8 = Weights(bits=4, floating=False, input_bits=None), Weights(bits=8, floating=False, input_bits=8)
 DENSE = Served(path=Path("m"), method="none", weights=(), context=2048, pictures=False, kv_bytes=1000)
@@ -299,12 +303,34 @@ def test_text_ends_before_a_stop_string_and_shows_nothing_of_it(
         ({"n": 2}, "n"),
         ({"tools": [{}]}, "tools"),
         ({"seed": "x"}, "seed"),
+        ({"ignore_eos": "yes"}, "ignore_eos"),
     ],
 )
 def test_values_that_cannot_be_honoured_are_named(body: dict[str, Any], param: str) -> None:
     with pytest.raises(ApiError) as caught:
         sampling_of(body)
     assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_a_model_writes_what_generate_does_and_as_long_as_it_is_told(tiny_model: Models) -> None:
+    writer = load_writer(tiny_model("llama"), 64, "cpu", "float32", None)
+    ids = writer.chat_prompt([{"role": "user", "content": "The ferry"}])
+    greedy = sampling_of({"temperature": 0, "max_tokens": 20, "ignore_eos": True})
+    said: list[str] = []
+    written = writer.write(ids, greedy, said.append, threading.Event())
+    assert (written.finish, written.prompt_tokens, written.tokens) == ("length", len(ids), 20)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32)
+    prompt = torch.tensor([ids])
+    options = {"do_sample": False, "temperature": None, "top_k": None, "eos_token_id": -1, "pad_token_id": 0}
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, **options)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
+    wanted = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert "".join(said) == wanted
+    stopped = threading.Event()
+    stopped.set()
+    assert writer.write(ids, greedy, said.append, stopped).tokens <= 1
+    with pytest.raises(ApiError, match="with an answer at most 64 are possible"):
+        writer.write(ids * 20, greedy, said.append, threading.Event())
 
 
 # The front, before a small engine that says what it is told

@@ -16,6 +16,7 @@ from halfbyte.serving.api import TOO_LONG, ApiError
 Finish = Literal["stop", "length"]
 # A character may be cut by a token's end; longer than this, the bytes are no UTF-8 and are shown as they are.
 LONGEST_CHARACTER = 8
+NO_TOKEN = -1  # None would be the model's own
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # field -> values that ask for nothing
     "tools": (None, []),
     "functions": (None, []),
@@ -39,6 +40,7 @@ class Sampling:
     Attributes:
         temperature: 0 for the likeliest token each time.
         max_tokens: of the answer; ``None`` for what fits.
+        ignore_eos: write ``max_tokens`` whatever the model wants; for measuring, as vLLM and llama.cpp have it.
         stop: strings at which the answer ends; they are not part of it.
     """
 
@@ -48,6 +50,7 @@ class Sampling:
     repetition_penalty: float | None
     seed: int | None
     max_tokens: int | None
+    ignore_eos: bool
     stop: tuple[str, ...]
 
 
@@ -69,6 +72,8 @@ def sampling_of(body: Mapping[str, Any]) -> Sampling:
     strings = [stop] if isinstance(stop, str) else stop or []
     if not isinstance(strings, list) or len(strings) > 16 or not all(isinstance(s, str) and s for s in strings):
         raise ApiError(400, "'stop' has to be a string or a list of at most 16 strings, none empty.", param="stop")
+    if not isinstance(body.get("ignore_eos", False), bool):
+        raise ApiError(400, "'ignore_eos' has to be true or false.", param="ignore_eos")
     limit = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
     top_k = _number(body, "top_k", -1, 1 << 31, whole=True)
     return Sampling(
@@ -78,6 +83,7 @@ def sampling_of(body: Mapping[str, Any]) -> Sampling:
         repetition_penalty=_number(body, "repetition_penalty", 0.01, 100),
         seed=_whole(body, "seed", -(1 << 63), (1 << 63) - 1),
         max_tokens=_whole(body, limit, 1, 1 << 31),
+        ignore_eos=body.get("ignore_eos", False),
         stop=tuple(strings),
     )
 
@@ -243,7 +249,8 @@ class Writer:
                 code=TOO_LONG,
             )
         limit = min(room, how.max_tokens or room)
-        watch = _Watch(Pieces(self._text, how.stop), self._ends, tell, stop)
+        ends = set() if how.ignore_eos else self._ends
+        watch = _Watch(Pieces(self._text, how.stop), ends, tell, stop)
         if how.seed is not None:
             torch.manual_seed(how.seed)
         prompt = torch.tensor([ids], device=self._model.device)
@@ -254,7 +261,7 @@ class Writer:
                 max_new_tokens=limit,
                 streamer=watch,
                 stopping_criteria=[watch.over],
-                eos_token_id=sorted(self._ends) or None,
+                eos_token_id=sorted(ends) or [NO_TOKEN],
                 **_options(how),
             )
         watch.finish()
