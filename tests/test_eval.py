@@ -229,3 +229,35 @@ def test_arguments_for_the_engine() -> None:
     }  # fmt: skip
     with pytest.raises(UsageError, match="'4096' is not KEY=VALUE"):
         parse_arguments("4096")
+
+
+def test_the_command_prints_the_record_and_ends_with_1_when_a_gate_fails(
+    pair: tuple[Path, Path], tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    from halfbyte.cli import main
+
+    arguments = [
+        "eval",
+        pair[1],
+        "--baseline",
+        pair[0],
+        "--suite",
+        "ferry_quiz",
+        "--tasks-dir",
+        tasks,
+        "--device",
+        "cpu",
+    ]
+    arguments += ["--cache-dir", tmp_path / "cache", "--gate", "recovery>=1000", "--json"]
+    monkeypatch.setattr("sys.argv", ["halfbyte", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main.entry_point()
+    said = capfd.readouterr()
+    assert ended.value.code == 1
+    assert json.loads(said.out)["tasks"][0]["task"] == "ferry_quiz"
+    assert "recovery>=1000: it is" in said.err
+    monkeypatch.setattr("sys.argv", ["halfbyte", *map(str, arguments[:-3])])
+    main.entry_point()
+    said = capfd.readouterr()
+    assert "ferry_quiz" in said.out
+    assert "1 of 1 tasks are in the cache" in said.err

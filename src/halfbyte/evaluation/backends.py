@@ -77,7 +77,8 @@ class Backend:
                 "(envs/make.sh vllm makes one).",
             )
         if self.name == "openai-url" or (self.name == "vllm" and not importlib.util.find_spec("vllm")):
-            require("aiohttp", "eval", f"--backend {self.name}")
+            for package in ("aiohttp", "tenacity"):
+                require(package, "eval", f"--backend {self.name}")
 
     @contextlib.contextmanager
     def open(
