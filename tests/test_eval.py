@@ -18,7 +18,7 @@ pytest.importorskip("lm_eval", reason='needs lm-eval: pip install "halfbyte[eval
 
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluation import harness as harness_module
-from halfbyte.evaluation import run as run_module
+from halfbyte.evaluation import results
 from halfbyte.evaluation.backends import Backend, parse_arguments
 from halfbyte.evaluation.gates import parse_gates
 from halfbyte.evaluation.run import evaluate
@@ -220,7 +220,7 @@ def test_the_suite_quick_measures_tasks_and_divergence(
     assert record.gate_failures == [f"kl_mean<=0: it is {record.divergence['kl_mean']:.4g}"]
     (average,) = record.averages
     assert average.base == pytest.approx(sum(t.base for t in record.tasks) / 2)
-    assert run_module.measured(record.tasks, record.averages, None, []).keys() >= {"score.halfbyte_capitals"}
+    assert results.measured(record.tasks, record.averages, None, []).keys() >= {"score.halfbyte_capitals"}
 
 
 def test_arguments_for_the_engine() -> None:
