@@ -267,3 +267,11 @@ def test_a_server_that_is_not_there_is_told_before_a_task_runs(measure: Callable
     pytest.importorskip("tenacity")
     with pytest.raises(UsageError, match=r"127\.0\.0\.1:9/v1: no OpenAI-compatible server answers there"):
         measure(backend=Backend(name="openai-url", url="http://127.0.0.1:9/v1", base_url="http://127.0.0.1:9/v1"))
+
+
+def test_prompts_to_servers_begin_with_bos_once(tiny_model: Models) -> None:
+    from halfbyte.evaluation.backends import opens_with_bos, single_bos
+
+    assert opens_with_bos(tiny_model("llama"))
+    assert single_bos([1, 1, 7, 8], 1) == [1, 7, 8]
+    assert single_bos([[1, 7], [1, 1, 9]], 1) == [[1, 7], [1, 9]]
