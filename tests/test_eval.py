@@ -18,7 +18,7 @@ pytest.importorskip("lm_eval", reason='needs lm-eval: pip install "halfbyte[eval
 
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluation import harness as harness_module
-from halfbyte.evaluation import run as run_module
+from halfbyte.evaluation import results
 from halfbyte.evaluation.backends import Backend, parse_arguments
 from halfbyte.evaluation.gates import parse_gates
 from halfbyte.evaluation.run import evaluate
@@ -220,7 +220,7 @@ def test_the_suite_quick_measures_tasks_and_divergence(
     assert record.gate_failures == [f"kl_mean<=0: it is {record.divergence['kl_mean']:.4g}"]
     (average,) = record.averages
     assert average.base == pytest.approx(sum(t.base for t in record.tasks) / 2)
-    assert run_module.measured(record.tasks, record.averages, None, []).keys() >= {"score.halfbyte_capitals"}
+    assert results.measured(record.tasks, record.averages, None, []).keys() >= {"score.halfbyte_capitals"}
 
 
 def test_arguments_for_the_engine() -> None:
@@ -229,3 +229,49 @@ def test_arguments_for_the_engine() -> None:
     }  # fmt: skip
     with pytest.raises(UsageError, match="'4096' is not KEY=VALUE"):
         parse_arguments("4096")
+
+
+def test_the_command_prints_the_record_and_ends_with_1_when_a_gate_fails(
+    pair: tuple[Path, Path], tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    from halfbyte.cli import main
+
+    arguments = [
+        "eval",
+        pair[1],
+        "--baseline",
+        pair[0],
+        "--suite",
+        "ferry_quiz",
+        "--tasks-dir",
+        tasks,
+        "--device",
+        "cpu",
+    ]
+    arguments += ["--cache-dir", tmp_path / "cache", "--gate", "recovery>=1000", "--json"]
+    monkeypatch.setattr("sys.argv", ["halfbyte", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main.entry_point()
+    said = capfd.readouterr()
+    assert ended.value.code == 1
+    assert json.loads(said.out)["tasks"][0]["task"] == "ferry_quiz"
+    assert "recovery>=1000: it is" in said.err
+    monkeypatch.setattr("sys.argv", ["halfbyte", *map(str, arguments[:-3])])
+    main.entry_point()
+    said = capfd.readouterr()
+    assert "ferry_quiz" in said.out
+    assert "1 of 1 tasks are in the cache" in said.err
+
+
+def test_a_server_that_is_not_there_is_told_before_a_task_runs(measure: Callable[..., EvalRecord]) -> None:
+    pytest.importorskip("tenacity")
+    with pytest.raises(UsageError, match=r"127\.0\.0\.1:9/v1: no OpenAI-compatible server answers there"):
+        measure(backend=Backend(name="openai-url", url="http://127.0.0.1:9/v1", base_url="http://127.0.0.1:9/v1"))
+
+
+def test_prompts_to_servers_begin_with_bos_once(tiny_model: Models) -> None:
+    from halfbyte.evaluation.backends import opens_with_bos, single_bos
+
+    assert opens_with_bos(tiny_model("llama"))
+    assert single_bos([1, 1, 7, 8], 1) == [1, 7, 8]
+    assert single_bos([[1, 7], [1, 1, 9]], 1) == [[1, 7], [1, 9]]

@@ -12,7 +12,8 @@ import pytest
 
 import halfbyte
 from conftest import Models
-from halfbyte.errors import CheckpointError
+from halfbyte.cli.main import cli
+from halfbyte.errors import CheckpointError, UsageError
 from halfbyte.evaluation_records import AverageResult, Estimated, EvalRecord, TaskResult
 from halfbyte.records import CompareRecord, Manifest, read_record, write_json
 from halfbyte.reporting.figures import axis_over, histogram, kind_of, layer_grid, recovery_figure
@@ -187,3 +188,17 @@ def test_plots(run: Path, tmp_path: Path) -> None:
     for path in written:
         head = path.read_bytes()[:8]
         assert head.startswith(b"\x89PNG" if path.suffix == ".png" else b"<?xml")
+
+
+def test_the_commands(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """`report` and `card` say which files they wrote; what is not known is told on stderr."""
+    copy = tmp_path / "small"
+    shutil.copytree(run, copy)
+    cli.main(["report", str(copy), "-o", str(tmp_path / "r.html"), "--json"], standalone_mode=False)
+    assert json.loads(capfd.readouterr().out) == {"files": [str(tmp_path / "r.html")]}
+    cli.main(["card", str(copy), "--json"], standalone_mode=False)
+    said = capfd.readouterr()
+    assert json.loads(said.out)["files"] == [str(copy / "README.md")]
+    assert "the licence is not known" in said.err
+    with pytest.raises(UsageError, match="--push: where to is not said"):
+        cli.main(["card", str(copy), "--push"], standalone_mode=False)

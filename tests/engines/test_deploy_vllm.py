@@ -145,7 +145,7 @@ def server(small: Path, folders: dict[str, Path]) -> Iterator[str]:
     interpreter = engine.python()
     assert interpreter is not None
     kept = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV",)}
-    kept |= environment() | {"PYTHONPATH": str(engine.HERE / "vllm_site"), "OMP_NUM_THREADS": "1"}
+    kept |= environment() | {"OMP_NUM_THREADS": "1"}
     log = small.with_name("server.log")
     command = [interpreter, "-m", "vllm.entrypoints.openai.api_server", *listed, "--enforce-eager"]
     with log.open("w") as out:

