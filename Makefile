@@ -24,6 +24,8 @@ VENV       := .venv
 BIN        := $(VENV)/bin
 TORCH      := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 TORCH_ARGS ?=
+# processes that run tests, a GB or two of memory each
+JOBS       ?= 2
 PIP        := $(BIN)/python -m pip --disable-pip-version-check -q
 
 MODEL       ?=
@@ -38,7 +40,7 @@ demo: $(VENV)/.demo
 	$(BIN)/halfbyte demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-vllm: $(VENV)/.dev
 	PYTHON=$(PYTHON) TORCH_ARGS="$(TORCH_ARGS)" envs/make.sh vllm || echo "test-vllm: no vLLM here, so its tests are skipped"

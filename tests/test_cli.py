@@ -111,7 +111,17 @@ def test_commands_are_what_the_table_says(name: str, halfbyte: Callable[..., Sai
 def test_the_python_face_is_there() -> None:
     import halfbyte
 
-    assert sorted(halfbyte.__all__) == ["compare", "convert", "deploy", "inspect", "load", "plan", "quantize", "verify"]
+    assert sorted(halfbyte.__all__) == [
+        "compare",
+        "convert",
+        "deploy",
+        "evaluate",
+        "inspect",
+        "load",
+        "plan",
+        "quantize",
+        "verify",
+    ]
     assert all(callable(getattr(halfbyte, name)) for name in halfbyte.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'frobnicate'"):
         halfbyte.frobnicate  # noqa: B018

@@ -36,14 +36,14 @@ def run(source: Path, out: Path, text: Path, **options: Any) -> Manifest:
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_blocks_are_tuned_and_verify(family: str, tiny_model: Models, text_file: Path, tmp_path: Path) -> None:
     source = tiny_model(family)
-    manifest = run(source, tmp_path / "high", text_file)
+    manifest = run(source, tmp_path / "high", text_file, samples=24)  # with fewer, unseen ones do not gain
     assert [r.block for r in manifest.tuning] == [0, 1]
-    assert family != "llama" or any(r.kept for r in manifest.tuning)  # random blocks do not always gain
+    assert any(r.kept for r in manifest.tuning)
     assert all(r.kept == (r.loss_after < r.loss_before) for r in manifest.tuning)
     assert manifest.recipe["effort"] == "high"
     checked = halfbyte.verify(tmp_path / "high", source=source)
     assert checked.passed, [c for c in checked.checks if c.status == "failed"]
-    low = run(source, tmp_path / "low", text_file, effort="low")
+    low = run(source, tmp_path / "low", text_file, samples=24, effort="low")
     assert low.tuning == []
     before, after = tiny.stored(tmp_path / "low"), tiny.stored(tmp_path / "high")
     assert [(n, t.shape, t.dtype) for n, t in before.items()] == [(n, t.shape, t.dtype) for n, t in after.items()]

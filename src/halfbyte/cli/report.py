@@ -11,7 +11,14 @@ from halfbyte.cli.console import emit, json_option
 
 @click.command("report")
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("-o", "--out", type=click.Path(dir_okay=False, path_type=Path), default="report.html", show_default=True)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default="report.html",
+    show_default=True,
+    help="The page to write.",
+)
 @click.option(
     "--plots", type=click.Path(file_okay=False, path_type=Path), help="Folder for the figures as SVG and PNG, too."
 )
