@@ -140,8 +140,8 @@ class GptqDecoder:
 
     def _is_middle(self, module: Module, bits: int) -> bool:
         """Whether every zero point is that of a symmetric weight."""
-        count = module.info("scales").shape[1]
-        return bool((unpack_rows(module.read("qzeros"), bits, count) == (1 << (bits - 1)) - self.offset).all())
+        middle = torch.full((1, module.info("scales").shape[1]), (1 << (bits - 1)) - self.offset, dtype=torch.uint8)
+        return bool((module.read("qzeros") == pack_rows(middle, bits)).all())
 
     def steps(self, module: Module, entry: Entry) -> Steps:
         assert entry.grid is not None
@@ -231,16 +231,17 @@ class GptqEncoder:
     def encode(self, entry: Entry, weight: CodedWeight) -> dict[str, torch.Tensor]:
         w, scales, zeros = weight.grid.weights, weight.steps.scales, weight.steps.zero_points
         offset = int(self.version == V1)
-        if zeros is None:
-            unsigned = torch.full(tuple(scales.T.shape), -w.q_min - offset, dtype=torch.uint8)
+        if zeros is None:  # every row of zero points is the same
+            unsigned = torch.full((1, weight.out_features), -w.q_min - offset, dtype=torch.uint8)
         else:
             unsigned = (zeros.T.to(torch.int16) - w.q_min - offset).to(torch.uint8)
+        qzeros = pack_rows(unsigned.contiguous(), w.num_bits)
         index = weight.steps.group_index
         if index is None:
             index = torch.arange(weight.in_features, dtype=torch.int32) // (w.group_size or weight.in_features)
         return {
             "qweight": weight.words.T.contiguous(),
-            "qzeros": pack_rows(unsigned.contiguous(), w.num_bits),
+            "qzeros": qzeros.expand(scales.shape[1], -1).contiguous(),
             "scales": scales.T.contiguous(),
             "g_idx": index,
         }

@@ -216,7 +216,7 @@ class _Conversion:
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
 
     def write_tensors(self) -> None:
-        """Write every entry from where the journal says on."""
+        """Write every entry from where the journal says on. While one is being written, the next is converted."""
         folder = self.run.checkpoint
         if self.run.fresh:
             self.files.create(folder)
@@ -227,17 +227,22 @@ class _Conversion:
         self.reporter.start("converting", len(self.entries))
         self.reporter.advance(done)
         pending = 0
-        for number, entry in enumerate(self.entries[done:], done + 1):
-            tensors = self._converted(entry)
-            self.files.write(folder, tensors)
-            for name, tensor in tensors.items():
-                self._digests[name] = self._pool.submit(digest_of, tensor)
-                pending += tensor.numel() * tensor.element_size()
-            if pending >= STAGE_BYTES or number == len(self.entries):
-                self.files.sync(folder)
-                self.run.record(number, digests=self._settled(), errors=self._errors)
-                pending = 0
-            self.reporter.advance()
+        with ThreadPoolExecutor(max_workers=1) as writer:
+            written: Future[None] | None = None
+            for number, entry in enumerate(self.entries[done:], done + 1):
+                tensors = self._converted(entry)
+                if written is not None:
+                    written.result()
+                written = writer.submit(self.files.write, folder, tensors)
+                for name, tensor in tensors.items():
+                    self._digests[name] = self._pool.submit(digest_of, tensor)
+                    pending += tensor.numel() * tensor.element_size()
+                if pending >= STAGE_BYTES or number == len(self.entries):
+                    written.result()
+                    self.files.sync(folder)
+                    self.run.record(number, digests=self._settled(), errors=self._errors)
+                    pending = 0
+                self.reporter.advance()
         self.reporter.finish()
 
     def _converted(self, entry: Entry) -> dict[str, torch.Tensor]:
