@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,23 @@ def test_children_end_with_the_program() -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_child_in_a_session_of_its_own_ends_with_the_program() -> None:
+    """It sleeps for a number of seconds that nobody else sleeps for."""
+    seconds = str(10**6 + secrets.randbelow(10**6))
+    program = f"import os\nif os.fork() == 0:\n    os.setsid()\n    os.execv('/bin/sleep', ['sleep', '{seconds}'])"
+    found = run_program(f"{program}\nimport time; time.sleep(1)", QUICK)
+    assert found.status == "passed"
+    if any("process namespace" in m for m in found.missing):
+        pytest.skip("the kernel gives no process namespace here")
+    assert not any(seconds.encode() in line for line in command_lines())
+
+
+def command_lines() -> Iterator[bytes]:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            yield path.read_bytes()
+
+
 def test_it_runs_as_nobody_in_particular() -> None:
     program = "import os\nassert os.getuid() != 0 and os.geteuid() != 0 and os.getgroups() == []\n"
     program += "try:\n    os.setuid(0)\n    raise SystemExit(3)\nexcept PermissionError:\n    pass\n"

@@ -1,8 +1,8 @@
 """Running programs that a language model wrote, to see whether they pass their tests.
 
 Each runs in a process of its own, in an empty folder that is deleted afterwards, as a user without privileges, with
-limits on time, processor time, memory, file size, open files and processes, and without a network where the kernel
-gives it a namespace of its own (code_launch.py). It passes when its last line runs.
+limits on time, processor time, memory, file size, open files and processes, and without a network or a sight of other
+processes where the kernel gives it namespaces of its own (code_launch.py). It passes when its last line runs.
 
 What this does not protect from: the program can read every file that all users may read, can use processor time up to
 the limits, can write to folders that are open to everyone (/tmp), and can attack the kernel. A program that wants to
