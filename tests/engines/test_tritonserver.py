@@ -307,7 +307,7 @@ def test_llamacpp_inside(served: Served) -> None:
     assert len(pieces) > 3
     assert "".join(p for (p,) in pieces) == whole
     two = served.server.call("http", "cpp", text_input=[PROMPT, json.dumps(CHAT)], **GREEDY)["responses"]
-    # Their text is not compared: llama.cpp's sums depend on what shares a batch, and a random model's text on the last bit.
+    # Text is not compared: llama.cpp's sums depend on what shares a batch, and a random model's text on the last bit.
     assert len(two[0]) == 2
     assert all(two[0])
     drawn = {"text_input": PROMPT, "do_sample": True, "temperature": 1.5, "seed": 5, "max_new_tokens": NEW}
