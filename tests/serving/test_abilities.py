@@ -78,9 +78,15 @@ def test_a_picture_is_seen(seeing: Server, tmp_path: Path) -> None:
         url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is seen?"}]
         messages: list[Any] = [{"role": "user", "content": content}]
-        answer = client_of(seeing).chat.completions.create(
-            model="tiny", messages=messages, max_tokens=1, logprobs=True, top_logprobs=4, logit_bias={str(plain): 100}
-        )
+        with client_of(seeing) as client:
+            answer = client.chat.completions.create(
+                model="tiny",
+                messages=messages,
+                max_tokens=1,
+                logprobs=True,
+                top_logprobs=4,
+                logit_bias={str(plain): 100},
+            )
         assert answer.choices[0].message.content == "a"
         assert answer.choices[0].logprobs is not None
         (token,) = answer.choices[0].logprobs.content or ()
@@ -134,7 +140,8 @@ def test_tools_reach_the_template(tiny_model: Models, tmp_path: Path) -> None:
 
         def tokens(count: int, **more: Any) -> int:
             body: dict[str, Any] = {"model": "tiny", "messages": messages[:count], "max_tokens": 1} | more
-            usage = client_of(running).chat.completions.create(**body).usage
+            with client_of(running) as client:
+                usage = client.chat.completions.create(**body).usage
             assert usage is not None
             return int(usage.prompt_tokens)
 
@@ -155,7 +162,6 @@ def test_a_real_model_makes_sense(tmp_path: Path) -> None:
     ) as found:
         assert found.record["engine"] == "llamacpp"
         messages: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
-        answer = client_of(found).chat.completions.create(
-            model="small", messages=messages, max_tokens=24, temperature=0
-        )
+        with client_of(found) as client:
+            answer = client.chat.completions.create(model="small", messages=messages, max_tokens=24, temperature=0)
     assert "Paris" in (answer.choices[0].message.content or "")

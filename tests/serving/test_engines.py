@@ -59,8 +59,9 @@ def running(
 
 
 @pytest.fixture
-def client(running: Server) -> OpenAI:
-    return OpenAI(base_url=running.record["url"], api_key=KEY, max_retries=0, timeout=120)
+def client(running: Server) -> Iterator[OpenAI]:
+    with OpenAI(base_url=running.record["url"], api_key=KEY, max_retries=0, timeout=120) as asking:
+        yield asking
 
 
 def test_it_says_what_runs(running: Server, client: OpenAI) -> None:
@@ -177,8 +178,8 @@ def test_wrong_requests_get_the_apis_errors_and_the_server_goes_on(running: Serv
     assert unknown.code == "model_not_found"
     for changes in ({"messages": []}, {"temperature": "hot"}, {"max_tokens": "many"}, {"messages": [{"content": "x"}]}):
         assert isinstance(refusal(client, **changes), openai.BadRequestError), changes
-    stranger = OpenAI(base_url=running.record["url"], api_key="wrong", max_retries=0)
-    assert isinstance(refusal(stranger), openai.AuthenticationError)
+    with OpenAI(base_url=running.record["url"], api_key="wrong", max_retries=0) as stranger:
+        assert isinstance(refusal(stranger), openai.AuthenticationError)
     picture = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]
     assert 400 <= refusal(client, messages=[{"role": "user", "content": picture}]).status_code < 500
     test_a_chat_is_answered(client)
