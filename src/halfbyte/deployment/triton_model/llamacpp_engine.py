@@ -85,7 +85,7 @@ class LlamaCppEngine:
             "repeat_last_n": self.context,  # all that was read and written, as transformers has it
             "seed": s.seed if s.seed is not None else -1,
             "stop": list(s.stop),
-            "cache_prompt": False,  # a prompt read from the cache is summed up otherwise: the same request, another answer
+            "cache_prompt": False,  # what comes from the cache is summed up otherwise: the same request, another answer
             "stream": True,
         }
         with self._open("/completion", body) as reply:

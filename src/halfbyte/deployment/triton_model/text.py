@@ -1,10 +1,25 @@
-"""An answer's text as its tokens come: characters of several tokens, and texts that end it."""
+"""A conversation as a prompt's tokens; an answer's text as its tokens come: characters of several tokens, and texts that
+end it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
+
+from settings import BadRequest
 
 UNFINISHED = "\ufffd"  # what decoders write for a part of a character
+
+
+def conversation(tokenizer: Any, messages: list[dict[str, Any]]) -> list[int]:
+    """The tokens of a conversation, through the chat template of transformers' tokenizer."""
+    if not tokenizer.chat_template:
+        raise BadRequest("text_input is a conversation, but the model has no chat template; send plain text")
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as e:  # templates refuse what they do not expect, in errors of their own
+        raise BadRequest(f"text_input: the model's chat template refuses the conversation: {e}") from None
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 class Growing:

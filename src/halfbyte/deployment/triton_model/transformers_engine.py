@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from settings import BadRequest
-from text import Growing
+from text import Growing, conversation
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -53,13 +52,7 @@ class TransformersEngine:
         return list(self._tokenizer(text).input_ids)
 
     def chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        if not self._tokenizer.chat_template:
-            raise BadRequest("text_input is a conversation, but the model has no chat template; send plain text")
-        try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as e:  # templates refuse what they do not expect, in errors of their own
-            raise BadRequest(f"text_input: the model's chat template refuses the conversation: {e}") from None
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+        return conversation(self._tokenizer, messages)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         with self._changed:

@@ -8,7 +8,7 @@ from collections.abc import Coroutine, Sequence
 from itertools import count
 from typing import Any
 
-from settings import BadRequest
+from text import conversation
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -42,13 +42,7 @@ class VllmEngine:
         return list(self._tokenizer(text).input_ids)
 
     def chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        if not self._tokenizer.chat_template:
-            raise BadRequest("text_input is a conversation, but the model has no chat template; send plain text")
-        try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as e:  # templates refuse what they do not expect, in errors of their own
-            raise BadRequest(f"text_input: the model's chat template refuses the conversation: {e}") from None
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+        return conversation(self._tokenizer, messages)
 
     def submit(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
