@@ -1,5 +1,5 @@
-"""A conversation as a prompt's tokens; an answer's text as its tokens come: characters of several tokens, and texts that
-end it."""
+"""A conversation as a prompt's tokens; an answer's text as its tokens come: characters of several tokens, and
+texts that end it."""
 
 from __future__ import annotations
 
