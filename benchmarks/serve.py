@@ -76,13 +76,7 @@ def plain(model: Path, name: str, flags: tuple[str, ...]) -> Iterator[Arm]:
     """llama.cpp's server, asked directly."""
     wishes = engines.Wishes(name=name, context=CONTEXT, parallel=PARALLEL, flags=flags)
     launch = engines.llamacpp(model, None, read_served(model), wishes, look())
-    child = Child(
-        name=name,
-        python=launch.python,
-        arguments=launch.arguments,
-        environment=launch.environment,
-        first_line=launch.settings,
-    )
+    child = launch.start(name)
     try:
         target = Target(url=f"http://127.0.0.1:{launch.port}", key=launch.key, model=name)
         asyncio.run(answers(target, child))

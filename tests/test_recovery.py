@@ -182,6 +182,28 @@ def test_a_task_that_the_baseline_cannot_do_has_no_recovery_and_is_left_out_of_t
     assert found.base == pytest.approx((0.0017 + 0.75) / 2)
 
 
+@pytest.mark.parametrize("counts", [(6, 6), (5, 9), (4, 20, 7)])
+def test_an_average_of_tasks_in_which_nothing_changed_claims_no_certainty(counts: tuple[int, ...]) -> None:
+    """Its bound holds for any shares of changed documents under which no change is seen in 2.5 % of all samples."""
+    tasks = [[stratum([1.0] * (n - 1) + [0.0], [1.0] * (n - 1) + [0.0])] for n in counts]
+    found = average(tasks)
+    assert found.ratio_of_averages is not None
+    assert found.ratio_of_averages.value == 100
+    assert found.ratio_of_averages.low is not None
+    assert found.verdict == NO_LOSS
+    claimed = (100 - found.ratio_of_averages.low) / 100 * found.base
+    worst, grid = 0.0, np.linspace(0, 0.9, 91)
+    for shares in itertools.product(grid, repeat=len(counts)):
+        if math.prod((1 - p) ** n for p, n in zip(shares, counts, strict=True)) >= 0.025:
+            worst = max(worst, float(np.mean(shares)))
+    assert worst <= claimed
+    if len(set(counts)) == 1:  # there it is the bound, not only one
+        assert claimed == pytest.approx(worst, abs=0.01)
+    assert found.average_of_ratios is not None
+    assert found.average_of_ratios.low is not None
+    assert found.average_of_ratios.low <= found.ratio_of_averages.low
+
+
 def test_averages_resample_every_task() -> None:
     """The variance of the average is that of its parts: a quarter of their sum for two tasks."""
     rng = np.random.default_rng(2)

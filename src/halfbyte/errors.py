@@ -10,7 +10,7 @@
     |-- OutputError                   the output folder exists, cannot be written or does not fit on the disk
     |-- NumericsError                 NaN or infinity in weights or activations, or a matrix that cannot be factored
     |-- RankError                     another process of a run on several ended, or failed without a message
-    |-- MemoryShortage              the system or the device gave no more memory
+    |-- MemoryShortage                the system or the device gave no more memory
     |-- EngineError                   an engine that serves a model did not start, ended by itself or does not answer
     |-- MissingDependencyError        an optional package is needed; the message says which to install
     `-- GateFailed                    exit status 1: the work was done, and a check on its result failed

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from halfbyte.errors import UsageError
+from halfbyte.serving.child import Child
 from halfbyte.serving.choice import Engine, Served
 from halfbyte.serving.machine import Machine, foreign_environment
 
@@ -59,6 +60,17 @@ class Launch:
     port: int
     key: str
     limit_s: float
+
+    def start(self, name: str, log: Path | None = None) -> Child:
+        """The process, running; ``name`` for messages, ``log`` takes its output as well."""
+        return Child(
+            name=name,
+            python=self.python,
+            arguments=self.arguments,
+            environment=self.environment,
+            first_line=self.settings,
+            log=log,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -184,14 +184,7 @@ async def engine(
         EngineError: it ended, or did not answer in time; its last lines have been said.
         Interrupted: a signal came first.
     """
-    child = Child(
-        name=name,
-        python=launch.python,
-        arguments=launch.arguments,
-        environment=launch.environment,
-        first_line=launch.settings,
-        log=log,
-    )
+    child = launch.start(name, log)
     try:
         waiting = _answers(child, launch, reporter)
         await (waiting if stops is None else stops.unless(waiting))
