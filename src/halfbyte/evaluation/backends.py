@@ -24,6 +24,7 @@ from halfbyte.progress import Reporter
 
 NAMES = ("hf", "vllm", "llamacpp", "openai-url")
 BATCH_SIZE = 4
+SERVED_TOKENS = 2048  # of a sequence, where vLLM is served and --backend-args says nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,12 +112,12 @@ class Backend:
             kind = get_model("vllm-vlm" if pictures else "vllm")
             yield kind(pretrained=str(folder), batch_size="auto", **self.arguments)
         else:
-            from halfbyte.evaluation.vllm_server import serving
+            from halfbyte.evaluation.vllm_server import MODEL, serving
 
-            interpreter = os.environ["HALFBYTE_VLLM_PYTHON"]
-            length = int(self.arguments.get("max_length", 2048))
-            with serving(interpreter, folder, length, cache / f"{digest}.vllm.log", reporter) as url:
-                yield self._served(url, folder, "checkpoint")
+            length, log = int(self.arguments.get("max_length", SERVED_TOKENS)), cache / f"{digest}.vllm.log"
+            with serving(folder, tokens=length, parallel=self.batch_size, log=log, reporter=reporter) as launch:
+                url = f"http://127.0.0.1:{launch.port}/v1"
+                yield self._served(url, folder, MODEL, header={"Authorization": f"Bearer {launch.key}"})
 
     def _transformers(self, folder: Path, pictures: bool) -> Any:
         import torch
@@ -136,12 +137,12 @@ class Backend:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", device=device, **options)
 
-    def _served(self, url: str, folder: Path, model: str | None) -> Any:
+    def _served(self, url: str, folder: Path, model: str | None, **options: Any) -> Any:
         from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
         kind, path = (LocalChatCompletion, "chat/completions") if self.chat else (LocalCompletionsAPI, "completions")
         # transformers' tokenizers put BOS before texts where the model wants it; lm-eval's API classes have to be told.
-        options = {"num_concurrent": self.batch_size, "max_retries": 3, "add_bos_token": opens_with_bos(folder)}
+        options |= {"num_concurrent": self.batch_size, "max_retries": 3, "add_bos_token": opens_with_bos(folder)}
         options |= self.arguments
         backend = None if self.chat else "huggingface"
         name = model or served_name(url)
