@@ -72,6 +72,16 @@ def serving(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def converting(result: dict[str, Any]) -> str:
+    """Times of conversions as multiples of copying the source, with the source in memory and on the disk."""
+    rows = [["from", "to", *(f"x cp, source {state}" for state in next(iter(result["median_ratio"].values())))]]
+    for pair, ratios in result["median_ratio"].items():
+        rows.append([*pair.split(" -> "), *(f"{ratio:.1f}" for ratio in ratios.values())])
+    copied = [f"{result['bytes'] / 1e6 / r['cp_s']:.0f}" for r in result["runs"]]
+    speeds = f"{min(copied, key=int)} to {max(copied, key=int)} MB/s"
+    return f"{harness.table(rows)}\n\n- {result['bytes'] / 1e6:.0f} MB; medians of runs; `cp` with sync had {speeds}."
+
+
 def beside(kind: str) -> str:
     """One table of all paired runs: every tool's divergence, and its cost as a share of the baseline tool's.
 
@@ -125,6 +135,9 @@ def page() -> str:
     for path in newest("serve"):
         result = json.loads(path.read_text(encoding="utf-8"))
         parts += [f"## Serving: `{path.name}`\n", serving(result) + "\n"]
+    for path in newest("convert"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        parts += [f"## Converting: `{path.name}`\n", converting(result) + "\n"]
     for path in newest("memory"):
         result = json.loads(path.read_text(encoding="utf-8"))
         parts += [f"## Peak memory: `{path.name}`\n", block(memory.render(result))]

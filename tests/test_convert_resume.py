@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import halfbyte
 from conftest import Models
+from halfbyte.checkpoint.layout import Layout
+from halfbyte.conversion import run
+from halfbyte.conversion.awq import AwqEncoder
+from halfbyte.conversion.coded import CodedWeight
+from halfbyte.conversion.source import Entry
 from halfbyte.errors import OutputError, ResumeError
 from halfbyte.records import CONVERT_NAME, ConvertRecord, read_record
 from interrupted import finish, start
@@ -64,6 +72,60 @@ def test_killed_or_torn_at_any_write(source: Path, whole: Path, tmp_path: Path) 
         assert contents(out) == contents(whole), f"{kind} at write {number}"
         shutil.rmtree(out)
     assert resumed > 6
+
+
+@pytest.mark.parametrize(("processors", "held"), [(1, 1 << 30), (4, 1 << 30), (4, 1)])
+def test_threads_change_no_byte_and_keep_to_the_memory_that_they_have(
+    processors: int, held: int, source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many tensors at a time as processors, one where there is room for one; torch keeps its threads."""
+    at_once, most, lock, encode = 0, 0, threading.Lock(), AwqEncoder.encode
+
+    def counted(self: AwqEncoder, entry: Entry, weight: CodedWeight) -> dict[str, torch.Tensor]:
+        nonlocal at_once, most
+        with lock:
+            at_once += 1
+            most = max(most, at_once)
+        time.sleep(0.02)
+        try:
+            return encode(self, entry, weight)
+        finally:
+            with lock:
+                at_once -= 1
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(processors)
+    try:
+        monkeypatch.setattr(AwqEncoder, "encode", counted)
+        monkeypatch.setattr(run, "HELD_BYTES", held)
+        halfbyte.convert(source, tmp_path / "out", to="awq", max_shard_bytes=OPTIONS["max_shard_bytes"])
+        assert torch.get_num_threads() == processors
+    finally:
+        torch.set_num_threads(before)
+    assert most == (1 if held == 1 else processors)
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_an_error_in_one_thread_ends_the_run_which_can_be_resumed(
+    source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, write = 0, Layout.write
+
+    def failing(self: Layout, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        nonlocal written
+        written += 1
+        if written == 7:
+            raise OutputError("the disk has had enough")
+        write(self, folder, tensors)
+
+    options = {key: OPTIONS[key] for key in ("to", "max_shard_bytes")}
+    with monkeypatch.context() as patched:
+        patched.setattr(Layout, "write", failing)
+        with pytest.raises(OutputError, match="had enough"):
+            halfbyte.convert(source, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    halfbyte.convert(source, tmp_path / "out", resume=True, **options)
+    assert contents(tmp_path / "out") == contents(whole)
 
 
 def test_killed_again_and_again(source: Path, whole: Path, tmp_path: Path) -> None:

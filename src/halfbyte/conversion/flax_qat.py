@@ -86,6 +86,7 @@ class FlaxSource:
     near: bool = False
     moved: dict[str, None] = field(default_factory=dict)
     format: str = "flax"
+    concurrent: bool = False  # arrays are large, and the last one is kept
 
     @property
     def notes(self) -> Sequence[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,17 +46,16 @@ NESTED_CONFIGS = ("text_config", "llm_config", "language_config")
 
 
 class Reading:
-    """Reads tensors of a checkpoint and hashes them on the way, beside the work."""
+    """Reads tensors of a checkpoint, in whichever thread, and hashes them on the way."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._digests: dict[str, Future[str]] = {}
-        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._digests: dict[str, str] = {}
 
     def read(self, name: str) -> torch.Tensor:
         tensor = self.checkpoint.read(name)
         if name not in self._digests:
-            self._digests[name] = self._pool.submit(digest_of, tensor)
+            self._digests[name] = digest_of(tensor)
         return tensor
 
     def sha256(self) -> str:
@@ -65,7 +63,7 @@ class Reading:
         for name in self.checkpoint.tensors:
             if name not in self._digests:
                 self.read(name)
-        return combined_digest({n: d.result() for n, d in self._digests.items()})
+        return combined_digest(self._digests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +131,7 @@ class FolderSource:
     config: Mapping[str, Any]
     notes: Sequence[str] = ()
     extra_files: Mapping[str, bytes] = field(default_factory=dict)
+    concurrent: bool = True
 
     @property
     def format(self) -> str:

@@ -16,7 +16,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,8 +79,8 @@ class GgufSource:
     extra_files: Mapping[str, bytes]
     notes: Sequence[str]
     quantization: Mapping[str, Any] = field(default_factory=dict)
-    _digests: dict[str, Future[str]] = field(default_factory=dict)
-    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
+    concurrent: bool = True
+    _digests: dict[str, str] = field(default_factory=dict)
 
     @property
     def format(self) -> str:
@@ -102,7 +101,7 @@ class GgufSource:
         for name in self.file.tensors:
             if name not in self._digests:
                 self._raw(_Origin(tensor=name))
-        return combined_digest({n: d.result() for n, d in self._digests.items()})
+        return combined_digest(self._digests)
 
     def dense(self, name: str) -> torch.Tensor:
         origin, entry = self.origins[name], self.entries[name]
@@ -173,7 +172,7 @@ class GgufSource:
     def _raw(self, origin: _Origin) -> torch.Tensor:
         raw = self.file.raw(origin.tensor, origin.expert)
         if origin.expert is None and origin.tensor not in self._digests:
-            self._digests[origin.tensor] = self._pool.submit(digest_of, raw)
+            self._digests[origin.tensor] = digest_of(raw)
         return raw
 
 

@@ -1,26 +1,33 @@
-"""``convert``: read a checkpoint in one format and write it in another, one tensor in memory at a time.
+"""``convert``: read a checkpoint in one format and write it in another, a few tensors in memory at a time.
 
     open source -> survey of scales -> obstacles (stop, or grids to requantise to) -> files at full size -> tensors
     -> config and companions -> record -> final name
 
 Codes and scales are carried over as they are. What a target cannot express is found before a byte is written. A killed
 run is continued by ``resume`` and ends in the same bytes.
+
+Every tensor is read, hashed, converted, hashed and written by one thread, as many at a time as there are processors:
+with nothing to hand over there is nothing to wait for, and all of these steps leave Python's lock to the others.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from halfbyte.checkpoint.layout import MAX_SHARD_BYTES, write_error
-from halfbyte.checkpoint.reader import DTYPE_NAMES, DTYPES, combined_digest, digest_of
+from halfbyte.checkpoint.reader import DTYPE_NAMES, DTYPES, combined_digest, digest_of, element_bytes
 from halfbyte.conversion.coded import Grid, Steps
 from halfbyte.conversion.formats import Beside, open_source, target_of
 from halfbyte.conversion.requantize import requantized, with_scales
@@ -33,6 +40,9 @@ from halfbyte.state import RunFolder, already_published
 
 # Bytes written between two entries in the journal: what a killed run does again, at most.
 STAGE_BYTES = 1 << 30
+# Of memory, for what is converted at the same time; a tensor that needs more is converted by itself.
+HELD_BYTES = 2 << 30
+MOST_THREADS = 8  # memory is as fast as it gets
 NAMED = 3
 
 
@@ -125,13 +135,18 @@ def survey(source: Source, reporter: Reporter) -> dict[str, Facts]:
     reporter.start("reading scales", len(coded))
     facts: dict[str, Facts] = {}
     broken: list[str] = []
-    for entry in coded:
+
+    def look(entry: Entry) -> Facts | None:
         steps = source.steps(entry.name)
-        if not bool(torch.isfinite(distinct(steps.scales)).all()):
-            broken.append(entry.module)
-        else:
-            facts[entry.name] = facts_of(steps)
-        reporter.advance()
+        return facts_of(steps) if bool(torch.isfinite(distinct(steps.scales)).all()) else None
+
+    with threads(source) as pool:
+        for entry, found in zip(coded, pool.map(look, coded), strict=True):
+            if found is None:
+                broken.append(entry.module)
+            else:
+                facts[entry.name] = found
+            reporter.advance()
     reporter.finish()
     if broken:
         raise NumericsError(
@@ -140,6 +155,24 @@ def survey(source: Source, reporter: Reporter) -> dict[str, Facts]:
             remedy="The checkpoint is broken; download or quantise it again.",
         )
     return facts
+
+
+def thread_count(source: Source) -> int:
+    """How many tensors are converted at a time; asked in the thread that started the run."""
+    return min(MOST_THREADS, torch.get_num_threads()) if source.concurrent else 1
+
+
+@contextlib.contextmanager
+def threads(source: Source) -> Iterator[ThreadPoolExecutor]:
+    """Threads for a source's tensors. Where there are several, torch does not start more in each of them."""
+    count, before = thread_count(source), torch.get_num_threads()
+    alone: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)} if count > 1 else {}
+    with ThreadPoolExecutor(max_workers=count, **alone) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(before)  # a thread's own affair, but for threads that start later
 
 
 def facts_of(steps: Steps) -> Facts:
@@ -211,12 +244,11 @@ class _Conversion:
     files: Files
     run: RunFolder
     reporter: Reporter
-    _digests: dict[str, str | Future[str]] = field(default_factory=dict)
+    _digests: dict[str, str] = field(default_factory=dict)
     _errors: dict[str, float] = field(default_factory=dict)
-    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
 
     def write_tensors(self) -> None:
-        """Write every entry from where the journal says on. While one is being written, the next is converted."""
+        """Write every entry from where the journal says on."""
         folder = self.run.checkpoint
         if self.run.fresh:
             self.files.create(folder)
@@ -226,24 +258,50 @@ class _Conversion:
         self._errors |= self.run.journal["errors"]
         self.reporter.start("converting", len(self.entries))
         self.reporter.advance(done)
-        pending = 0
-        with ThreadPoolExecutor(max_workers=1) as writer:
-            written: Future[None] | None = None
-            for number, entry in enumerate(self.entries[done:], done + 1):
-                tensors = self._converted(entry)
-                if written is not None:
-                    written.result()
-                written = writer.submit(self.files.write, folder, tensors)
-                for name, tensor in tensors.items():
-                    self._digests[name] = self._pool.submit(digest_of, tensor)
-                    pending += tensor.numel() * tensor.element_size()
-                if pending >= STAGE_BYTES or number == len(self.entries):
-                    written.result()
-                    self.files.sync(folder)
-                    self.run.record(number, digests=self._settled(), errors=self._errors)
-                    pending = 0
-                self.reporter.advance()
+        with threads(self.source) as pool, ThreadPoolExecutor(max_workers=1) as syncer:
+            while done < len(self.entries):
+                done = self._write_stage(pool, syncer, done)
+                self.files.sync(folder)
+                self.run.record(done, digests=self._digests, errors=self._errors)
         self.reporter.finish()
+
+    def _write_stage(self, pool: ThreadPoolExecutor, syncer: ThreadPoolExecutor, first: int) -> int:
+        """Write entries from ``first`` on until :data:`STAGE_BYTES` are written; the number of the next."""
+        most, number, held, written = 2 * thread_count(self.source), first, 0, 0
+        running: deque[tuple[int, Future[int]]] = deque()
+        synced: Future[None] | None = None
+        while running or (number < len(self.entries) and written < STAGE_BYTES):
+            wanted = number < len(self.entries) and written < STAGE_BYTES and len(running) < most
+            cost = self._cost(self.entries[number]) if wanted else 0
+            if wanted and (not running or held + cost <= HELD_BYTES):
+                running.append((cost, pool.submit(self._write_one, self.entries[number])))
+                held, number = held + cost, number + 1
+            else:
+                cost, future = running.popleft()
+                held, written = held - cost, written + future.result()
+                self.reporter.advance()
+                if synced is None or synced.done():  # the disk works meanwhile, and has less to do at the end
+                    synced = syncer.submit(self.files.sync, self.run.checkpoint)
+        if synced is not None:
+            synced.result()
+        return number
+
+    def _write_one(self, entry: Entry) -> int:
+        """Convert an entry, write and hash it; its bytes."""
+        tensors = self._converted(entry)
+        self.files.write(self.run.checkpoint, tensors)
+        self._digests |= {name: digest_of(tensor) for name, tensor in tensors.items()}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def _cost(self, entry: Entry) -> int:
+        """Bytes of memory that converting an entry takes, about: what is read, what is written, and between them the
+        like of either, or floats where codes become numbers."""
+        grid, count = self.source.entries[entry.name].grid, math.prod(entry.shape)
+        if grid is None:
+            return 3 * count * element_bytes(entry.dtype)
+        if entry.grid is None or entry.name in self.requantize:
+            return 12 * count
+        return 3 * count * grid.weights.num_bits // 8
 
     def _converted(self, entry: Entry) -> dict[str, torch.Tensor]:
         held = self.source.entries[entry.name]
@@ -259,10 +317,6 @@ class _Conversion:
             weight, self._errors[entry.module] = requantized(weight, entry.grid)
         return self.target.encode(entry, with_scales(weight, entry.grid))
 
-    def _settled(self) -> dict[str, str]:
-        self._digests = {n: d if isinstance(d, str) else d.result() for n, d in self._digests.items()}
-        return {n: str(d) for n, d in self._digests.items()}
-
     def finish(self, begun: float) -> ConvertRecord:
         """Write config, companions and the record."""
         folder = self.run.checkpoint
@@ -276,7 +330,7 @@ class _Conversion:
             format_version=1,
             source={"name": self.source.name, "format": self.source.format, "sha256": self.source.sha256()},
             target=self.target.format,
-            sha256=combined_digest(self._settled()),
+            sha256=combined_digest(self._digests),
             tensors=len(self.entries),
             quantized=len(coded),
             grids=grids,

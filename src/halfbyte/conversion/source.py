@@ -49,6 +49,7 @@ class Source(Protocol):
         companions: files that travel unchanged; generated files by name are in ``extra_files``.
         quantization: the quantisation config as it was found, for targets that know it; empty where there is none.
         notes: what was found odd, and what is left behind.
+        concurrent: whether several threads may read at once.
     """
 
     @property
@@ -69,6 +70,8 @@ class Source(Protocol):
     def quantization(self) -> Mapping[str, Any]: ...
     @property
     def notes(self) -> Sequence[str]: ...
+    @property
+    def concurrent(self) -> bool: ...
 
     def fingerprint(self) -> str:
         """Equal means unchanged since, at the cost of stat; what a resumed run compares."""

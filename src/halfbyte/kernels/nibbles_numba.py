@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit, prange
+from numba import njit
 
 Words = npt.NDArray[np.uint32]
 # Words of a tile's side: 16 of them are a cache line.
@@ -35,11 +35,11 @@ def _turn(w: Words) -> None:
         w[k] ^= t << np.uint32(4)
 
 
-@njit(cache=True, parallel=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def turn_rows(words: Words, order: npt.NDArray[np.int64], turned: Words) -> None:
     """``words [out, in / 8]`` to ``turned [in, out / 8]``."""
     columns, eights = words.shape[1], words.shape[0] // 8
-    for strip in prange((eights + TILE - 1) // TILE):
+    for strip in range((eights + TILE - 1) // TILE):
         w = np.empty(8, dtype=np.uint32)
         stop = min(eights, (strip + 1) * TILE)
         for first in range(0, columns, TILE):
@@ -52,11 +52,11 @@ def turn_rows(words: Words, order: npt.NDArray[np.int64], turned: Words) -> None
                         turned[8 * r + k, c] = w[k]
 
 
-@njit(cache=True, parallel=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def turn_back(turned: Words, order: npt.NDArray[np.int64], words: Words) -> None:
     """``turned [in, out / 8]`` to ``words [out, in / 8]``."""
     columns, eights = words.shape[1], words.shape[0] // 8
-    for strip in prange((eights + TILE - 1) // TILE):
+    for strip in range((eights + TILE - 1) // TILE):
         w = np.empty(8, dtype=np.uint32)
         stop = min(eights, (strip + 1) * TILE)
         for first in range(0, columns, TILE):
