@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -42,7 +43,7 @@ from halfbyte.serving.front import Access, Backend, Front, is_loopback
 from halfbyte.serving.generation import Pieces, sampling_of
 from halfbyte.serving.gguf_embeddings import with_small_embeddings
 from halfbyte.serving.machine import Gpu, Machine, Vllm, available_bytes, cpu_flags, need
-from halfbyte.serving.prepare import cache_folder, prepare
+from halfbyte.serving.prepare import cache_folder, prepare, prepare_apart
 from halfbyte.serving.transformers_process import load_writer
 
 INT4, INT8 = Weights(bits=4, floating=False, input_bits=None), Weights(bits=8, floating=False, input_bits=8)
@@ -209,6 +210,28 @@ def test_conversions_are_kept_beside_the_checkpoint(tmp_path: Path) -> None:
 def test_a_checkpoint_that_is_not_there_is_said_first(tmp_path: Path) -> None:
     with pytest.raises(HalfbyteError, match="no such folder"):
         prepare(tmp_path / "none", engine="auto", wishes=Wishes(name="m"), cache=None, reporter=Silent())
+
+
+def test_a_checkpoint_is_prepared_apart_and_its_errors_come_back_whole(tmp_path: Path) -> None:
+    with pytest.raises(HalfbyteError) as here:
+        prepare(tmp_path / "none", engine="auto", wishes=Wishes(name="m"), cache=None, reporter=Silent())
+    with pytest.raises(HalfbyteError) as there:
+        prepare_apart(tmp_path / "none", engine="auto", wishes=Wishes(name="m"), cache=None, reporter=Silent)
+    assert type(there.value) is type(here.value)
+    assert vars(there.value) == vars(here.value)
+    assert str(there.value) == str(here.value)
+
+
+def killed() -> Silent:
+    """In place of a reporter: what happens to the largest process when memory runs out."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    return Silent()
+
+
+def test_a_preparing_process_that_is_killed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    with pytest.raises(EngineError, match="killed by signal 9"):
+        prepare_apart(tmp_path / "none", engine="auto", wishes=Wishes(name="m"), cache=None, reporter=killed)
 
 
 # Errors in the API's form

@@ -22,6 +22,7 @@ and exits; a Python caller gets the same line and the parts as attributes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class HalfbyteError(Exception):
@@ -46,6 +47,14 @@ class HalfbyteError(Exception):
         if remedy:
             line += f" {remedy}"
         super().__init__(" ".join(line.split()))
+
+    def __reduce__(self) -> Any:
+        """For pickles, which carry errors between processes: the parts, which the one line does not tell apart."""
+        return _rebuilt, (type(self), self.what, self.where, self.why, self.remedy)
+
+
+def _rebuilt(kind: type[HalfbyteError], what: str, where: str, why: str, remedy: str) -> HalfbyteError:
+    return kind(what, where=where, why=why, remedy=remedy)
 
 
 class UsageError(HalfbyteError):

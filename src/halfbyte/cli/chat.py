@@ -55,7 +55,7 @@ def command(
 
     need("aiohttp", "serve", "chatting")
     from halfbyte.serving.chat import with_engine, with_url
-    from halfbyte.serving.prepare import prepare
+    from halfbyte.serving.prepare import prepare_apart
 
     wanted = {"temperature": temperature, "max_tokens": max_tokens}
     options: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
@@ -65,7 +65,7 @@ def command(
     else:
         model = address_model(checkpoint)
         one = wishes(model, context, 1, embeddings, engine_flags)
-        prepared = prepare(checkpoint, engine=engine, wishes=one, cache=cache, reporter=progress)
+        prepared = prepare_apart(checkpoint, engine=engine, wishes=one, cache=cache, reporter=reporter)
         progress.say(f"engine: {prepared.name} ({prepared.choice.reason}). {prepared.choice.advice}".rstrip())
         talk = with_engine(prepared, model, system, options, engine_log, progress)
     with asyncio.Runner() as runner:

@@ -68,7 +68,7 @@ def command(
     from halfbyte.serving.machine import need
 
     need("aiohttp", "serve", "serving")
-    from halfbyte.serving.prepare import prepare
+    from halfbyte.serving.prepare import prepare_apart
     from halfbyte.serving.service import Address, serve
 
     if any(not key.strip() for key in keys):
@@ -77,12 +77,12 @@ def command(
     address.access()
     progress = reporter()
     model = name or address_model(checkpoint)
-    prepared = prepare(
+    prepared = prepare_apart(
         checkpoint,
         engine=engine,
         wishes=wishes(model, context, parallel, embeddings, engine_flags),
         cache=cache,
-        reporter=progress,
+        reporter=reporter,
     )
     progress.say(f"engine: {prepared.name} ({prepared.choice.reason}). {prepared.choice.advice}".rstrip())
     for note in prepared.notes:

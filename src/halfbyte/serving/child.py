@@ -27,7 +27,7 @@ POLL_S = 0.05
 _ERROR = re.compile(r"\b[A-Z]\w*(Error|Exception): \S.*")
 _NO_ERROR = re.compile(r"\b(WARNING|INFO|DEBUG)\b")
 # Ask the kernel for a SIGTERM at the parent's death, then become the program. The parent may have died before.
-_TIED = """
+TIED = """
 import ctypes, os, signal, sys
 try:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
@@ -68,7 +68,7 @@ class Child:
         self._log = log.open("a", encoding="utf-8") if log is not None else None
         try:
             self._process = subprocess.Popen(
-                [python, "-c", _TIED, str(os.getpid()), *arguments],
+                [python, "-c", TIED, str(os.getpid()), *arguments],
                 env=dict(environment),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

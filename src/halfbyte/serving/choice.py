@@ -3,6 +3,8 @@
 The table of what an engine's kernels can do is :func:`vllm_obstacle`; it was read from vLLM 0.32 and tried on CPUs.
 Does not cover: whether vLLM or llama.cpp knows the architecture; the first says so when it starts, the second when the
 checkpoint is converted.
+
+Imports torch only where a checkpoint is read, as all that a running server holds does: see :mod:`prepare`.
 """
 
 from __future__ import annotations
@@ -12,11 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from halfbyte.checkpoint.reader import open_checkpoint
-from halfbyte.checkpoint.source import resolve
-from halfbyte.conversion.formats import is_gguf
 from halfbyte.errors import UsageError
-from halfbyte.inspection_formats import quantization_config
 from halfbyte.serving.machine import Machine
 
 Engine = Literal["vllm", "llamacpp", "transformers"]
@@ -83,6 +81,11 @@ def read_served(name: str | Path) -> Served:
     Raises:
         CheckpointError: it is missing or broken.
     """
+    from halfbyte.checkpoint.reader import open_checkpoint
+    from halfbyte.checkpoint.source import resolve
+    from halfbyte.conversion.formats import is_gguf
+    from halfbyte.inspection_formats import quantization_config
+
     if is_gguf(name):
         return Served(path=Path(name), method="gguf", weights=(), context=None, pictures=False, kv_bytes=0)
     path = resolve(name)

@@ -1,19 +1,33 @@
-"""From a checkpoint's name to an engine that could be started: read it, choose, convert where the engine wants that."""
+"""From a checkpoint's name to an engine that could be started: read it, choose, convert where the engine wants that.
+
+That needs torch and transformers, which take 200 MB that whoever waits for requests has no use for.
+:func:`prepare_apart` does it in a process that ends.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from halfbyte.conversion.gguf_cache import to_gguf
-from halfbyte.conversion.run import convert
-from halfbyte.errors import CheckpointError, MissingDependencyError, OutputError, UsageError
+from halfbyte.errors import (
+    CheckpointError,
+    EngineError,
+    HalfbyteError,
+    MissingDependencyError,
+    OutputError,
+    UsageError,
+)
 from halfbyte.progress import Reporter
 from halfbyte.serving import engines
+from halfbyte.serving.child import TIED
 from halfbyte.serving.choice import NAMES, Choice, Served, choose, read_served
 from halfbyte.serving.engines import Launch, Wishes
-from halfbyte.serving.gguf_embeddings import with_small_embeddings
 from halfbyte.serving.machine import Machine, look, need
 
 CACHE_NAME = ".halfbyte"
@@ -37,6 +51,55 @@ class Prepared:
     context: int
     pictures: bool
     notes: list[str] = field(default_factory=list)
+
+
+def prepare_apart(
+    checkpoint: str | Path, *, engine: str, wishes: Wishes, cache: Path | None, reporter: Callable[[], Reporter]
+) -> Prepared:
+    """:func:`prepare` in a process of its own, which ends with it, or with this one.
+
+    Args:
+        reporter: makes one there; a function of a module.
+
+    Raises:
+        HalfbyteError: as :func:`prepare`; EngineError: the process was killed.
+    """
+    asked = pickle.dumps((checkpoint, engine, wishes, cache, reporter))
+    answering = ("-c", "from halfbyte.serving.prepare import answer_parent; answer_parent()")
+    done = subprocess.run(
+        [sys.executable, "-c", TIED, str(os.getpid()), *answering],
+        input=asked,
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C reaches this process alone, which then kills the other
+        check=False,
+    )
+    if done.returncode < 0:
+        raise EngineError(
+            f"the process that reads it was killed by signal {-done.returncode}",
+            where=str(checkpoint),
+            why="the system may have run out of memory",
+        )
+    if done.returncode:  # an error that is none of ours, whose traceback has been printed
+        raise EngineError("the process that reads it failed", where=str(checkpoint), remedy="See above.")
+    found = pickle.loads(done.stdout)
+    if isinstance(found, HalfbyteError):
+        raise found
+    assert isinstance(found, Prepared)
+    return found
+
+
+def answer_parent() -> None:
+    """The other end of :func:`prepare_apart`: what it asked on standard input, answered on standard output."""
+    checkpoint, engine, wishes, cache, reporter = pickle.load(sys.stdin.buffer)
+    out = sys.stdout.buffer
+    found: Prepared | HalfbyteError
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            found = prepare(checkpoint, engine=engine, wishes=wishes, cache=cache, reporter=reporter())
+        except HalfbyteError as e:
+            found = e
+    out.write(pickle.dumps(found))
+    out.flush()
 
 
 def prepare(checkpoint: str | Path, *, engine: str, wishes: Wishes, cache: Path | None, reporter: Reporter) -> Prepared:
@@ -79,6 +142,9 @@ def prepare(checkpoint: str | Path, *, engine: str, wishes: Wishes, cache: Path 
 def _llamacpp(
     choice: Choice, served: Served, wishes: Wishes, machine: Machine, cache: Path | None, reporter: Reporter
 ) -> Prepared:
+    from halfbyte.conversion.gguf_cache import to_gguf
+    from halfbyte.serving.gguf_embeddings import with_small_embeddings
+
     if served.method == "gguf":
         if wishes.embeddings != "as-is":
             raise UsageError("is for checkpoints", where="--embeddings", remedy="A GGUF file is served as it is.")
@@ -113,6 +179,8 @@ def _gguf_files(path: Path) -> tuple[Path, Path | None]:
 
 def _readable(served: Served, cache: Path | None, reporter: Reporter) -> tuple[Path, list[str]]:
     """A folder that halfbyte.load reads: the checkpoint itself, or a dense copy of formats that it does not."""
+    from halfbyte.conversion.run import convert
+
     if served.method in ("none", "compressed-tensors"):
         return served.path, []
     folder = cache_folder(served.path, cache)
