@@ -123,3 +123,9 @@ def test_mistakes_in_a_file_are_told_together() -> None:
     content = {"tasks": [{"task": "gsm8k", "shot": 5}, {"title": "x"}], "categori": "x"}
     with pytest.raises(UsageError, match=r"3 problems: .*'categori'.*'shot'.*Did you mean 'shots'.*no task is named"):
         suites.suite_of("mine", content, "mine.yaml")
+
+
+def test_a_task_of_the_suite_code_alone_is_run_in_the_sandbox(harness: Any) -> None:
+    whole = suites.load("code").tasks
+    found = suites.resolve([t.task for t in whole], harness)
+    assert [t for s in found for t in s.tasks] == whole

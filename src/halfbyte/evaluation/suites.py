@@ -10,7 +10,7 @@
       metric: acc_norm              with its filter behind a comma where there are several
       chat_template, fewshot_as_multiturn, max_gen_toks, pictures, runs_code
 
-A name that is no suite is a task of lm-eval's, or of a YAML file in ``--tasks-dir``.
+A name that is no suite is a task of the suite ``code``, or of lm-eval's, or of a YAML file in ``--tasks-dir``.
 """
 
 from __future__ import annotations
@@ -130,18 +130,21 @@ def resolve(wanted: list[str], known: Tasks, tasks_dir: Path | None = None) -> l
     problems: list[HalfbyteError] = []
     suites: list[Suite] = []
     own = names()
+    programs = {t.task: t for t in load("code").tasks}
     for name in wanted:
         if name in own:
             suites.append(load(name))
         elif name.endswith((".yaml", ".yml")) and Path(name).is_file():
             content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
             suites.append(suite_of(Path(name).stem, content, name))
+        elif name in programs:  # before lm-eval's tasks of the same names, which run programs unguarded
+            suites.append(Suite(name="code", category=programs[name].category, tasks=[programs[name]]))
         elif known.knows(name):
             suites.append(
                 Suite(name=name, category=OTHER, tasks=[SuiteTask(suite=name, category=OTHER, task=name, title=name)])
             )
         else:
-            close = difflib.get_close_matches(name, [*own, *known.known()], 3, 0.7)
+            close = difflib.get_close_matches(name, [*own, *programs, *known.known()], 3, 0.7)
             hint = f"Did you mean {', '.join(close)}? " if close else ""
             where = f"lm-eval's tasks or {tasks_dir}" if tasks_dir else "lm-eval's tasks"
             problems.append(
