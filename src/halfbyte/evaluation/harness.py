@@ -58,6 +58,7 @@ class TaskScores:
         shots: examples in the prompt.
         digest: of configuration and documents.
         weights: subtask -> share in ``value``; empty where ``value`` is no weighted mean of documents' scores.
+        higher_is_better: false for errors and perplexities.
     """
 
     task: str
@@ -67,6 +68,7 @@ class TaskScores:
     digest: str
     weights: dict[str, float]
     answers: list[Answered]
+    higher_is_better: bool = True
 
 
 class Harness:
@@ -105,6 +107,10 @@ class Harness:
     def knows(self, name: str) -> bool:
         """Whether there is such a task or group."""
         return name in self.near.task_index or name in self.everything.task_index
+
+    def is_local(self, name: str) -> bool:
+        """Whether a task is halfbyte's own or from the user's folder, so that lm-eval's command does not find it."""
+        return name in self.near.task_index
 
     def known(self) -> set[str]:
         """Names of all tasks and groups."""
@@ -168,7 +174,7 @@ class Harness:
 
     def digest(self, loaded: Any, settings: dict[str, Any]) -> str:
         """sha256 of what is asked; without paths, which say where data are and not what they are."""
-        configs = {name: leaf.dump_config() for name, leaf in loaded["tasks"].items()}
+        configs = {name: leaf.config.to_dict(keep_callable=True) for name, leaf in loaded["tasks"].items()}
         for config in configs.values():
             config.pop("dataset_kwargs", None)
         return task_digest(configs, {n: self._documents(t) for n, t in loaded["tasks"].items()}, settings)
@@ -218,6 +224,7 @@ class Harness:
             digest=digest,
             weights=weights_of(answers, value),
             answers=answers,
+            higher_is_better=all(leaf.higher_is_better().get(metric) is not False for leaf in loaded["tasks"].values()),
         )
 
 
@@ -276,7 +283,7 @@ def answered(name: str, sample: dict[str, Any], metric: str) -> Answered:
     score: Any = sample.get(metric)
     is_number = isinstance(score, bool | int | float) or hasattr(score, "item")
     number = float(score) if is_number else None
-    identity = plain([sample["doc_hash"], sample["prompt_hash"], sample["target_hash"]])
+    identity = plain([sample["doc"], sample["prompt_hash"], sample["target_hash"]])
     return Answered(
         task=name,
         document=int(sample["doc_id"]),

@@ -25,12 +25,16 @@ MODEL_FILE = "model.gguf"
 TIMEOUT_S = 1800
 
 
+def own_gguf(folder: Path) -> Path | None:
+    """The first GGUF in a checkpoint's folder."""
+    return next((f for f in sorted(folder.glob("*.gguf")) if not f.name.startswith("mmproj")), None)
+
+
 def gguf_of(folder: Path, kept: Path, reporter: Reporter) -> Path:
     """The GGUF of a checkpoint: the one in its folder, or one that is converted now and kept."""
-    own = sorted(folder.glob("*.gguf"))
-    own = [f for f in own if not f.name.startswith("mmproj")]
-    if own:
-        return own[0]
+    own = own_gguf(folder)
+    if own is not None:
+        return own
     if not (kept / MODEL_FILE).exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         convert(folder, kept, to="gguf", resume=True, reporter=reporter)
