@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,11 +178,12 @@ def test_a_killed_run_goes_on_with_the_answers_it_had(
     assert [r.base for r in fresh.tasks] == pytest.approx([r.base for r in resumed.tasks])
 
 
-def test_models_that_were_asked_differently_are_not_paired(
-    pair: tuple[Path, Path], measure: Callable[..., EvalRecord]
+def test_models_that_would_be_asked_differently_are_not_paired(
+    pair: tuple[Path, Path], measure: Callable[..., EvalRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (pair[1] / "chat_template.jinja").write_text("{% for m in messages %}|{{ m['content'] }}{% endfor %}")
-    with pytest.raises(HalfbyteError, match="not asked the same documents"):
+    monkeypatch.setattr(Backend, "_transformers", lambda *a: pytest.fail("a model was loaded"))
+    with pytest.raises(HalfbyteError, match="would not be asked the same prompts"):
         measure(chat_template=True)
 
 
@@ -407,3 +409,25 @@ def test_the_commands_that_are_printed_run_what_ran(
     )
     command = results.lm_eval_command("small", p, Backend(device="cpu", arguments={"max_length": 64}))
     assert '--model_args pretrained="small",dtype=float32,max_length=64 ' in command
+
+
+def test_what_an_engine_cannot_answer_is_told_before_a_model_is_loaded(
+    tasks: Path, measure: Callable[..., EvalRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tenacity")
+    for method in ("_transformers", "_served"):
+        monkeypatch.setattr(Backend, method, lambda *a: pytest.fail("a model was loaded"))
+    server = Backend(name="openai-url", url="http://127.0.0.1:9/v1", base_url="http://127.0.0.1:9/v1")
+    chat = replace(server, chat=True)
+    with pytest.raises(UsageError, match="ferry_quiz: it compares probabilities"):
+        measure(backend=chat)
+    (tasks / "mine.yml").write_text("tasks: [{task: ferry_quiz, pictures: true}]\n")
+    with pytest.raises(UsageError, match="--backend openai-url: ferry_quiz: pictures are not shown to this engine"):
+        measure(suite=str(tasks / "mine.yml"), backend=server)
+    text = (tasks / "quiz.yaml").read_text().replace("multiple_choice", "generate_until").replace("acc_norm", "bleu")
+    text = text.replace("{metric: acc}", "{metric: exact_match}").replace("doc_to_choice: choices\n", "")
+    (tasks / "quiz.yaml").write_text(text + "generation_kwargs: {until: [x], max_gen_toks: 64}\n")
+    with pytest.raises(UsageError, match="its prompts are plain texts"):
+        measure(backend=chat)
+    with pytest.raises(UsageError, match="may have 64 tokens, which leaves nothing of a context of 64"):
+        measure(backend=Backend(device="cpu", arguments={"max_length": 64}))

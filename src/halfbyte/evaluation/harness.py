@@ -28,6 +28,8 @@ from halfbyte.evaluation.suites import SuiteTask, folder
 
 FEWSHOT_SEED = 1234  # lm-eval's own, for all its seeds
 TOLERANCE = 1e-6
+ANSWER_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names
+DEFAULT_ANSWER = 256  # lm-eval's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +161,15 @@ class Harness:
                 remedy="Name the one that is meant.",
             )
         return loaded
+
+    def kinds(self, loaded: Any) -> set[str]:
+        """Of requests: ``generate_until``, ``multiple_choice`` and so on."""
+        return {str(leaf.OUTPUT_TYPE) for leaf in loaded["tasks"].values()}
+
+    def answer_tokens(self, loaded: Any) -> int:
+        """How long the longest answer may be."""
+        options = [leaf.get_config("generation_kwargs") or {} for leaf in loaded["tasks"].values()]
+        return max(int(next((o[n] for n in ANSWER_TOKENS if o.get(n)), DEFAULT_ANSWER)) for o in options)
 
     def settings(self, task: SuiteTask, *, has_template: bool) -> dict[str, Any]:
         """How a task is asked."""

@@ -28,6 +28,7 @@ from halfbyte.evaluation.backends import Backend, require
 from halfbyte.evaluation.gates import Gate, failures, needs_divergence
 from halfbyte.evaluation.harness import Harness, TaskScores
 from halfbyte.evaluation.identity import checkpoint_digest, plain
+from halfbyte.evaluation.obstacles import obstacle, require_same_template
 from halfbyte.evaluation.results import (
     Prepared,
     averages_of,
@@ -108,6 +109,8 @@ def evaluate(
     wanted = [suite] if isinstance(suite, str) else list(suite)
     harness, chosen = _harness(wanted, tasks_dir, limit, chat_template)
     prepared = _prepare(harness, chosen, folders["checkpoint"], backend, allow_code_execution, limit, gates)
+    if not backend.chat and any(p.settings["chat_template"] for p in prepared):
+        require_same_template(folders)
     opened = {side: open_checkpoint(folder, str(folder)) for side, folder in folders.items()}
     digests = {side: checkpoint_digest(c) for side, c in opened.items()}
     store = _Store(cache or cache_folder(), resume=resume)
@@ -206,9 +209,7 @@ def _prepare(
             where="--suite",
             remedy="Add --allow-code-execution if you accept that; its help says what it does not protect from.",
         )
-    if backend.name == "llamacpp" and any(t.pictures for t in tasks):
-        raise UsageError("tasks with pictures are not asked of llama.cpp", where="--backend llamacpp")
-    has_template = _has_template(folder)
+    has_template, context = _has_template(folder), backend.context(folder)
     problems: list[HalfbyteError] = []
     prepared = []
     for task in tasks:
@@ -217,11 +218,23 @@ def _prepare(
                 found = coding.problems_of(task.task, limit)
                 digest = coding.digest_of(task.task, found, ENGINE_OF_CODE)
                 prepared.append(Prepared(task=task, loaded=found, settings=dict(ENGINE_OF_CODE), digest=digest))
-                continue
-            loaded = harness.load(task)
-            settings = harness.settings(task, has_template=has_template)
-            digest = harness.digest(loaded, settings)
-            prepared.append(Prepared(task=task, loaded=loaded, settings=settings, digest=digest))
+                kinds, answer_tokens = {"generate_until"}, coding.MAX_TOKENS
+            else:
+                loaded = harness.load(task)
+                settings = harness.settings(task, has_template=has_template)
+                digest = harness.digest(loaded, settings)
+                prepared.append(Prepared(task=task, loaded=loaded, settings=settings, digest=digest))
+                kinds, answer_tokens = harness.kinds(loaded), harness.answer_tokens(loaded)
+            problem = obstacle(
+                task,
+                backend,
+                kinds=kinds,
+                answer_tokens=answer_tokens,
+                context=context,
+                chat_template=bool(prepared[-1].settings["chat_template"]),
+            )
+            if problem is not None:
+                problems.append(problem)
         except HalfbyteError as e:
             problems.append(e)
     raise_all(problems)
