@@ -28,6 +28,7 @@ from halfbyte.evaluation.gates import parse_gates
 from halfbyte.evaluation.run import evaluate
 from halfbyte.evaluation.suites import SuiteTask
 from halfbyte.evaluation_records import EvalRecord
+from halfbyte.progress import Silent
 from halfbyte.records import read_record
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of lm-eval and what it uses
@@ -77,12 +78,13 @@ def tasks(tmp_path: Path) -> Path:
 def measure(pair: tuple[Path, Path], tasks: Path, tmp_path: Path) -> Callable[..., EvalRecord]:
     def call(checkpoint: Path | None = None, **options: Any) -> EvalRecord:
         given = {
+            "baseline": pair[0],
             "suite": "ferry_quiz",
             "tasks_dir": tasks,
             "cache": tmp_path / "cache",
             "backend": Backend(device="cpu"),
         }
-        return evaluate(checkpoint or pair[1], baseline=pair[0], **(given | options))
+        return evaluate(checkpoint or pair[1], **(given | options))
 
     return call
 
@@ -431,3 +433,29 @@ def test_what_an_engine_cannot_answer_is_told_before_a_model_is_loaded(
         measure(backend=chat)
     with pytest.raises(UsageError, match="may have 64 tokens, which leaves nothing of a context of 64"):
         measure(backend=Backend(device="cpu", arguments={"max_length": 64}))
+
+
+def test_prompts_that_were_cut_are_told(measure: Callable[..., EvalRecord]) -> None:
+    (whole,) = measure().tasks
+    assert whole.note is None
+    said: list[str] = []
+
+    class Listener(Silent):
+        def say(self, line: str) -> None:
+            said.append(line)
+
+    (row,) = measure(backend=Backend(device="cpu", arguments={"max_length": 8}), reporter=Listener()).tasks
+    assert row.note is not None
+    assert row.note.startswith(results.CUT)
+    assert sum(results.CUT in line for line in said) == 2
+
+
+def test_activations_that_are_not_rounded_are_told(
+    tiny_model: Models, measure: Callable[..., EvalRecord], tmp_path: Path
+) -> None:
+    from halfbyte import quantize
+
+    quantize(tiny_model("llama"), tmp_path / "w8a8", scheme="W8A8", method="rtn")
+    record = measure(tmp_path / "w8a8", baseline=tiny_model("llama"))
+    assert record.backend["activations"] == "not rounded"
+    assert "activations" not in measure().backend

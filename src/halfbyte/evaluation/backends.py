@@ -84,10 +84,15 @@ class Backend:
         default = {"llamacpp": LLAMACPP_TOKENS, "openai-url": API_TOKENS}.get(self.name, own)
         if self.serves_vllm:
             default = min(own or SERVED_TOKENS, SERVED_TOKENS)
-        given = self.arguments.get("max_length", default)
-        if self.serves_vllm and own is not None:
-            given = min(int(given), own)
-        return None if given is None else int(given)
+        given: Any = self.arguments.get("max_length", default)
+        if given is None:
+            return None
+        return min(int(given), own) if self.serves_vllm and own is not None else int(given)
+
+    def rounds_activations(self, folder: Path) -> bool:
+        """Whether inputs of Linears are rounded if a checkpoint (W8A8, W4A8, FP8) asks for it: vLLM and servers do."""
+        asked = any(w.input_bits for w in read_served(folder).weights)
+        return not asked or self.name in ("vllm", "openai-url")
 
     def make_ready(self, folder: Path, kept: Path, reporter: Reporter) -> None:
         """Do what can fail before a model is loaded: convert to GGUF, or see whether vLLM has kernels for it.
@@ -186,7 +191,7 @@ class Backend:
         from halfbyte.loading import load
 
         device = self.device_used()
-        model = load(folder, dtype=torch.float32 if device == "cpu" else None, device=device)
+        model: Any = load(folder, dtype=torch.float32 if device == "cpu" else None, device=device)
         options = {"batch_size": self.batch_size, **self.arguments}
         if pictures:
             from lm_eval.models.hf_vlms import HFMultimodalLM

@@ -30,6 +30,7 @@ FEWSHOT_SEED = 1234  # lm-eval's own, for all its seeds
 TOLERANCE = 1e-6
 ANSWER_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names
 DEFAULT_ANSWER = 256  # lm-eval's
+MODELS_LOG = "lm_eval.models"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +62,7 @@ class TaskScores:
         digest: of configuration and documents.
         weights: subtask -> share in ``value``; empty where ``value`` is no weighted mean of documents' scores.
         higher_is_better: false for errors and perplexities.
+        cut: whether prompts were longer than the engine's context and lost their beginning.
     """
 
     task: str
@@ -71,6 +73,7 @@ class TaskScores:
     weights: dict[str, float]
     answers: list[Answered]
     higher_is_better: bool = True
+    cut: bool = False
 
 
 class Harness:
@@ -260,6 +263,31 @@ def quieten() -> None:
     import datasets
 
     datasets.disable_progress_bars()
+
+
+class Cuts(logging.Handler):
+    """Hears, while it is entered, whether lm-eval's models cut prompts: they only tell their logs."""
+
+    found = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR:
+            logging.getLogger("lm_eval").handle(record)
+        elif "truncat" in record.getMessage().lower():
+            self.found = True
+
+    def __enter__(self) -> Cuts:
+        models = logging.getLogger(MODELS_LOG)
+        models.setLevel(logging.WARNING)
+        models.propagate = False
+        models.addHandler(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        models = logging.getLogger(MODELS_LOG)
+        models.setLevel(logging.NOTSET)
+        models.propagate = True
+        models.removeHandler(self)
 
 
 def choose_metric(found: Any, task: SuiteTask) -> tuple[str, str]:

@@ -8,6 +8,7 @@ before it stays in the cache. Choices of one token cost one pass.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import urllib.error
 import urllib.request
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer
 
 from halfbyte.conversion.run import convert
 from halfbyte.errors import CheckpointError, HalfbyteError, UsageError
+from halfbyte.evaluation.harness import MODELS_LOG
 from halfbyte.progress import Reporter
 
 MODEL_FILE = "model.gguf"
@@ -99,6 +101,11 @@ class LlamaCppLM(TemplateLM):  # type: ignore[misc]
         special = not (bos and string.startswith(bos)) if add_special_tokens is None else add_special_tokens
         return list(self.tokenizer.encode(string, add_special_tokens=special))
 
+    def _cut(self, tokens: list[int], length: int) -> list[int]:
+        if len(tokens) > length:
+            logging.getLogger(MODELS_LOG).warning("truncated from %d to %d tokens", len(tokens), length)
+        return tokens[-length:]
+
     def _post(self, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(
             self._server.listening_address + "/completion",
@@ -130,7 +137,7 @@ class LlamaCppLM(TemplateLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         results = []
         for pair, context, continuation in requests:
-            tokens = (context + continuation)[-self._max_length + 1 :]
+            tokens = self._cut(context + continuation, self._max_length - 1)
             start = len(tokens) - len(continuation)
             parts = [self._next(tokens[:i], tokens[i]) for i in range(start, len(tokens))]
             result = (sum(p for p, _ in parts), all(greedy for _, greedy in parts))
@@ -154,7 +161,7 @@ class LlamaCppLM(TemplateLM):  # type: ignore[misc]
             length = int(options.get("max_gen_toks", options.get("max_new_tokens", 256)))
             sampled = bool(options.get("do_sample")) and float(options.get("temperature", 0)) > 0
             body = {
-                "prompt": self.tok_encode(context)[-(self._max_length - length) :],
+                "prompt": self._cut(self.tok_encode(context), self._max_length - length),
                 "n_predict": length,
                 "temperature": float(options["temperature"]) if sampled else -1.0,
                 "stop": until,

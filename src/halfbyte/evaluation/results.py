@@ -19,6 +19,8 @@ from halfbyte.evaluation.suites import SuiteTask
 from halfbyte.evaluation_records import AverageResult, Estimated, TaskResult
 from halfbyte.records import CompareRecord, write_text
 
+CUT = "some prompts were longer than the engine's context and lost their beginning"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
@@ -58,6 +60,7 @@ def strata_of(base: TaskScores, value: TaskScores, where: str) -> list[Stratum]:
 def row_of(p: Prepared, base: TaskScores, value: TaskScores, command: str) -> tuple[TaskResult, list[Stratum]]:
     """A row of the record, and the pairs that its recovery is of (none where it has no recovery)."""
     strata = strata_of(base, value, p.task.task)
+    cut = CUT if base.cut or value.cut else None
     plain_row = TaskResult(
         suite=p.task.suite,
         category=p.task.category,
@@ -75,12 +78,16 @@ def row_of(p: Prepared, base: TaskScores, value: TaskScores, command: str) -> tu
     )
     if not strata:
         note = "the metric is no mean over documents, so there is no interval"
-        return dataclasses.replace(plain_row, note=note), []
+        return dataclasses.replace(plain_row, note=with_note(cut, note)), []
     r = recovery(strata)
     if not plain_row.is_share:
-        note = "no share of right answers" if plain_row.higher_is_better else "lower is better"
-        difference = {"difference": estimated(r.difference), "difference_se": r.difference_se}
-        return dataclasses.replace(plain_row, **difference, unpaired_se=r.unpaired_se, note=note), []
+        return dataclasses.replace(
+            plain_row,
+            difference=estimated(r.difference),
+            difference_se=r.difference_se,
+            unpaired_se=r.unpaired_se,
+            note=with_note(cut, "no share of right answers" if plain_row.higher_is_better else "lower is better"),
+        ), []
     return (
         dataclasses.replace(
             plain_row,
@@ -93,10 +100,17 @@ def row_of(p: Prepared, base: TaskScores, value: TaskScores, command: str) -> tu
             mcnemar_p=r.mcnemar_p,
             flips_high=r.flips_high,
             verdict=r.verdict,
-            note=None if r.recovery else "the baseline scores less than 1 %, so there is nothing to recover",
+            note=with_note(
+                cut, None if r.recovery else "the baseline scores less than 1 %, so there is nothing to recover"
+            ),
         ),
         strata,
     )
+
+
+def with_note(*notes: str | None) -> str | None:
+    """Notes as one."""
+    return "; ".join(filter(None, notes)) or None
 
 
 def estimated(found: Interval | None) -> Estimated | None:

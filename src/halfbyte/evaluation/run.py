@@ -26,10 +26,11 @@ from halfbyte.errors import HalfbyteError, UsageError, raise_all
 from halfbyte.evaluation import coding, suites
 from halfbyte.evaluation.backends import Backend, require
 from halfbyte.evaluation.gates import Gate, failures, needs_divergence
-from halfbyte.evaluation.harness import Harness, TaskScores
+from halfbyte.evaluation.harness import Cuts, Harness, TaskScores
 from halfbyte.evaluation.identity import checkpoint_digest, plain
 from halfbyte.evaluation.obstacles import obstacle, require_same_template
 from halfbyte.evaluation.results import (
+    CUT,
     Prepared,
     averages_of,
     halfbyte_command,
@@ -119,6 +120,9 @@ def evaluate(
     for side in ("checkpoint", "base"):
         if any(store.get(keys[side], p) is None for p in prepared):
             backend.make_ready(folders[side], store.models(digests[side]), reporter)
+    rounded = backend.rounds_activations(folders["checkpoint"])
+    if not rounded:
+        reporter.say(f"{backend.name} does not round activations as {checkpoint} asks: its scores are of weights alone")
     names = {"base": baseline, "checkpoint": checkpoint}
     scores = {
         side: _measure(side, names[side], keys[side], digests[side], prepared, harness, backend, store, reporter)
@@ -155,7 +159,9 @@ def evaluate(
         base_sha256=digests["base"],
         checkpoint_sha256=digests["checkpoint"],
         suites=wanted,
-        backend=engines["checkpoint"] | {"batch_size": backend.batch_size},
+        backend=engines["checkpoint"]
+        | {"batch_size": backend.batch_size}
+        | ({} if rounded else {"activations": "not rounded"}),
         limit=limit,
         tasks=rows,
         averages=averages,
@@ -319,7 +325,9 @@ def _measure(
         for number, p in enumerate(prepared):
             if found[number] is None:
                 try:
-                    scores = _ask(lm, p, harness, store.responses(key, p))
+                    with Cuts() as cuts:
+                        scores = _ask(lm, p, harness, store.responses(key, p))
+                    scores = dataclasses.replace(scores, cut=cuts.found)
                 except Exception as e:
                     if type(e).__module__.split(".")[0] not in NETWORK:
                         raise
@@ -333,6 +341,8 @@ def _measure(
                 found[number] = scores
                 shown = score_text(scores.value, share=is_share(scores.value, scores.higher_is_better))
                 reporter.say(f"{side} {p.task.label}: {shown} ({len(scores.answers)} documents)")
+                if scores.cut:
+                    reporter.say(f"{side} {p.task.label}: {CUT} (--backend-args max_length=N raises it)")
             reporter.advance()
         reporter.finish()
     return [f for f in found if f is not None]
