@@ -6,8 +6,10 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ from pictures import encoded, picture
 
 pytest.importorskip("lm_eval", reason='needs lm-eval: pip install "halfbyte[eval]"')
 
+from halfbyte.checkpoint.reader import open_checkpoint
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluation import harness as harness_module
 from halfbyte.evaluation import results
 from halfbyte.evaluation.backends import Backend, parse_arguments
 from halfbyte.evaluation.gates import parse_gates
+from halfbyte.evaluation.identity import checkpoint_digest
 from halfbyte.evaluation.run import evaluate
 from halfbyte.evaluation.suites import SuiteTask
 from halfbyte.evaluation_records import EvalRecord
@@ -459,3 +463,48 @@ def test_activations_that_are_not_rounded_are_told(
     record = measure(tmp_path / "w8a8", baseline=tiny_model("llama"))
     assert record.backend["activations"] == "not rounded"
     assert "activations" not in measure().backend
+
+
+def test_results_belong_to_what_the_engine_runs(tiny_model: Models, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), folder)
+    engine = Backend(name="llamacpp")
+    converted = engine.identity(folder, baseline=False)
+    (folder / "mmproj.gguf").write_bytes(b"pictures")
+    assert engine.identity(folder, baseline=False) == converted
+    (folder / "small.gguf").write_bytes(b"one")
+    one = engine.identity(folder, baseline=False)
+    (folder / "small.gguf").write_bytes(b"two")
+    assert len({str(i) for i in (converted, one, engine.identity(folder, baseline=False))}) == 3
+
+    first = checkpoint_digest(open_checkpoint(folder, "model"))
+    (folder / "tekken.json").write_text("{}")
+    assert checkpoint_digest(open_checkpoint(folder, "model")) != first
+
+    class Listing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": [{"id": "small-v2"}]}).encode())
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Listing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        found = Backend(name="openai-url", url=url).identity(folder, baseline=False)
+        server.shutdown()
+    assert (found["url"], found["model"]) == (url, "small-v2")
+
+
+def test_a_checkpoint_that_llama_cpp_cannot_run_is_told_before_the_baseline_is_measured(
+    tiny_model: Models, measure: Callable[..., EvalRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("xllamacpp")
+    from halfbyte import quantize
+
+    monkeypatch.setattr(Backend, "open", lambda *a, **k: pytest.fail("a model was loaded"))
+    quantize(tiny_model("llama"), tmp_path / "fp8", scheme="FP8_DYNAMIC")
+    with pytest.raises(HalfbyteError, match="float8 weights have no type in GGUF"):
+        measure(tmp_path / "fp8", baseline=tiny_model("llama"), backend=Backend(name="llamacpp"))
