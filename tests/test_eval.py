@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +18,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import Models
+from pictures import encoded, picture
 
 pytest.importorskip("lm_eval", reason='needs lm-eval: pip install "halfbyte[eval]"')
 
+from halfbyte.checkpoint.reader import open_checkpoint
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluation import harness as harness_module
 from halfbyte.evaluation import results
 from halfbyte.evaluation.backends import Backend, parse_arguments
 from halfbyte.evaluation.gates import parse_gates
+from halfbyte.evaluation.identity import checkpoint_digest
 from halfbyte.evaluation.run import evaluate
+from halfbyte.evaluation.suites import SuiteTask
 from halfbyte.evaluation_records import EvalRecord
+from halfbyte.progress import Silent
 from halfbyte.records import read_record
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of lm-eval and what it uses
@@ -72,12 +82,13 @@ def tasks(tmp_path: Path) -> Path:
 def measure(pair: tuple[Path, Path], tasks: Path, tmp_path: Path) -> Callable[..., EvalRecord]:
     def call(checkpoint: Path | None = None, **options: Any) -> EvalRecord:
         given = {
+            "baseline": pair[0],
             "suite": "ferry_quiz",
             "tasks_dir": tasks,
             "cache": tmp_path / "cache",
             "backend": Backend(device="cpu"),
         }
-        return evaluate(checkpoint or pair[1], baseline=pair[0], **(given | options))
+        return evaluate(checkpoint or pair[1], **(given | options))
 
     return call
 
@@ -173,11 +184,12 @@ def test_a_killed_run_goes_on_with_the_answers_it_had(
     assert [r.base for r in fresh.tasks] == pytest.approx([r.base for r in resumed.tasks])
 
 
-def test_models_that_were_asked_differently_are_not_paired(
-    pair: tuple[Path, Path], measure: Callable[..., EvalRecord]
+def test_models_that_would_be_asked_differently_are_not_paired(
+    pair: tuple[Path, Path], measure: Callable[..., EvalRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (pair[1] / "chat_template.jinja").write_text("{% for m in messages %}|{{ m['content'] }}{% endfor %}")
-    with pytest.raises(HalfbyteError, match="not asked the same documents"):
+    monkeypatch.setattr(Backend, "_transformers", lambda *a: pytest.fail("a model was loaded"))
+    with pytest.raises(HalfbyteError, match="would not be asked the same prompts"):
         measure(chat_template=True)
 
 
@@ -190,6 +202,11 @@ def test_bad_input_is_told_before_a_model_is_loaded(
         measure(suite="ferry_quizz")
     with pytest.raises(UsageError, match="--allow-code-execution"):
         measure(suite="code")
+    with pytest.raises(UsageError, match="halfbyte_capitals of quick would be measured twice"):
+        measure(suite=["quick", "quick"])
+    (tasks / "mine.yml").write_text("tasks: [ferry_quiz]\n")
+    with pytest.raises(UsageError, match=r"--gate score.ferry_quiz>0: several of the suites have this task"):
+        measure(suite=["ferry_quiz", str(tasks / "mine.yml")], gates=parse_gates("score.ferry_quiz>0"))
     with pytest.raises(UsageError, match="no such folder"):
         measure(tasks_dir=tasks / "absent")
     with pytest.raises(UsageError, match="--url"):
@@ -206,14 +223,16 @@ def test_an_unknown_metric_names_those_that_there_are(tasks: Path, measure: Call
 
 
 def test_the_suite_quick_measures_tasks_and_divergence(
-    pair: tuple[Path, Path], measure: Callable[..., EvalRecord], monkeypatch: pytest.MonkeyPatch
+    pair: tuple[Path, Path], measure: Callable[..., EvalRecord], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import functools
 
     from halfbyte.evaluation import divergence
 
     monkeypatch.setattr(divergence, "compare", functools.partial(divergence.compare, tokens=64, window=32))
-    record = measure(suite="quick", limit=6, gates=parse_gates("kl<=0"))
+    record = measure(suite="quick", limit=6, gates=parse_gates("kl<=0"), out=tmp_path / "out")
+    assert (tmp_path / "out/compare.json").exists()
+    assert not (pair[1] / "compare.json").exists()
     assert [t.task for t in record.tasks] == ["halfbyte_opposites", "halfbyte_capitals"]
     assert record.divergence is not None
     assert record.divergence["kl_mean"] > 0
@@ -275,3 +294,217 @@ def test_prompts_to_servers_begin_with_bos_once(tiny_model: Models) -> None:
     assert opens_with_bos(tiny_model("llama"))
     assert single_bos([1, 1, 7, 8], 1) == [1, 7, 8]
     assert single_bos([[1, 7], [1, 1, 9]], 1) == [[1, 7], [1, 9]]
+
+
+def test_pictures_are_shown_to_the_model(tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    from lm_eval.models.hf_vlms import HFMultimodalLM
+
+    shown: list[torch.Tensor] = []
+    real = HFMultimodalLM._model_multimodal_generate
+    monkeypatch.setattr(
+        HFMultimodalLM,
+        "_model_multimodal_generate",
+        lambda self, inputs, **k: (shown.extend(inputs["pixel_values"]), real(self, inputs, **k))[1],
+    )
+
+    tasks, out = tmp_path / "tasks", tmp_path / "out"
+    tasks.mkdir()
+    rows = {
+        "picture": [{"bytes": encoded(picture(40, 30, seed=i)), "path": None} for i in range(3)],
+        "answer": ["bay"] * 3,
+    }
+    features = datasets.Features({"picture": datasets.Image(), "answer": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tasks / "seen.parquet")
+    (tasks / "seen.yaml").write_text(
+        f"task: seen\ndataset_path: parquet\ndataset_kwargs: {{data_files: {{test: {tasks / 'seen.parquet'}}}}}\n"
+        'output_type: generate_until\ntest_split: test\ndoc_to_image: [picture]\ndoc_to_text: "<image> What is it?"\n'
+        "doc_to_target: answer\ngeneration_kwargs: {until: [nothing], max_gen_toks: 4}\n"
+        "metric_list: [{metric: exact_match}]\n"
+    )
+    (tmp_path / "mine.yaml").write_text("tasks:\n- {task: seen, pictures: true, chat_template: true}\n")
+    model, other = tiny_model("gemma3-vision"), tmp_path / "other"
+    shutil.copytree(model, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"comment": "another identity, the same weights"}))
+    record = evaluate(
+        other, baseline=model, suite=str(tmp_path / "mine.yaml"), tasks_dir=tasks, out=out, cache=tmp_path / "cache",
+        backend=Backend(device="cpu"),
+    )  # fmt: skip
+    assert record.tasks[0].documents == 3
+    assert len({float(p.sum()) for p in shown[:3]}) == 3
+    assert torch.equal(torch.stack(shown[:3]), torch.stack(shown[3:]))
+
+
+def test_a_task_s_functions_are_known_by_their_source_in_every_process(tasks: Path) -> None:
+    (tasks / "words.py").write_text(
+        "from functools import partial\n\ndef some(docs, least):\n    return docs\n\nkept = partial(some, least=1)\n"
+        "def asked(doc):\n    return doc['question']\n"
+    )
+    text = (tasks / "quiz.yaml").read_text().replace('"{{question}}"', "!function words.asked")
+    (tasks / "quiz.yaml").write_text(text + "process_docs: !function words.kept\n")
+
+    def digest() -> str:
+        code = (
+            "import sys; from pathlib import Path\n"
+            "from halfbyte.evaluation.harness import Harness; from halfbyte.evaluation.suites import SuiteTask\n"
+            "harness = Harness(Path(sys.argv[1]), limit=None, chat_template=None)\n"
+            "loaded = harness.load(SuiteTask(suite='x', category='x', task='ferry_quiz', title='x'))\n"
+            "print(harness.digest(loaded, {}))"
+        )
+        return subprocess.run([sys.executable, "-c", code, tasks], check=True, text=True, capture_output=True).stdout
+
+    first = digest()
+    assert digest() == first
+    (tasks / "words.py").write_text((tasks / "words.py").read_text().replace("least=1", "least=2"))
+    assert digest() != first
+
+
+def test_errors_and_perplexities_have_no_recovery(
+    tasks: Path, measure: Callable[..., EvalRecord], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rich.console import Console
+
+    from halfbyte.cards.tables import recovery_of, rows_of
+    from halfbyte.cli.eval import render
+
+    text = (tasks / "quiz.yaml").read_text()
+    (tasks / "quiz.yaml").write_text(
+        text.replace("metric_list: [{metric: acc}", "metric_list: [{metric: acc, higher_is_better: false}")
+    )
+    (tasks / "text.yaml").write_text(
+        QUIZ.split("output_type")[0].replace("ferry_quiz", "ferry_text").replace("QUIZ_FILE", str(tasks / "quiz.jsonl"))
+        + 'output_type: loglikelihood_rolling\ntest_split: test\ndoc_to_text: ""\ndoc_to_target: "{{question}}"\n'
+        "metric_list: [{metric: word_perplexity}]\n"
+    )
+    record = measure(suite=["ferry_quiz", "ferry_text"], gates=parse_gates("recovery.ferry_quiz>=0"))
+    wrong, text_row = record.tasks
+    assert not wrong.higher_is_better
+    assert wrong.difference is not None
+    assert text_row.base > 1
+    for row in record.tasks:
+        assert row.recovery is row.verdict is recovery_of(row) is None
+    assert record.gate_failures == ["recovery.ferry_quiz>=0: not measured in this run"]
+    assert rows_of(record)[1].base == f"{text_row.base:.4g}"
+    render(Console(width=200), record)
+    assert f"{text_row.base:.4g}" in capsys.readouterr().out
+
+
+def test_the_commands_that_are_printed_run_what_ran(
+    pair: tuple[Path, Path], tasks: Path, measure: Callable[..., EvalRecord], tmp_path: Path
+) -> None:
+    import shlex
+
+    from halfbyte.cli.main import cli
+
+    (row,) = measure(limit=5, backend=Backend(device="cpu", batch_size=2, arguments={"max_length": 64})).tasks
+    assert row.command is not None
+    words = shlex.split(row.command.replace("\\\n", " "))
+    assert words[:2] == ["halfbyte", "eval"]
+    out, cache = ["--out", str(tmp_path / "out")], ["--cache-dir", str(tmp_path / "cache")]
+    cli.main([*words[1:], *out, *cache], standalone_mode=False)
+    again = read_record(EvalRecord, tmp_path / "out/eval.json")
+    assert again.tasks[0].command == row.command
+    assert again.limit == 5
+
+    p = results.Prepared(
+        task=SuiteTask(suite="s", category="c", task="arc_challenge", title="ARC", shots=25),
+        loaded=None,
+        settings={"chat_template": False, "fewshot_as_multiturn": False},
+        digest="",
+    )
+    command = results.lm_eval_command("small", p, Backend(device="cpu", arguments={"max_length": 64}))
+    assert '--model_args pretrained="small",dtype=float32,max_length=64 ' in command
+
+
+def test_what_an_engine_cannot_answer_is_told_before_a_model_is_loaded(
+    tasks: Path, measure: Callable[..., EvalRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tenacity")
+    for method in ("_transformers", "_served"):
+        monkeypatch.setattr(Backend, method, lambda *a: pytest.fail("a model was loaded"))
+    server = Backend(name="openai-url", url="http://127.0.0.1:9/v1", base_url="http://127.0.0.1:9/v1")
+    chat = replace(server, chat=True)
+    with pytest.raises(UsageError, match="ferry_quiz: it compares probabilities"):
+        measure(backend=chat)
+    (tasks / "mine.yml").write_text("tasks: [{task: ferry_quiz, pictures: true}]\n")
+    with pytest.raises(UsageError, match="--backend openai-url: ferry_quiz: pictures are not shown to this engine"):
+        measure(suite=str(tasks / "mine.yml"), backend=server)
+    text = (tasks / "quiz.yaml").read_text().replace("multiple_choice", "generate_until").replace("acc_norm", "bleu")
+    text = text.replace("{metric: acc}", "{metric: exact_match}").replace("doc_to_choice: choices\n", "")
+    (tasks / "quiz.yaml").write_text(text + "generation_kwargs: {until: [x], max_gen_toks: 64}\n")
+    with pytest.raises(UsageError, match="its prompts are plain texts"):
+        measure(backend=chat)
+    with pytest.raises(UsageError, match="may have 64 tokens, which leaves nothing of a context of 64"):
+        measure(backend=Backend(device="cpu", arguments={"max_length": 64}))
+
+
+def test_prompts_that_were_cut_are_told(measure: Callable[..., EvalRecord]) -> None:
+    (whole,) = measure().tasks
+    assert whole.note is None
+    said: list[str] = []
+
+    class Listener(Silent):
+        def say(self, line: str) -> None:
+            said.append(line)
+
+    (row,) = measure(backend=Backend(device="cpu", arguments={"max_length": 8}), reporter=Listener()).tasks
+    assert row.note is not None
+    assert row.note.startswith(results.CUT)
+    assert sum(results.CUT in line for line in said) == 2
+
+
+def test_activations_that_are_not_rounded_are_told(
+    tiny_model: Models, measure: Callable[..., EvalRecord], tmp_path: Path
+) -> None:
+    from halfbyte import quantize
+
+    quantize(tiny_model("llama"), tmp_path / "w8a8", scheme="W8A8", method="rtn")
+    record = measure(tmp_path / "w8a8", baseline=tiny_model("llama"))
+    assert record.backend["activations"] == "not rounded"
+    assert "activations" not in measure().backend
+
+
+def test_results_belong_to_what_the_engine_runs(tiny_model: Models, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), folder)
+    engine = Backend(name="llamacpp")
+    converted = engine.identity(folder, baseline=False)
+    (folder / "mmproj.gguf").write_bytes(b"pictures")
+    assert engine.identity(folder, baseline=False) == converted
+    (folder / "small.gguf").write_bytes(b"one")
+    one = engine.identity(folder, baseline=False)
+    (folder / "small.gguf").write_bytes(b"two")
+    assert len({str(i) for i in (converted, one, engine.identity(folder, baseline=False))}) == 3
+
+    first = checkpoint_digest(open_checkpoint(folder, "model"))
+    (folder / "tekken.json").write_text("{}")
+    assert checkpoint_digest(open_checkpoint(folder, "model")) != first
+
+    class Listing(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"data": [{"id": "small-v2"}]}).encode())
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Listing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        found = Backend(name="openai-url", url=url).identity(folder, baseline=False)
+        server.shutdown()
+    assert (found["url"], found["model"]) == (url, "small-v2")
+
+
+def test_a_checkpoint_that_llama_cpp_cannot_run_is_told_before_the_baseline_is_measured(
+    tiny_model: Models, measure: Callable[..., EvalRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("xllamacpp")
+    from halfbyte import quantize
+
+    monkeypatch.setattr(Backend, "open", lambda *a, **k: pytest.fail("a model was loaded"))
+    quantize(tiny_model("llama"), tmp_path / "fp8", scheme="FP8_DYNAMIC")
+    with pytest.raises(HalfbyteError, match="float8 weights have no type in GGUF"):
+        measure(tmp_path / "fp8", baseline=tiny_model("llama"), backend=Backend(name="llamacpp"))

@@ -123,3 +123,28 @@ def test_mistakes_in_a_file_are_told_together() -> None:
     content = {"tasks": [{"task": "gsm8k", "shot": 5}, {"title": "x"}], "categori": "x"}
     with pytest.raises(UsageError, match=r"3 problems: .*'categori'.*'shot'.*Did you mean 'shots'.*no task is named"):
         suites.suite_of("mine", content, "mine.yaml")
+
+
+def test_a_task_of_the_suite_code_alone_is_run_in_the_sandbox(harness: Any) -> None:
+    whole = suites.load("code").tasks
+    found = suites.resolve([t.task for t in whole], harness)
+    assert [t for s in found for t in s.tasks] == whole
+
+
+def test_what_is_wrong_with_a_suite_s_file_is_told(harness: Any, tmp_path: Path) -> None:
+    texts = {
+        "broken": "tasks: [a",
+        "function": "task: x\ndoc_to_text: !function words.asked\n",
+        "task": "task: x\ndataset_path: json\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    messages = {}
+    for name in [*texts, "absent"]:
+        with pytest.raises(UsageError) as told:
+            suites.resolve([str(tmp_path / f"{name}.yaml")], harness)
+        messages[name] = str(told.value)
+    assert "is no YAML file of a suite" in messages["broken"]
+    assert "--tasks-dir" in messages["function"]
+    assert "--tasks-dir" in messages["task"]
+    assert "No such file" in messages["absent"]

@@ -1,7 +1,8 @@
 """``eval.json``: what an evaluation found, task by task. Every number of a card's or report's tables is from here.
 
-Scores are shares (0 to 1), recoveries percent. Bounds of intervals are ``None`` where there are none, as in records
-that were made from figures that somebody published without them. Never imports torch.
+Scores are as lm-eval has them, nearly always shares (0 to 1); recoveries are percent. Bounds of intervals are ``None``
+where there are none, as in records that were made from figures that somebody published without them. Never imports
+torch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,16 @@ from typing import Any
 
 EVAL_NAME = "eval.json"
 EVAL_FOLDER = "eval"
+
+
+def is_share(score: float, higher_is_better: bool) -> bool:
+    """Whether a score is a share of what there was to get, rather than an error, a perplexity or BLEU points."""
+    return higher_is_better and 0 <= score <= 1
+
+
+def score_text(score: float, *, share: bool) -> str:
+    """A score for a table: in percent where it is a share, else as it is."""
+    return f"{100 * score:.2f}" if share else f"{score:.4g}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +42,7 @@ class TaskResult:
         task: lm-eval's name (or ``humaneval`` and the like); title: what people call it; shots: examples in the prompt.
         metric: with its filter where that matters (``exact_match,strict-match``).
         base, value: scores of baseline and checkpoint.
+        higher_is_better: false for errors and perplexities.
         averaged: whether it enters its category's average.
         documents: how many were answered.
         recovery, difference and the fields after them: see :class:`halfbyte.evaluation.recovery.Recovery`.
@@ -49,6 +61,7 @@ class TaskResult:
     base: float
     value: float
     shots: int | None = None
+    higher_is_better: bool = True
     averaged: bool = True
     documents: int | None = None
     recovery: Estimated | None = None
@@ -65,6 +78,11 @@ class TaskResult:
     command: str | None = None
     samples: dict[str, str] = field(default_factory=dict)
     note: str | None = None
+
+    @property
+    def is_share(self) -> bool:
+        """Whether the scores are shares of what there was to get: only these have recoveries, and print in percent."""
+        return is_share(self.base, self.higher_is_better) and is_share(self.value, self.higher_is_better)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -465,8 +465,12 @@ def to_json(record: Any) -> str:
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Write a record so that a reader sees the old file or the new one, never a part: temporary, fsync, rename."""
-    text = to_json(record)
+    """Write a record; see :func:`write_text`."""
+    write_text(path, to_json(record))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part: temporary, fsync, rename."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as f:

@@ -47,9 +47,7 @@ def test_llama_cpp_answers_as_transformers_does(family: str, tiny_model: Models,
     folder = tiny_model(family, hidden_size=64, intermediate_size=128)
     convert(folder, tmp_path / "kept", to="gguf", dtype="float32")
     assert gguf_of(folder, tmp_path / "kept", Silent()) == tmp_path / "kept/model.gguf"
-    opened = Backend(device="cpu").open(
-        folder, baseline=False, pictures=False, cache=tmp_path, digest="x", reporter=Silent()
-    )
+    opened = Backend(device="cpu").open(folder, baseline=False, pictures=False, kept=tmp_path / "x", reporter=Silent())
     options = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
     prompts = [(q, dict(options)) for q, _ in QUESTIONS[:3]]
     with opened as reference:

@@ -1,6 +1,6 @@
 """Evaluation tables: rows of numbers from records, as text. Nothing is computed but quotients of two of them.
 
-Scores are printed in percent with two digits, recoveries with one, as most published cards do.
+Scores are printed in percent with two digits (what is no share: as it is), recoveries with one, as most cards do.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from halfbyte.evaluation.recovery import LEAST_BASE
-from halfbyte.evaluation_records import AverageResult, Estimated, EvalRecord, PublishedTable, TaskResult
+from halfbyte.evaluation_records import AverageResult, Estimated, EvalRecord, PublishedTable, TaskResult, score_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,10 +26,12 @@ class Row:
 
 
 def recovery_of(row: TaskResult | AverageResult) -> Estimated | None:
-    """The record's recovery; where it has none, the quotient of its two scores, without an interval."""
+    """The record's recovery; where it has none, the quotient of its scores, if they are shares, without an interval."""
     found = row.recovery if isinstance(row, TaskResult) else row.ratio_of_averages
     if found is not None:
         return found
+    if isinstance(row, TaskResult) and not row.is_share:
+        return None
     return Estimated(value=100 * row.value / row.base) if row.base >= LEAST_BASE else None
 
 
@@ -58,11 +60,12 @@ def rows_of(record: EvalRecord, absent: str = "N/A", average: str = "Average") -
 
 def row_of(result: TaskResult | AverageResult, title: str, absent: str) -> Row:
     """One line of text."""
+    share = not isinstance(result, TaskResult) or result.is_share
     return Row(
         category=result.category,
         title=title,
-        base=f"{100 * result.base:.2f}",
-        value=f"{100 * result.value:.2f}",
+        base=score_text(result.base, share=share),
+        value=score_text(result.value, share=share),
         recovery=shown(recovery_of(result), absent),
         average=isinstance(result, AverageResult),
     )

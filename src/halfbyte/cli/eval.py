@@ -13,7 +13,7 @@ from halfbyte.cli.console import emit, json_option, reporter
 from halfbyte.cli.options import device_option
 from halfbyte.errors import GateFailed
 from halfbyte.evaluation.code_execution import WARNING
-from halfbyte.evaluation_records import Estimated, EvalRecord
+from halfbyte.evaluation_records import Estimated, EvalRecord, score_text
 
 
 @click.command("eval")
@@ -142,8 +142,8 @@ def render(console: Console, record: EvalRecord) -> None:
         table.add_row(
             row.title,
             str(row.documents),
-            f"{100 * row.base:.2f}",
-            f"{100 * row.value:.2f}",
+            score_text(row.base, share=row.is_share),
+            score_text(row.value, share=row.is_share),
             *recovery_cells(row.recovery),
             flips,
             p,

@@ -20,11 +20,17 @@ from typing import Any
 
 from halfbyte.checkpoint.source import resolve
 from halfbyte.errors import MissingDependencyError, UsageError
+from halfbyte.evaluation.identity import file_digest
 from halfbyte.progress import Reporter
+from halfbyte.serving.choice import read_served
+from halfbyte.serving.machine import find_vllm, look
 
 NAMES = ("hf", "vllm", "llamacpp", "openai-url")
 BATCH_SIZE = 4
-SERVED_TOKENS = 2048  # of a sequence, where vLLM is served and --backend-args says nothing
+# Of a sequence, where --backend-args has no max_length: what vLLM is served with at most, llama.cpp's, lm-eval's API's.
+SERVED_TOKENS = 8192
+LLAMACPP_TOKENS = 4096
+API_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +54,63 @@ class Backend:
     chat: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
 
-    def identity(self) -> dict[str, Any]:
-        """What of it can change a result."""
-        return {"backend": self.name, "chat": self.chat, "arguments": self.arguments}
+    def identity(self, folder: Path, *, baseline: bool) -> dict[str, Any]:
+        """What of it can change the results of a checkpoint, beside the checkpoint.
+
+        Raises:
+            UsageError: no server answers, or there is no vLLM where HALFBYTE_VLLM_PYTHON says.
+        """
+        found = {"backend": self.name, "chat": self.chat, "arguments": self.arguments}
+        url = self.base_url if baseline else self.url
+        if self.name == "openai-url" and url is not None:
+            found |= {"url": url, "model": served_name(url)}
+        elif self.name == "llamacpp":
+            from halfbyte.evaluation.llamacpp import own_gguf
+
+            own = own_gguf(folder)
+            found |= {} if own is None else {"gguf_sha256": file_digest(own)}
+        elif self.name == "vllm" and (vllm := find_vllm()) is not None:
+            found["vllm"] = vllm.version
+        return found
+
+    @property
+    def serves_vllm(self) -> bool:
+        """Whether vLLM is in an environment of its own, so that it is asked over HTTP."""
+        return self.name == "vllm" and not importlib.util.find_spec("vllm")
+
+    def context(self, folder: Path) -> int | None:
+        """Tokens of prompt and answer together, at most; ``None`` where it is not known."""
+        own = read_served(folder).context
+        default = {"llamacpp": LLAMACPP_TOKENS, "openai-url": API_TOKENS}.get(self.name, own)
+        if self.serves_vllm:
+            default = min(own or SERVED_TOKENS, SERVED_TOKENS)
+        given: Any = self.arguments.get("max_length", default)
+        if given is None:
+            return None
+        return min(int(given), own) if self.serves_vllm and own is not None else int(given)
+
+    def rounds_activations(self, folder: Path) -> bool:
+        """Whether inputs of Linears are rounded if a checkpoint (W8A8, W4A8, FP8) asks for it: vLLM and servers do."""
+        asked = any(w.input_bits for w in read_served(folder).weights)
+        return not asked or self.name in ("vllm", "openai-url")
+
+    def make_ready(self, folder: Path, kept: Path, reporter: Reporter) -> None:
+        """Do what can fail before a model is loaded: convert to GGUF, or see whether vLLM has kernels for it.
+
+        Args:
+            folder: the checkpoint; kept: folder for its GGUF.
+
+        Raises:
+            HalfbyteError: the engine cannot run these weights.
+        """
+        if self.name == "llamacpp":
+            from halfbyte.evaluation.llamacpp import gguf_of
+
+            gguf_of(folder, kept, reporter)
+        elif self.serves_vllm:
+            from halfbyte.evaluation.vllm_server import require_kernels
+
+            require_kernels(read_served(folder), look())
 
     def check(self, *, baseline: bool) -> None:
         """Raise what makes it unusable, before any work.
@@ -77,20 +137,26 @@ class Backend:
                 remedy="Install it, or set HALFBYTE_VLLM_PYTHON to the interpreter of its own environment "
                 "(envs/make.sh vllm makes one).",
             )
-        if self.name == "openai-url" or (self.name == "vllm" and not importlib.util.find_spec("vllm")):
+        if self.name == "openai-url" or self.serves_vllm:
             for package in ("aiohttp", "tenacity"):
                 require(package, "eval", f"--backend {self.name}")
 
+    def device_used(self) -> str:
+        """``cuda`` or ``cpu``: where ``hf`` runs models."""
+        import torch
+
+        return self.device if self.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+
     @contextlib.contextmanager
     def open(
-        self, checkpoint: str | Path, *, baseline: bool, pictures: bool, cache: Path, digest: str, reporter: Reporter
+        self, checkpoint: str | Path, *, baseline: bool, pictures: bool, kept: Path, reporter: Reporter
     ) -> Iterator[Any]:
         """An ``lm_eval.api.model.LM`` for a checkpoint, closed at the end.
 
         Args:
             checkpoint: a folder or hub id; baseline: which of the two servers is its.
             pictures: whether tasks show some.
-            cache: folder for what is worth keeping (GGUF); digest: names it.
+            kept: folder for its GGUF; a log of vLLM's lies beside it.
         """
         folder = resolve(checkpoint)
         if self.name == "hf":
@@ -98,15 +164,14 @@ class Backend:
         elif self.name == "llamacpp":
             from halfbyte.evaluation.llamacpp import LlamaCppLM, gguf_of
 
-            with contextlib.closing(
-                LlamaCppLM(gguf_of(folder, cache / digest, reporter), folder, **self.arguments)
-            ) as lm:
+            options = {"max_length": LLAMACPP_TOKENS} | self.arguments
+            with contextlib.closing(LlamaCppLM(gguf_of(folder, kept, reporter), folder, **options)) as lm:
                 yield lm
         elif self.name == "openai-url":
             url = self.base_url if baseline else self.url
             assert url is not None
             yield self._served(url, folder, None)
-        elif importlib.util.find_spec("vllm"):
+        elif not self.serves_vllm:
             from lm_eval.api.registry import get_model
 
             kind = get_model("vllm-vlm" if pictures else "vllm")
@@ -114,10 +179,10 @@ class Backend:
         else:
             from halfbyte.evaluation.vllm_server import MODEL, serving
 
-            length, log = int(self.arguments.get("max_length", SERVED_TOKENS)), cache / f"{digest}.vllm.log"
+            length, log = self.context(folder) or SERVED_TOKENS, kept.with_name(f"{kept.name}.vllm.log")
             with serving(folder, tokens=length, parallel=self.batch_size, log=log, reporter=reporter) as launch:
-                url = f"http://127.0.0.1:{launch.port}/v1"
-                yield self._served(url, folder, MODEL, header={"Authorization": f"Bearer {launch.key}"})
+                url, header = f"http://127.0.0.1:{launch.port}/v1", {"Authorization": f"Bearer {launch.key}"}
+                yield self._served(url, folder, MODEL, header=header, max_length=length)
 
     def _transformers(self, folder: Path, pictures: bool) -> Any:
         import torch
@@ -125,13 +190,14 @@ class Backend:
 
         from halfbyte.loading import load
 
-        device = self.device if self.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-        model = load(folder, dtype=torch.float32 if device == "cpu" else None, device=device)
+        device = self.device_used()
+        model: Any = load(folder, dtype=torch.float32 if device == "cpu" else None, device=device)
         options = {"batch_size": self.batch_size, **self.arguments}
         if pictures:
             from lm_eval.models.hf_vlms import HFMultimodalLM
 
-            return HFMultimodalLM(pretrained=model, tokenizer=str(folder), **options)
+            model.config._name_or_path = str(folder)  # where it looks for the processor
+            return HFMultimodalLM(pretrained=model, **options)
         from lm_eval.models.huggingface import HFLM
 
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -142,8 +208,8 @@ class Backend:
 
         kind, path = (LocalChatCompletion, "chat/completions") if self.chat else (LocalCompletionsAPI, "completions")
         # transformers' tokenizers put BOS before texts where the model wants it; lm-eval's API classes have to be told.
-        options |= {"num_concurrent": self.batch_size, "max_retries": 3, "add_bos_token": opens_with_bos(folder)}
-        options |= self.arguments
+        usual = {"num_concurrent": self.batch_size, "max_retries": 3, "add_bos_token": opens_with_bos(folder)}
+        options = usual | self.arguments | options
         backend = None if self.chat else "huggingface"
         name = model or served_name(url)
         lm = kind(

@@ -47,6 +47,7 @@ def compare(
     tokens: int | None = None,
     window: int = 512,
     device: str = "auto",
+    out: Path | None = None,
     reporter: Reporter | None = None,
 ) -> CompareRecord:
     """Measure the divergence of ``checkpoint`` from ``base``.
@@ -57,10 +58,11 @@ def compare(
         tokens: score at most so many tokens.
         window: inputs in a window.
         device: ``auto``, ``cpu`` or ``cuda``.
+        out: folder for ``compare.json``; ``None`` is the checkpoint's.
         reporter: hears progress.
 
     Returns:
-        the record, which is also written to ``compare.json`` in the checkpoint's folder where that is writable.
+        the record, which is also written to ``compare.json`` where the folder is writable.
     """
     reuse_freed_memory()
     reporter = reporter or Silent()
@@ -92,10 +94,11 @@ def compare(
         versions={p: version(p) for p in ("halfbyte", "torch", "transformers")},
         by_window=scores.by_window(),
     )
+    out = out or folders[1]
     try:
-        write_json(folders[1] / COMPARE_NAME, record)
+        write_json(out / COMPARE_NAME, record)
     except OSError:
-        reporter.say(f"{folders[1]} cannot be written, so {COMPARE_NAME} was not left there")
+        reporter.say(f"{out} cannot be written, so {COMPARE_NAME} was not left there")
     return record
 
 

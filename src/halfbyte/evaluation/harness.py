@@ -28,6 +28,9 @@ from halfbyte.evaluation.suites import SuiteTask, folder
 
 FEWSHOT_SEED = 1234  # lm-eval's own, for all its seeds
 TOLERANCE = 1e-6
+ANSWER_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names
+DEFAULT_ANSWER = 256  # lm-eval's
+MODELS_LOG = "lm_eval.models"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,8 @@ class TaskScores:
         shots: examples in the prompt.
         digest: of configuration and documents.
         weights: subtask -> share in ``value``; empty where ``value`` is no weighted mean of documents' scores.
+        higher_is_better: false for errors and perplexities.
+        cut: whether prompts were longer than the engine's context and lost their beginning.
     """
 
     task: str
@@ -67,6 +72,8 @@ class TaskScores:
     digest: str
     weights: dict[str, float]
     answers: list[Answered]
+    higher_is_better: bool = True
+    cut: bool = False
 
 
 class Harness:
@@ -105,6 +112,10 @@ class Harness:
     def knows(self, name: str) -> bool:
         """Whether there is such a task or group."""
         return name in self.near.task_index or name in self.everything.task_index
+
+    def is_local(self, name: str) -> bool:
+        """Whether a task is halfbyte's own or from the user's folder, so that lm-eval's command does not find it."""
+        return name in self.near.task_index
 
     def known(self) -> set[str]:
         """Names of all tasks and groups."""
@@ -154,6 +165,15 @@ class Harness:
             )
         return loaded
 
+    def kinds(self, loaded: Any) -> set[str]:
+        """Of requests: ``generate_until``, ``multiple_choice`` and so on."""
+        return {str(leaf.OUTPUT_TYPE) for leaf in loaded["tasks"].values()}
+
+    def answer_tokens(self, loaded: Any) -> int:
+        """How long the longest answer may be."""
+        options = [leaf.get_config("generation_kwargs") or {} for leaf in loaded["tasks"].values()]
+        return max(int(next((o[n] for n in ANSWER_TOKENS if o.get(n)), DEFAULT_ANSWER)) for o in options)
+
     def settings(self, task: SuiteTask, *, has_template: bool) -> dict[str, Any]:
         """How a task is asked."""
         chat = (task.chat_template if self.chat_template is None else self.chat_template) and has_template
@@ -168,7 +188,7 @@ class Harness:
 
     def digest(self, loaded: Any, settings: dict[str, Any]) -> str:
         """sha256 of what is asked; without paths, which say where data are and not what they are."""
-        configs = {name: leaf.dump_config() for name, leaf in loaded["tasks"].items()}
+        configs = {name: leaf.config.to_dict(keep_callable=True) for name, leaf in loaded["tasks"].items()}
         for config in configs.values():
             config.pop("dataset_kwargs", None)
         return task_digest(configs, {n: self._documents(t) for n, t in loaded["tasks"].items()}, settings)
@@ -218,6 +238,7 @@ class Harness:
             digest=digest,
             weights=weights_of(answers, value),
             answers=answers,
+            higher_is_better=all(leaf.higher_is_better().get(metric) is not False for leaf in loaded["tasks"].values()),
         )
 
 
@@ -242,6 +263,31 @@ def quieten() -> None:
     import datasets
 
     datasets.disable_progress_bars()
+
+
+class Cuts(logging.Handler):
+    """Hears, while it is entered, whether lm-eval's models cut prompts: they only tell their logs."""
+
+    found = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR:
+            logging.getLogger("lm_eval").handle(record)
+        elif "truncat" in record.getMessage().lower():
+            self.found = True
+
+    def __enter__(self) -> Cuts:
+        models = logging.getLogger(MODELS_LOG)
+        models.setLevel(logging.WARNING)
+        models.propagate = False
+        models.addHandler(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        models = logging.getLogger(MODELS_LOG)
+        models.setLevel(logging.NOTSET)
+        models.propagate = True
+        models.removeHandler(self)
 
 
 def choose_metric(found: Any, task: SuiteTask) -> tuple[str, str]:
@@ -276,7 +322,7 @@ def answered(name: str, sample: dict[str, Any], metric: str) -> Answered:
     score: Any = sample.get(metric)
     is_number = isinstance(score, bool | int | float) or hasattr(score, "item")
     number = float(score) if is_number else None
-    identity = plain([sample["doc_hash"], sample["prompt_hash"], sample["target_hash"]])
+    identity = plain([sample["doc"], sample["prompt_hash"], sample["target_hash"]])
     return Answered(
         task=name,
         document=int(sample["doc_id"]),

@@ -5,7 +5,9 @@ lm-eval's own cache of responses knows none of these, so two models that share a
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,6 +27,7 @@ SHAPING = (
     "added_tokens.json",
     "merges.txt",
     "vocab.json",
+    "tekken.json",
 )
 
 
@@ -62,12 +65,17 @@ def plain(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, default=_stand_in)
 
 
-def _stand_in(value: Any) -> str:
-    """What stands for a value that JSON has no form for: bytes and pictures by their contents."""
+def _stand_in(value: Any) -> Any:
+    """What stands for a value that JSON has no form for: bytes and pictures by their contents, functions by source."""
     if isinstance(value, bytes):
         return hashlib.sha256(value).hexdigest()
     if hasattr(value, "tobytes") and hasattr(value, "size"):
         return f"{value.size} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
     if callable(value):
-        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+        try:
+            return inspect.getsource(value)
+        except (OSError, TypeError):  # built in, or an object that can be called
+            return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
     return str(value)

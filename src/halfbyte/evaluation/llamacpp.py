@@ -8,6 +8,7 @@ before it stays in the cache. Choices of one token cost one pass.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import urllib.error
 import urllib.request
@@ -19,18 +20,23 @@ from transformers import AutoTokenizer
 
 from halfbyte.conversion.run import convert
 from halfbyte.errors import CheckpointError, HalfbyteError, UsageError
+from halfbyte.evaluation.harness import MODELS_LOG
 from halfbyte.progress import Reporter
 
 MODEL_FILE = "model.gguf"
 TIMEOUT_S = 1800
 
 
+def own_gguf(folder: Path) -> Path | None:
+    """The first GGUF in a checkpoint's folder."""
+    return next((f for f in sorted(folder.glob("*.gguf")) if not f.name.startswith("mmproj")), None)
+
+
 def gguf_of(folder: Path, kept: Path, reporter: Reporter) -> Path:
     """The GGUF of a checkpoint: the one in its folder, or one that is converted now and kept."""
-    own = sorted(folder.glob("*.gguf"))
-    own = [f for f in own if not f.name.startswith("mmproj")]
-    if own:
-        return own[0]
+    own = own_gguf(folder)
+    if own is not None:
+        return own
     if not (kept / MODEL_FILE).exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         convert(folder, kept, to="gguf", resume=True, reporter=reporter)
@@ -95,6 +101,11 @@ class LlamaCppLM(TemplateLM):  # type: ignore[misc]
         special = not (bos and string.startswith(bos)) if add_special_tokens is None else add_special_tokens
         return list(self.tokenizer.encode(string, add_special_tokens=special))
 
+    def _cut(self, tokens: list[int], length: int) -> list[int]:
+        if len(tokens) > length:
+            logging.getLogger(MODELS_LOG).warning("truncated from %d to %d tokens", len(tokens), length)
+        return tokens[-length:]
+
     def _post(self, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(
             self._server.listening_address + "/completion",
@@ -126,7 +137,7 @@ class LlamaCppLM(TemplateLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         results = []
         for pair, context, continuation in requests:
-            tokens = (context + continuation)[-self._max_length + 1 :]
+            tokens = self._cut(context + continuation, self._max_length - 1)
             start = len(tokens) - len(continuation)
             parts = [self._next(tokens[:i], tokens[i]) for i in range(start, len(tokens))]
             result = (sum(p for p, _ in parts), all(greedy for _, greedy in parts))
@@ -150,7 +161,7 @@ class LlamaCppLM(TemplateLM):  # type: ignore[misc]
             length = int(options.get("max_gen_toks", options.get("max_new_tokens", 256)))
             sampled = bool(options.get("do_sample")) and float(options.get("temperature", 0)) > 0
             body = {
-                "prompt": self.tok_encode(context)[-(self._max_length - length) :],
+                "prompt": self._cut(self.tok_encode(context), self._max_length - length),
                 "n_predict": length,
                 "temperature": float(options["temperature"]) if sampled else -1.0,
                 "stop": until,

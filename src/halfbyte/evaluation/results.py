@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from halfbyte.evaluation.harness import Answered, TaskScores
 from halfbyte.evaluation.recovery import Interval, Stratum, average, recovery
 from halfbyte.evaluation.suites import SuiteTask
 from halfbyte.evaluation_records import AverageResult, Estimated, TaskResult
-from halfbyte.records import CompareRecord
+from halfbyte.records import CompareRecord, write_text
+
+CUT = "some prompts were longer than the engine's context and lost their beginning"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +58,9 @@ def strata_of(base: TaskScores, value: TaskScores, where: str) -> list[Stratum]:
 
 
 def row_of(p: Prepared, base: TaskScores, value: TaskScores, command: str) -> tuple[TaskResult, list[Stratum]]:
-    """A row of the record, and the pairs that it is of (none where the metric has none by document)."""
+    """A row of the record, and the pairs that its recovery is of (none where it has no recovery)."""
     strata = strata_of(base, value, p.task.task)
+    cut = CUT if base.cut or value.cut else None
     plain_row = TaskResult(
         suite=p.task.suite,
         category=p.task.category,
@@ -64,6 +68,7 @@ def row_of(p: Prepared, base: TaskScores, value: TaskScores, command: str) -> tu
         title=p.task.label,
         metric=value.metric,
         shots=value.shots if p.task.shown_shots is None else p.task.shown_shots,
+        higher_is_better=value.higher_is_better,
         base=base.value,
         value=value.value,
         documents=len(value.answers),
@@ -73,8 +78,16 @@ def row_of(p: Prepared, base: TaskScores, value: TaskScores, command: str) -> tu
     )
     if not strata:
         note = "the metric is no mean over documents, so there is no interval"
-        return dataclasses.replace(plain_row, note=note), []
+        return dataclasses.replace(plain_row, note=with_note(cut, note)), []
     r = recovery(strata)
+    if not plain_row.is_share:
+        return dataclasses.replace(
+            plain_row,
+            difference=estimated(r.difference),
+            difference_se=r.difference_se,
+            unpaired_se=r.unpaired_se,
+            note=with_note(cut, "no share of right answers" if plain_row.higher_is_better else "lower is better"),
+        ), []
     return (
         dataclasses.replace(
             plain_row,
@@ -87,10 +100,17 @@ def row_of(p: Prepared, base: TaskScores, value: TaskScores, command: str) -> tu
             mcnemar_p=r.mcnemar_p,
             flips_high=r.flips_high,
             verdict=r.verdict,
-            note=None if r.recovery else "the baseline scores less than 1 %, so there is nothing to recover",
+            note=with_note(
+                cut, None if r.recovery else "the baseline scores less than 1 %, so there is nothing to recover"
+            ),
         ),
         strata,
     )
+
+
+def with_note(*notes: str | None) -> str | None:
+    """Notes as one."""
+    return "; ".join(filter(None, notes)) or None
 
 
 def estimated(found: Interval | None) -> Estimated | None:
@@ -141,15 +161,16 @@ def measured(
     return found
 
 
-def command_of(checkpoint: str | Path, p: Prepared, backend: Backend) -> str:
-    """lm-eval's own command for the checkpoint's score, with vLLM where the backend is none that it can name."""
-    name = str(checkpoint)
-    if p.task.runs_code:
-        return f"halfbyte eval {name} --baseline BASE --suite code --allow-code-execution"
-    kind = {"hf": "hf", "vllm": "vllm"}.get(backend.name, "vllm")
+def lm_eval_command(checkpoint: str | Path, p: Prepared, backend: Backend) -> str:
+    """lm-eval's own command for the checkpoint's score, of a task and an engine (``hf``, ``vllm``) that it can name."""
+    arguments = {"pretrained": f'"{checkpoint}"', "dtype": "auto"} | backend.arguments
+    kind = backend.name
+    if kind == "hf":
+        arguments["dtype"] = "float32" if backend.device_used() == "cpu" else "auto"
     if p.task.pictures:
         kind = {"hf": "hf-multimodal", "vllm": "vllm-vlm"}[kind]
-    parts = ["lm_eval", f"--model {kind}", f'--model_args pretrained="{name}",dtype=auto', f"--tasks {p.task.task}"]
+    given = ",".join(f"{k}={v}" for k, v in arguments.items())
+    parts = ["lm_eval", f"--model {kind}", f"--model_args {given}", f"--tasks {p.task.task}"]
     if p.task.shots is not None:
         parts.append(f"--num_fewshot {p.task.shots}")
     if p.settings["chat_template"]:
@@ -159,7 +180,45 @@ def command_of(checkpoint: str | Path, p: Prepared, backend: Backend) -> str:
         parts.append(f"--gen_kwargs max_gen_toks={p.task.max_gen_toks}")
     if p.settings.get("limit"):
         parts.append(f"--limit {p.settings['limit']}")
+    if backend.name == "hf":
+        parts.append(f"--device {backend.device_used()}")
     parts.append("--batch_size auto")
+    return " \\\n  ".join(parts)
+
+
+def halfbyte_command(
+    checkpoint: str | Path,
+    baseline: str | Path,
+    suite: str,
+    backend: Backend,
+    *,
+    limit: int | None,
+    tasks_dir: Path | None,
+    chat_template: bool | None,
+    runs_code: bool,
+) -> str:
+    """``halfbyte eval`` for a task that lm-eval does not have, or an engine that it cannot start."""
+    options: dict[str, Any] = {
+        "--baseline": baseline,
+        "--suite": suite,
+        "--tasks-dir": tasks_dir,
+        "--backend": backend.name,
+        "--backend-args": ",".join(f"{k}={v}" for k, v in backend.arguments.items()) or None,
+        "--url": backend.url,
+        "--base-url": backend.base_url,
+        "--limit": limit,
+        "--batch-size": backend.batch_size,
+        "--device": backend.device_used() if backend.name == "hf" else None,
+    }
+    flags = {
+        "--chat-completions": backend.chat,
+        "--chat-template": chat_template is True,
+        "--no-chat-template": chat_template is False,
+        "--allow-code-execution": runs_code,
+    }
+    parts = [f"halfbyte eval {shlex.quote(str(checkpoint))}"]
+    parts += [f"{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+    parts += [name for name, is_set in flags.items() if is_set]
     return " \\\n  ".join(parts)
 
 
@@ -170,6 +229,6 @@ def write_samples(folder: Path, p: Prepared, scores: dict[str, TaskScores]) -> d
     for side, found in scores.items():
         path = folder / f"{p.task.suite}.{p.task.task}.{side}.jsonl"
         lines = [json.dumps(dataclasses.asdict(a), ensure_ascii=False) + "\n" for a in found.answers]
-        path.write_text("".join(lines), encoding="utf-8")
+        write_text(path, "".join(lines))
         paths[side] = f"{folder.name}/{path.name}"
     return paths

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,13 +26,25 @@ from halfbyte.errors import HalfbyteError, UsageError, raise_all
 from halfbyte.evaluation import coding, suites
 from halfbyte.evaluation.backends import Backend, require
 from halfbyte.evaluation.gates import Gate, failures, needs_divergence
-from halfbyte.evaluation.harness import Harness, TaskScores
+from halfbyte.evaluation.harness import Cuts, Harness, TaskScores
 from halfbyte.evaluation.identity import checkpoint_digest, plain
-from halfbyte.evaluation.results import Prepared, averages_of, command_of, measured, row_of, write_samples
+from halfbyte.evaluation.obstacles import obstacle, require_same_template
+from halfbyte.evaluation.results import (
+    CUT,
+    Prepared,
+    averages_of,
+    halfbyte_command,
+    lm_eval_command,
+    measured,
+    row_of,
+    write_samples,
+)
 from halfbyte.evaluation_records import (
     EVAL_FOLDER,
     EVAL_NAME,
     EvalRecord,
+    is_share,
+    score_text,
 )
 from halfbyte.progress import Reporter, Silent
 from halfbyte.records import CompareRecord, from_plain, write_json
@@ -96,26 +109,48 @@ def evaluate(
     _require_writable(out)
     wanted = [suite] if isinstance(suite, str) else list(suite)
     harness, chosen = _harness(wanted, tasks_dir, limit, chat_template)
-    prepared = _prepare(harness, chosen, folders["checkpoint"], backend, allow_code_execution, limit)
+    prepared = _prepare(harness, chosen, folders["checkpoint"], backend, allow_code_execution, limit, gates)
+    if not backend.chat and any(p.settings["chat_template"] for p in prepared):
+        require_same_template(folders)
     opened = {side: open_checkpoint(folder, str(folder)) for side, folder in folders.items()}
     digests = {side: checkpoint_digest(c) for side, c in opened.items()}
-    store = _Store(cache or cache_folder(), backend, resume=resume)
+    store = _Store(cache or cache_folder(), resume=resume)
+    engines = {side: backend.identity(folder, baseline=side == "base") for side, folder in folders.items()}
+    keys = {side: store.key(digests[side], backend.name, engines[side]) for side in folders}
+    for side in ("checkpoint", "base"):
+        if any(store.get(keys[side], p) is None for p in prepared):
+            backend.make_ready(folders[side], store.models(digests[side]), reporter)
+    rounded = backend.rounds_activations(folders["checkpoint"])
+    if not rounded:
+        reporter.say(f"{backend.name} does not round activations as {checkpoint} asks: its scores are of weights alone")
     names = {"base": baseline, "checkpoint": checkpoint}
     scores = {
-        side: _measure(side, names[side], digests[side], prepared, harness, backend, store, reporter)
+        side: _measure(side, names[side], keys[side], digests[side], prepared, harness, backend, store, reporter)
         for side in folders
     }
+    asked = {s.name: word for word, s in zip(wanted, chosen, strict=True)}
     rows, pairs = [], []
     for number, p in enumerate(prepared):
-        row, strata = row_of(
-            p, scores["base"][number], scores["checkpoint"][number], command_of(checkpoint, p, backend)
-        )
+        if p.task.runs_code or harness.is_local(p.task.task) or backend.name not in ("hf", "vllm"):
+            command = halfbyte_command(
+                checkpoint,
+                baseline,
+                p.task.task if p.task.suite == "code" else asked[p.task.suite],
+                backend,
+                limit=limit,
+                tasks_dir=tasks_dir,
+                chat_template=chat_template,
+                runs_code=p.task.runs_code,
+            )
+        else:
+            command = lm_eval_command(checkpoint, p, backend)
+        row, strata = row_of(p, scores["base"][number], scores["checkpoint"][number], command)
         samples = write_samples(out / EVAL_FOLDER, p, {side: s[number] for side, s in scores.items()})
         rows.append(dataclasses.replace(row, samples=samples))
         pairs.append(strata)
     divergence = None
     if any(s.divergence for s in chosen) or needs_divergence(gates):
-        divergence = _divergence(baseline, checkpoint, reporter)
+        divergence = _divergence(baseline, checkpoint, backend.device, out, reporter)
     averages = averages_of(rows, pairs)
     record = EvalRecord(
         format_version=FORMAT_VERSION,
@@ -124,7 +159,9 @@ def evaluate(
         base_sha256=digests["base"],
         checkpoint_sha256=digests["checkpoint"],
         suites=wanted,
-        backend=backend.identity() | {"batch_size": backend.batch_size},
+        backend=engines["checkpoint"]
+        | {"batch_size": backend.batch_size}
+        | ({} if rounded else {"activations": "not rounded"}),
         limit=limit,
         tasks=rows,
         averages=averages,
@@ -155,14 +192,22 @@ def _prepare(
     backend: Backend,
     allow_code: bool,
     limit: int | None,
+    gates: list[Gate],
 ) -> list[Prepared]:
     """Load every task's data and configuration; all that is wrong is told at once."""
     tasks = [t for s in chosen for t in s.tasks]
     if not tasks:
         raise UsageError("no task is named", where="--suite")
-    twice = sorted({t.task for t in tasks if [u.task for u in tasks].count(t.task) > 1 and t.suite == "quick"})
+    places = Counter((t.suite, t.task) for t in tasks)
+    twice = [f"{task} of {suite}" for (suite, task), count in places.items() if count > 1]
     if twice:
-        raise UsageError(f"{', '.join(twice)} would be measured twice", where="--suite")
+        raise UsageError(f"{', '.join(twice)} would be measured twice", where="--suite", remedy="Name each once.")
+    several = {task for task, count in Counter(t.task for t in tasks).items() if count > 1}
+    for gate in gates:
+        if gate.name.partition(".")[2] in several:
+            raise UsageError(
+                "several of the suites have this task", where=f"--gate {gate}", remedy="Measure the suites one by one."
+            )
     programs = [t.task for t in tasks if t.runs_code]
     if programs and not allow_code:
         raise UsageError(
@@ -170,9 +215,7 @@ def _prepare(
             where="--suite",
             remedy="Add --allow-code-execution if you accept that; its help says what it does not protect from.",
         )
-    if backend.name == "llamacpp" and any(t.pictures for t in tasks):
-        raise UsageError("tasks with pictures are not asked of llama.cpp", where="--backend llamacpp")
-    has_template = _has_template(folder)
+    has_template, context = _has_template(folder), backend.context(folder)
     problems: list[HalfbyteError] = []
     prepared = []
     for task in tasks:
@@ -181,11 +224,23 @@ def _prepare(
                 found = coding.problems_of(task.task, limit)
                 digest = coding.digest_of(task.task, found, ENGINE_OF_CODE)
                 prepared.append(Prepared(task=task, loaded=found, settings=dict(ENGINE_OF_CODE), digest=digest))
-                continue
-            loaded = harness.load(task)
-            settings = harness.settings(task, has_template=has_template)
-            digest = harness.digest(loaded, settings)
-            prepared.append(Prepared(task=task, loaded=loaded, settings=settings, digest=digest))
+                kinds, answer_tokens = {"generate_until"}, coding.MAX_TOKENS
+            else:
+                loaded = harness.load(task)
+                settings = harness.settings(task, has_template=has_template)
+                digest = harness.digest(loaded, settings)
+                prepared.append(Prepared(task=task, loaded=loaded, settings=settings, digest=digest))
+                kinds, answer_tokens = harness.kinds(loaded), harness.answer_tokens(loaded)
+            problem = obstacle(
+                task,
+                backend,
+                kinds=kinds,
+                answer_tokens=answer_tokens,
+                context=context,
+                chat_template=bool(prepared[-1].settings["chat_template"]),
+            )
+            if problem is not None:
+                problems.append(problem)
         except HalfbyteError as e:
             problems.append(e)
     raise_all(problems)
@@ -200,22 +255,21 @@ def _has_template(folder: Path) -> bool:
 
 
 class _Store:
-    """Scores by model, engine and task."""
+    """Scores by model, engine and task. A model's key is :meth:`key`'s."""
 
-    def __init__(self, folder: Path, backend: Backend, *, resume: bool) -> None:
+    def __init__(self, folder: Path, *, resume: bool) -> None:
         self.folder, self.resume = folder, resume
-        engine = hashlib.sha256(plain([backend.identity(), _engine_version(backend)]).encode()).hexdigest()[:12]
-        self.engine = f"{backend.name}-{engine}"
 
-    def model(self, digest: str) -> Path:
-        return self.folder / f"{digest[:32]}-{self.engine}"
+    def key(self, digest: str, backend: str, engine: dict[str, Any]) -> str:
+        known = hashlib.sha256(plain([engine, _engine_version(backend)]).encode()).hexdigest()[:12]
+        return f"{digest[:32]}-{backend}-{known}"
 
-    def path(self, digest: str, p: Prepared) -> Path:
+    def path(self, key: str, p: Prepared) -> Path:
         metric = hashlib.sha256((p.task.metric or "").encode()).hexdigest()[:6]
-        return self.model(digest) / f"{p.task.task}-{p.digest[:24]}-{metric}.json"
+        return self.folder / key / f"{p.task.task}-{p.digest[:24]}-{metric}.json"
 
-    def get(self, digest: str, p: Prepared) -> TaskScores | None:
-        path = self.path(digest, p)
+    def get(self, key: str, p: Prepared) -> TaskScores | None:
+        path = self.path(key, p)
         if not self.resume or not path.exists():
             return None
         try:
@@ -224,20 +278,24 @@ class _Store:
             return None  # of another version, or cut short by a full disk: measured anew
         return found
 
-    def put(self, digest: str, p: Prepared, scores: TaskScores) -> None:
-        path = self.path(digest, p)
+    def put(self, key: str, p: Prepared, scores: TaskScores) -> None:
+        path = self.path(key, p)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, scores)
 
-    def responses(self, digest: str, p: Prepared) -> Path:
-        path = self.model(digest) / f"responses-{p.task.task}-{p.digest[:24]}.db"
+    def responses(self, key: str, p: Prepared) -> Path:
+        path = self.folder / key / f"responses-{p.task.task}-{p.digest[:24]}.db"
         if not self.resume:
             path.unlink(missing_ok=True)
         return path
 
+    def models(self, digest: str) -> Path:
+        """Folder for a model's GGUF; beside it are logs."""
+        return self.folder / "models" / digest[:32]
 
-def _engine_version(backend: Backend) -> str:
-    package = {"hf": "transformers", "vllm": "vllm", "llamacpp": "xllamacpp"}.get(backend.name)
+
+def _engine_version(backend: str) -> str:
+    package = {"hf": "transformers", "vllm": "vllm", "llamacpp": "xllamacpp"}.get(backend)
     found = _versions()
     return found.get(package or "", "") + " lm-eval " + found.get("lm-eval", "")
 
@@ -245,6 +303,7 @@ def _engine_version(backend: Backend) -> str:
 def _measure(
     side: str,
     name: str | Path,
+    key: str,
     digest: str,
     prepared: list[Prepared],
     harness: Harness,
@@ -253,22 +312,22 @@ def _measure(
     reporter: Reporter,
 ) -> list[TaskScores]:
     """Scores of one model on every task; the engine is started only when one is not in the cache."""
-    found = [store.get(digest, p) for p in prepared]
-    kept = sum(f is not None for f in found)
-    if kept:
-        reporter.say(f"{side} {name}: {kept} of {len(prepared)} tasks are in the cache")
-    if kept == len(prepared):
+    found = [store.get(key, p) for p in prepared]
+    known = sum(f is not None for f in found)
+    if known:
+        reporter.say(f"{side} {name}: {known} of {len(prepared)} tasks are in the cache")
+    if known == len(prepared):
         return [f for f in found if f is not None]
     pictures = any(p.task.pictures for p in prepared)
-    cache = store.folder / "models"
-    with backend.open(
-        name, baseline=side == "base", pictures=pictures, cache=cache, digest=digest[:32], reporter=reporter
-    ) as lm:
+    kept = store.models(digest)
+    with backend.open(name, baseline=side == "base", pictures=pictures, kept=kept, reporter=reporter) as lm:
         reporter.start(f"{side}: tasks", len(prepared))
         for number, p in enumerate(prepared):
             if found[number] is None:
                 try:
-                    scores = _ask(lm, p, harness, store.responses(digest, p))
+                    with Cuts() as cuts:
+                        scores = _ask(lm, p, harness, store.responses(key, p))
+                    scores = dataclasses.replace(scores, cut=cuts.found)
                 except Exception as e:
                     if type(e).__module__.split(".")[0] not in NETWORK:
                         raise
@@ -278,9 +337,12 @@ def _measure(
                         why=f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}",
                         remedy="See its log; what it has answered is kept, so the same command goes on from there.",
                     ) from e
-                store.put(digest, p, scores)
+                store.put(key, p, scores)
                 found[number] = scores
-                reporter.say(f"{side} {p.task.label}: {100 * scores.value:.2f} ({len(scores.answers)} documents)")
+                shown = score_text(scores.value, share=is_share(scores.value, scores.higher_is_better))
+                reporter.say(f"{side} {p.task.label}: {shown} ({len(scores.answers)} documents)")
+                if scores.cut:
+                    reporter.say(f"{side} {p.task.label}: {CUT} (--backend-args max_length=N raises it)")
             reporter.advance()
         reporter.finish()
     return [f for f in found if f is not None]
@@ -295,10 +357,12 @@ def _ask(lm: Any, p: Prepared, harness: Harness, responses: Path) -> TaskScores:
     return harness.run(lm, p.loaded, p.task, p.settings, p.digest, responses)
 
 
-def _divergence(baseline: str | Path, checkpoint: str | Path, reporter: Reporter) -> CompareRecord:
+def _divergence(
+    baseline: str | Path, checkpoint: str | Path, device: str, out: Path, reporter: Reporter
+) -> CompareRecord:
     from halfbyte.evaluation.divergence import compare
 
-    return compare(baseline, checkpoint, reporter=reporter)
+    return compare(baseline, checkpoint, device=device, out=out, reporter=reporter)
 
 
 def _require_writable(out: Path) -> None:

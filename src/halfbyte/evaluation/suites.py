@@ -10,7 +10,7 @@
       metric: acc_norm              with its filter behind a comma where there are several
       chat_template, fewshot_as_multiturn, max_gen_toks, pictures, runs_code
 
-A name that is no suite is a task of lm-eval's, or of a YAML file in ``--tasks-dir``.
+A name that is no suite is a task of the suite ``code``, or of lm-eval's, or of a YAML file in ``--tasks-dir``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import yaml
 from halfbyte.errors import HalfbyteError, UsageError, raise_all
 
 OTHER = "Other tasks"
+TASK_FILE = "If it is a task in lm-eval's form: --tasks-dir FOLDER_OF_THE_FILE --suite NAME_OF_THE_TASK."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,11 +84,31 @@ def load(name: str) -> Suite:
     return suite_of(name, yaml.safe_load(path.read_text(encoding="utf-8")), path.name)
 
 
+def read(path: Path) -> Suite:
+    """A suite from a file.
+
+    Raises:
+        UsageError: it cannot be read, is no YAML, or does not hold a suite.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        why = e.strerror if isinstance(e, OSError) else "it is not UTF-8"
+        raise UsageError("it cannot be read", where=f"--suite {path}", why=why or "") from None
+    except yaml.YAMLError as e:
+        remedy = TASK_FILE if isinstance(e, yaml.constructor.ConstructorError) else ""
+        raise UsageError(
+            "it is no YAML file of a suite", where=str(path), why=" ".join(str(e).split()), remedy=remedy
+        ) from None
+    return suite_of(path.stem, content, str(path))
+
+
 def suite_of(name: str, content: Any, where: str) -> Suite:
     """A suite from what its file says; see the module's docstring."""
     problems: list[HalfbyteError] = []
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), list):
-        raise UsageError("it has no list of tasks", where=where)
+        of_a_task = isinstance(content, dict) and content.keys() & {"task", "dataset_path", "doc_to_text", "include"}
+        raise UsageError("it has no list of tasks", where=where, remedy=TASK_FILE if of_a_task else "")
     known = {f.name for f in dataclasses.fields(SuiteTask)} - {"suite", "category"}
     unknown_keys = sorted(content.keys() - {"category", "divergence", "defaults", "tasks"})
     problems += [UsageError(f"unknown key {key!r}", where=where) for key in unknown_keys]
@@ -130,18 +151,23 @@ def resolve(wanted: list[str], known: Tasks, tasks_dir: Path | None = None) -> l
     problems: list[HalfbyteError] = []
     suites: list[Suite] = []
     own = names()
+    programs = {t.task: t for t in load("code").tasks}
     for name in wanted:
         if name in own:
             suites.append(load(name))
-        elif name.endswith((".yaml", ".yml")) and Path(name).is_file():
-            content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-            suites.append(suite_of(Path(name).stem, content, name))
+        elif name.endswith((".yaml", ".yml")):
+            try:
+                suites.append(read(Path(name)))
+            except HalfbyteError as e:
+                problems.append(e)
+        elif name in programs:  # before lm-eval's tasks of the same names, which run programs unguarded
+            suites.append(Suite(name="code", category=programs[name].category, tasks=[programs[name]]))
         elif known.knows(name):
             suites.append(
                 Suite(name=name, category=OTHER, tasks=[SuiteTask(suite=name, category=OTHER, task=name, title=name)])
             )
         else:
-            close = difflib.get_close_matches(name, [*own, *known.known()], 3, 0.7)
+            close = difflib.get_close_matches(name, [*own, *programs, *known.known()], 3, 0.7)
             hint = f"Did you mean {', '.join(close)}? " if close else ""
             where = f"lm-eval's tasks or {tasks_dir}" if tasks_dir else "lm-eval's tasks"
             problems.append(

@@ -14,12 +14,19 @@ from pathlib import Path
 from halfbyte.errors import UsageError
 from halfbyte.progress import Reporter
 from halfbyte.serving import engines
-from halfbyte.serving.choice import read_served, vllm_obstacle
+from halfbyte.serving.choice import Served, read_served, vllm_obstacle
 from halfbyte.serving.engines import Launch, Wishes
-from halfbyte.serving.machine import look
+from halfbyte.serving.machine import Machine, look
 from halfbyte.serving.service import engine
 
 MODEL = "checkpoint"
+
+
+def require_kernels(served: Served, machine: Machine) -> None:
+    """Raise :class:`UsageError` where vLLM cannot run a checkpoint's weights on this machine."""
+    obstacle = vllm_obstacle(served, machine)
+    if obstacle is not None:
+        raise UsageError(obstacle, where=f"--backend vllm: {served.path}", remedy="Use --backend llamacpp or hf.")
 
 
 @contextlib.contextmanager
@@ -28,7 +35,7 @@ def serving(folder: Path, *, tokens: int, parallel: int, log: Path, reporter: Re
 
     Args:
         folder: the checkpoint.
-        tokens: of a sequence, at most those that the model was made for.
+        tokens: of a sequence.
         parallel: sequences at a time.
         log: file for all that vLLM says.
         reporter: hears progress.
@@ -38,10 +45,8 @@ def serving(folder: Path, *, tokens: int, parallel: int, log: Path, reporter: Re
         EngineError: it ended, or did not answer in time.
     """
     machine, served = look(), read_served(folder)
-    obstacle = vllm_obstacle(served, machine)
-    if obstacle is not None:
-        raise UsageError(obstacle, where=f"--backend vllm: {folder}", remedy="Use --backend llamacpp or hf.")
-    wishes = Wishes(name=MODEL, context=min(tokens, served.context or tokens), parallel=parallel)
+    require_kernels(served, machine)
+    wishes = Wishes(name=MODEL, context=tokens, parallel=parallel)
     launch = engines.vllm(served, wishes, machine)
     log.parent.mkdir(parents=True, exist_ok=True)
     reporter.say(f"vLLM serves {folder}; its log is {log}")
