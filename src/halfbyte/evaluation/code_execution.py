@@ -87,24 +87,24 @@ def run_program(source: str, limits: Limits = Limits()) -> Outcome:
         if os.geteuid() == 0:
             os.chown(work, user, user)
         command = [interpreter, "-I", "-S", *(str(folder / n) for n in ("launch.py", "limits.json", "program.py"))]
-        out, err, timed_out, status = _supervise(command, work, limits.wall_s)
+        ended = _supervise(command, work, limits.wall_s)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    lines = err.splitlines()
-    missing = tuple(line.removeprefix("missing: ") for line in lines if line.startswith("missing: "))
-    if status == 97 or any("Permission denied" in line and interpreter in line for line in lines):
+    missing = tuple(line.removeprefix("missing: ") for line in ended.setup if line.startswith("missing: "))
+    if ended.timed_out:
+        return Outcome(status="timed out", detail=f"after {limits.wall_s:g} s", missing=missing)
+    said = ended.err.splitlines()
+    last = (said[-1] if said else f"exit status {ended.status}")[:300]
+    if ended.setup[-1:] != ["ready"]:
         raise HalfbyteError(
             "the sandbox for generated code cannot be set up",
             where="--allow-code-execution",
-            why="; ".join(missing) or lines[-1][:200],
+            why="; ".join([*ended.setup, last]),
             remedy="Use an interpreter that every user may run, and a system that lets root become another user.",
         )
-    if timed_out:
-        return Outcome(status="timed out", detail=f"after {limits.wall_s:g} s", missing=missing)
-    if status == 0 and out.rstrip().endswith(token):
+    if ended.status == 0 and ended.out.rstrip().endswith(token):
         return Outcome(status="passed", detail="", missing=missing)
-    said = [line for line in lines if not line.startswith("missing: ")]
-    return Outcome(status="failed", detail=(said[-1] if said else f"exit status {status}")[:300], missing=missing)
+    return Outcome(status="failed", detail=last, missing=missing)
 
 
 def open_to_all(path: str) -> bool:
@@ -112,11 +112,35 @@ def open_to_all(path: str) -> bool:
     return all(p.stat().st_mode & 0o001 for p in (Path(path), *Path(path).parents))
 
 
-def _supervise(command: list[str], work: Path, wall_s: float) -> tuple[str, str, bool, int]:
-    """Output, errors, whether it took too long, exit status. Whatever it started is ended with it."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ended:
+    """What a launched program left: ``setup`` has the launcher's own lines, which the program cannot write."""
+
+    out: str
+    err: str
+    timed_out: bool
+    status: int
+    setup: list[str]
+
+
+def _supervise(command: list[str], work: Path, wall_s: float) -> _Ended:
+    """Launch a program and wait for it. Whatever it started is ended with it."""
+    reading, writing = os.pipe()
+    with (
+        open(reading, "rb", buffering=0) as setup,
+        open(writing, "wb") as launcher_s,
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as err,
+    ):
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=work, env={}, start_new_session=True
+            [*command, str(writing)],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            cwd=work,
+            env={},
+            start_new_session=True,
+            pass_fds=(writing,),
         )
         timed_out = False
         try:
@@ -132,7 +156,10 @@ def _supervise(command: list[str], work: Path, wall_s: float) -> tuple[str, str,
             size = f.seek(0, os.SEEK_END)
             f.seek(max(0, size - OUTPUT_BYTES))
             texts.append(f.read().decode("utf-8", "replace"))
-    return texts[0], texts[1], timed_out, process.returncode
+        launcher_s.close()
+        os.set_blocking(reading, False)
+        lines = (setup.read(OUTPUT_BYTES) or b"").decode("utf-8", "replace").splitlines()
+    return _Ended(out=texts[0], err=texts[1], timed_out=timed_out, status=process.returncode, setup=lines)
 
 
 def run_programs(sources: list[str], limits: Limits = Limits(), workers: int | None = None) -> list[Outcome]:

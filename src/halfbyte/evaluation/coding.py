@@ -23,8 +23,13 @@ from halfbyte.evaluation.harness import Answered, TaskScores
 from halfbyte.evaluation.identity import plain
 
 TASKS = ("humaneval", "humaneval_plus", "mbpp", "mbpp_plus")
-STOPS = ["\nclass ", "\ndef ", "\n#", "\n@", "\nprint(", "\nif __name__", "\n```", "\nassert "]
 MAX_TOKENS = 512
+# Where a program has ended, however the answer is written: engines stop there. No fence, import or definition is among
+# them, since an answer may begin with one.
+ENDS = ["\nif __name__", "\ndef main(", "\nprint(", "\nassert"]
+MBPP_ENDS = ['\n"""']
+# Where a function has ended that was begun in the prompt.
+AFTER_A_FUNCTION = ["\ndef ", "\nclass ", "\nimport ", "\nfrom ", "\n@"]
 
 # Compares outputs on inputs as evalplus does: equal, or close where the problem allows a tolerance.
 COMPARISON = """
@@ -125,32 +130,55 @@ def _mbpp_prompt(p: dict[str, Any]) -> str:
 
 
 def digest_of(task: str, problems: list[Problem], settings: dict[str, Any]) -> str:
-    """sha256 of problems and settings."""
-    return hashlib.sha256(plain([task, settings, [[p.name, p.prompt, p.tests] for p in problems]]).encode()).hexdigest()
+    """sha256 of problems and settings, and of where answers end."""
+    asked = [[p.name, p.prompt, p.tests, ends_of(p)] for p in problems]
+    return hashlib.sha256(plain([task, settings, asked, AFTER_A_FUNCTION]).encode()).hexdigest()
+
+
+def ends_of(problem: Problem) -> list[str]:
+    """Where an engine stops answering a problem: evalplus' ends, without those that an answer may begin with."""
+    return ENDS if problem.before else ENDS + MBPP_ENDS
 
 
 def requests_for(problems: list[Problem], *, max_tokens: int = MAX_TOKENS) -> list[Any]:
     """What lm-eval models are asked: continue each prompt, greedily."""
     from lm_eval.api.instance import Instance
 
-    options = {"until": STOPS, "max_gen_toks": max_tokens, "do_sample": False, "temperature": 0.0}
+    options = {"max_gen_toks": max_tokens, "do_sample": False, "temperature": 0.0}
     return [
         Instance(
-            request_type="generate_until", doc={}, arguments=(p.prompt, dict(options)), idx=i, metadata=("code", i, 1)
+            request_type="generate_until",
+            doc={},
+            arguments=(p.prompt, {"until": ends_of(p)} | options),
+            idx=i,
+            metadata=("code", i, 1),
         )
         for i, p in enumerate(problems)
     ]
 
 
 def program_of(problem: Problem, answer: str) -> str:
-    """The whole program: what goes before, the answer cut where another definition begins, the tests."""
-    fenced = re.search(r"```(?:python)?\n(.*?)(?:```|\Z)", answer, re.DOTALL)
-    body = fenced.group(1) if fenced else answer
-    for stop in STOPS:
-        if not fenced:
-            body = body.split(stop)[0]
-    before = "" if fenced and re.search(r"^def ", body, re.MULTILINE) else problem.before
-    return f"{before}{body}\n\n{problem.tests}"
+    """The whole program: what goes before, the answer's code, the tests.
+
+    An answer goes on with the prompt's function, or gives a whole program, bare or fenced, whose definition comes after
+    the prompt's and replaces it.
+    """
+    code = code_of(answer)
+    continued = bool(problem.before) and code.startswith((" ", "\t"))
+    for end in ends_of(problem) + (AFTER_A_FUNCTION if continued else []):
+        code = code.split(end)[0]
+    return f"{problem.before}{code}\n\n{problem.tests}"
+
+
+def code_of(answer: str) -> str:
+    """The code in an answer: what stands before the first fence, or inside of it where only words stand before."""
+    parts = [_from_first_line(p) for p in re.split(r"^[ \t]*```[^\n]*\n?", answer, flags=re.MULTILINE)]
+    is_code = parts[0].startswith((" ", "\t")) or re.search(r"^(async )?def \w+\(", parts[0], re.MULTILINE)
+    return parts[0] if is_code or len(parts) == 1 else parts[1]
+
+
+def _from_first_line(text: str) -> str:
+    return re.sub(r"\A\s*\n", "", text)
 
 
 def run_task(lm: Any, task: str, problems: list[Problem], digest: str) -> TaskScores:
