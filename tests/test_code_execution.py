@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import socket
@@ -207,9 +208,9 @@ def generated_and_run(before: str, answer: str) -> str:
     return run_program(program_of(p, answer), QUICK).status
 
 
-def test_more_tests_compare_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_tests_compare_with_the_reference() -> None:
     """evalplus' form of a problem: inputs, and a solution that says what is right."""
-    from halfbyte.evaluation.coding import _with_outputs
+    from halfbyte.evaluation.coding import with_outputs
 
     data = {
         "prompt": "def half(x):\n",
@@ -219,8 +220,68 @@ def test_more_tests_compare_with_the_reference(monkeypatch: pytest.MonkeyPatch) 
         "plus_input": [[-3], [0]],
         "atol": 0,
     }
-    base, plus = (_with_outputs("HumanEval/900", data, plus=flag) for flag in (False, True))
+    base, plus = (with_outputs("HumanEval/900", data, "", plus=flag) for flag in (False, True))
     sloppy = "    return x // 2 + 0.0\n"
     assert run_program(program_of(base, sloppy), QUICK).status == "passed"
     assert run_program(program_of(plus, sloppy), QUICK).status == "failed"
     assert run_program(program_of(plus, "    return 0.5 * x\n"), QUICK).status == "passed"
+
+
+@pytest.mark.parametrize(
+    ("problem", "entry", "given", "reference", "right", "wrong"),
+    [
+        ("Mbpp/2", "similar_elements", [(3, 4, 5), (5, 4, 9)], "(4, 5)", "[5, 4]", "(4,)"),
+        ("Mbpp/164", "are_equivalent", [36, 57], "False", "True", "None.x"),
+        ("Mbpp/295", "sum_div", [8, 0], "7", "0", "8"),
+        ("Mbpp/558", "digit_distance_nums", [23, 1], "9", "4", "5"),
+        ("Mbpp/581", "surface_Area", [3, 4], "0", "35", "34"),
+        ("Mbpp/737", "check_str", ["annie"], "'found'", "True", "None"),
+        ("Mbpp/900", "halves", [1.0, 2.0], "[0.5, 1.0]", "[0.5000001, 1.0]", "(0.5000001, 1.0)"),
+        ("HumanEval/32", "find_zero", [[-2.0, 1.0]], "None", "2.0", "2.1"),
+    ],
+)
+def test_problems_with_several_right_answers_are_decided_by_evalplus_oracles(
+    problem: str, entry: str, given: list[object], reference: str, right: str, wrong: str
+) -> None:
+    pytest.importorskip("evalplus")
+    from halfbyte.evaluation.coding import oracles, with_outputs
+
+    head = f"def {entry}(a, b=0):\n"
+    data = {
+        "prompt": head if problem.startswith("Human") else "",
+        "canonical_solution": f"{'' if problem.startswith('Human') else head}    return {reference}\n",
+        "entry_point": entry,
+        "base_input": [given],
+        "plus_input": [],
+        "atol": 1e-4 if entry == "find_zero" else 0,
+    }
+    p = with_outputs(problem, data, oracles(), plus=False)
+    answers = [f"{'' if data['prompt'] else head}    return {a}\n" for a in (right, wrong)]
+    assert [o.status for o in run_programs([program_of(p, a) for a in answers], QUICK)] == ["passed", "failed"]
+
+
+def test_evalplus_problems_come_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mbpp = pytest.importorskip("evalplus.data.mbpp")
+    from halfbyte.evaluation.coding import problems_of
+
+    lines = [
+        {
+            "task_id": f"Mbpp/{n}",
+            "prompt": '"""\nHalve it.\nassert half(2) == 1\n"""\n',
+            "contract": "",
+            "assertion": "",
+            "canonical_solution": "\ndef half(x):\n    return x / 2\n",
+            "entry_point": "half",
+            "base_input": [[2]],
+            "plus_input": [[3]],
+            "atol": 0,
+        }
+        for n in range(1000, 1378)
+    ]
+    (tmp_path / "mbpp.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(mbpp, "MBPP_OVERRIDE_PATH", str(tmp_path / "mbpp.jsonl"))
+    sloppy = "\ndef half(x):\n    return x // 2\n"
+    (base,), (plus,) = problems_of("mbpp", 1), problems_of("mbpp_plus", 1)
+    assert base.prompt == plus.prompt == lines[0]["prompt"]
+    statuses = [o.status for o in run_programs([program_of(p, sloppy) for p in (base, plus)], QUICK)]
+    assert statuses == ["passed", "failed"]

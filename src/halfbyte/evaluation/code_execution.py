@@ -1,12 +1,13 @@
 """Running programs that a language model wrote, to see whether they pass their tests.
 
-Each runs in a process of its own, in an empty folder that is deleted afterwards, as a user without privileges, with
-limits on time, processor time, memory, file size, open files and processes, and without a network or a sight of other
-processes where the kernel gives it namespaces of its own (code_launch.py). It passes when its last line runs.
+Each runs in a process of its own, in an empty folder that is deleted afterwards, with limits on time, processor time,
+memory, file size, open files and processes, as a user without privileges where halfbyte runs as root, and without a
+network where the kernel gives it namespaces of its own (code_launch.py). It passes when its last line runs.
 
-What this does not protect from: the program can read every file that all users may read, can use processor time up to
-the limits, can write to folders that are open to everyone (/tmp), and can attack the kernel. A program that wants to
-look as if it had passed can. Run it in a container or a virtual machine where that matters.
+What this does not protect from: the program can read and write what its user may: as root's stranger, files that all
+users may read and folders that are open to everyone (/tmp); where halfbyte does not run as root, everything of the user
+that runs halfbyte, home included. It can use processor time up to the limits, and can attack the kernel. A program that
+wants to look as if it had passed can. Run it in a container or a virtual machine where that matters.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from pathlib import Path
 from halfbyte.errors import HalfbyteError
 
 WARNING = (
-    "Run programs that the models write: as an unprivileged user, limited in time, memory, files and processes, and "
-    "without a network where the kernel allows. They can still read what every user may read, and attack the kernel: "
-    "use a container or a virtual machine for models that you do not trust."
+    "Run programs that the models write, limited in time, memory, files and processes, and without a network where the "
+    "kernel allows. Run by root, they become an unprivileged user, who can still read what every user may read. Run by "
+    "another user, they remain that user: they can read and delete all of that user's files. They can attack the "
+    "kernel. Use a container or a virtual machine for models that you do not trust."
 )
 # Users above those that systems hand out, so that a limit on processes counts nobody else's.
 FIRST_USER, USERS = 61_500, 2_000
