@@ -74,7 +74,8 @@ def test_the_whole_way_from_a_hub_id(hub: Hub, tmp_path: Path, text_file: Path) 
     assert halfbyte(hub, cache, "quantize", hub.models["org/tiny"], local, *options).returncode == 0
     for path in local.glob("*.safetensors"):
         assert path.read_bytes() == (out / path.name).read_bytes()
-    assert json.loads((out / "halfbyte.json").read_text())["source"]["name"] == "org/tiny"
+    source = json.loads((out / "halfbyte.json").read_text())["source"]
+    assert (source["name"], source["origin"]) == ("org/tiny", "hub")
     assert not list(out.glob("*.py"))
 
 

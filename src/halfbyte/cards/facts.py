@@ -83,6 +83,12 @@ class Facts:
         return found if isinstance(found, dict) else {}
 
     @property
+    def source_id(self) -> str | None:
+        """The hub id of what it was made from, where the manifest knows it to be one."""
+        source = self.manifest.source if self.manifest else {}
+        return source["name"] if source.get("origin") == "hub" else None
+
+    @property
     def source_name(self) -> str | None:
         """What it was made from, as the records call it."""
         for found in (
@@ -180,8 +186,8 @@ def deployments_of(folder: Path) -> dict[str, list[str]]:
 
 
 def public_name(name: str) -> str:
-    """A hub id as it is; of a path its last part."""
-    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else Path(name).name
+    """The last part of what a record calls a model: a folder and a hub id look alike."""
+    return Path(name).name
 
 
 def public_spec(spec: str) -> str:
