@@ -23,6 +23,7 @@ from halfbyte.cards.facts import public_spec, read_facts
 from halfbyte.cards.files import push
 from halfbyte.cards.tables import discrepancies, recovery_of
 from halfbyte.cards.write import LANGUAGES, card, words
+from halfbyte.checkpoint.reader import companion_files
 from halfbyte.cli.main import cli
 from halfbyte.errors import CheckpointError, HalfbyteError, UsageError
 from halfbyte.evaluation_records import Estimated, EvalRecord, TaskResult
@@ -191,6 +192,19 @@ def test_the_card_round_trips_through_the_hub_library(made: tuple[Path, Path]) -
     assert written.notes == []
 
 
+def test_the_licence_is_the_source_s_where_the_manifest_says_which_that_is(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "small"
+    shutil.copytree(made[1], out)
+    assert "license: llama3.3" in card(out, write=False).text
+    manifest = json.loads((out / "halfbyte.json").read_text())
+    manifest["source"]["name"] = "source"
+    (out / "halfbyte.json").write_text(json.dumps(manifest))
+    monkeypatch.chdir(made[0].parent)
+    assert "license" not in card(out, write=False).text, "another folder may have that name here"
+
+
 @pytest.mark.parametrize("lang", LANGUAGES)
 def test_no_card_names_a_path_of_the_machine_that_wrote_it(made: tuple[Path, Path], lang: str) -> None:
     source, out = made
@@ -211,7 +225,7 @@ def test_what_no_record_knows_is_left_out(tmp_path: Path, tiny_model: Models) ->
 
 
 def test_programs_in_the_card_run(made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """As they stand, in the folder that holds the checkpoint; vLLM's are compiled here and run by `make test-vllm`."""
+    """As they stand, in the folder that holds the checkpoint; vLLM's are compiled."""
     source, out = made
     text = card(out, source=source, write=False).text
     monkeypatch.chdir(out.parent)
@@ -360,6 +374,14 @@ def test_a_converted_checkpoint_says_from_what(made: tuple[Path, Path], tmp_path
     assert str(made[1].parent) not in text
 
 
+def test_what_was_measured_of_one_checkpoint_does_not_travel_with_another(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = evaluated(made, tmp_path)
+    (out / "bench.json").write_text("{}")
+    assert not {"eval.json", "bench.json"} & {f.name for f in companion_files(out)}
+
+
 def test_pictures(tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     from PIL import Image
 
@@ -388,10 +410,9 @@ def test_somebody_elses_card_is_kept(tmp_path: Path, tiny_model: Models) -> None
 def test_deployments_are_listed(made: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "small"
     shutil.copytree(made[1], out)
-    (out / "deploy/kserve").mkdir(parents=True)
-    (out / "deploy/kserve/inferenceservice.yaml").write_text("kind: InferenceService\n")
-    assert read_facts(out).deployments == {"kserve": ["deploy/kserve/inferenceservice.yaml"]}
-    assert "[`deploy/kserve/inferenceservice.yaml`](deploy/kserve/inferenceservice.yaml)" in card(out, write=False).text
+    halfbyte.deploy("compose", out, out / "deploy/compose")
+    assert "deploy/compose/compose.yaml" in read_facts(out).deployments["compose"]
+    assert "[`deploy/compose/compose.yaml`](deploy/compose/compose.yaml)" in card(out, write=False).text
 
 
 @pytest.mark.parametrize(
@@ -426,6 +447,7 @@ def test_pushing_sends_the_folder_without_samples(
     import huggingface_hub
 
     out = evaluated(made, tmp_path, base="/home/me/base", run={"out": ["/home/me/eval/x.jsonl"]})
+    (out / "bench.json").write_text('{"measured": [{"target": "/home/me/small"}, {"target": "http://host/v1"}]}')
     calls: list[tuple[str, dict[str, Any]]] = []
 
     class Api:
@@ -447,6 +469,7 @@ def test_pushing_sends_the_folder_without_samples(
     assert set(sent) <= set(ignored), "each record goes once"
     assert {"eval.json", "halfbyte.json"} <= set(sent)
     assert not any("/home/" in text or str(tmp_path.parent) in text for text in sent.values())
+    assert [m["target"] for m in json.loads(sent["bench.json"])["measured"]] == ["small", "http://host/v1"]
     record = json.loads(sent["eval.json"])
     assert (record["base"], record["run"]["out"]) == ("base", ["x.jsonl"])
 

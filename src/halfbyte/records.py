@@ -33,6 +33,7 @@ MANIFEST_NAME = "halfbyte.json"
 VERIFY_NAME = "verify.json"
 COMPARE_NAME = "compare.json"
 CONVERT_NAME = "convert.json"
+BENCH_NAME = "bench.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,11 +10,11 @@ from typing import Any
 
 from halfbyte.errors import HalfbyteError, OutputError
 from halfbyte.evaluation_records import EVAL_NAME
-from halfbyte.records import COMPARE_NAME, CONVERT_NAME, MANIFEST_NAME, VERIFY_NAME, read_json
+from halfbyte.records import BENCH_NAME, COMPARE_NAME, CONVERT_NAME, MANIFEST_NAME, VERIFY_NAME, read_json
 
 RESULTS_FOLDER = ".eval_results"
 RESULTS_MARK = "# Written by halfbyte card from eval.json.\n"
-RECORDS = (MANIFEST_NAME, VERIFY_NAME, COMPARE_NAME, CONVERT_NAME, EVAL_NAME)
+RECORDS = (MANIFEST_NAME, VERIFY_NAME, COMPARE_NAME, CONVERT_NAME, EVAL_NAME, BENCH_NAME)
 # Samples, and weights that a deployment holds again.
 NOT_PUSHED = ["eval/*", "*.tmp", "deploy/*.safetensors", "deploy/*.gguf"]
 

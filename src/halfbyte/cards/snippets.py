@@ -1,4 +1,4 @@
-"""Programs that a card shows. They are run, as they stand, by the tests, so each is whole."""
+"""Programs that a card shows, each whole. Tests run those for transformers as they stand, and compile vLLM's."""
 
 from __future__ import annotations
 
