@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fnmatch
 import json
 import re
 import runpy
@@ -18,10 +20,12 @@ import halfbyte
 import seed_figures
 from conftest import Models
 from halfbyte.cards.facts import public_spec, read_facts
+from halfbyte.cards.files import push
 from halfbyte.cards.tables import discrepancies, recovery_of
 from halfbyte.cards.write import LANGUAGES, card, words
+from halfbyte.checkpoint.reader import companion_files
 from halfbyte.cli.main import cli
-from halfbyte.errors import CheckpointError, UsageError
+from halfbyte.errors import CheckpointError, HalfbyteError, UsageError
 from halfbyte.evaluation_records import Estimated, EvalRecord, TaskResult
 from halfbyte.recipe.load import load_recipe
 from halfbyte.records import ConvertRecord, Manifest, read_record, write_json
@@ -188,6 +192,19 @@ def test_the_card_round_trips_through_the_hub_library(made: tuple[Path, Path]) -
     assert written.notes == []
 
 
+def test_the_licence_is_the_source_s_where_the_manifest_says_which_that_is(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "small"
+    shutil.copytree(made[1], out)
+    assert "license: llama3.3" in card(out, write=False).text
+    manifest = json.loads((out / "halfbyte.json").read_text())
+    manifest["source"]["name"] = "source"
+    (out / "halfbyte.json").write_text(json.dumps(manifest))
+    monkeypatch.chdir(made[0].parent)
+    assert "license" not in card(out, write=False).text, "another folder may have that name here"
+
+
 @pytest.mark.parametrize("lang", LANGUAGES)
 def test_no_card_names_a_path_of_the_machine_that_wrote_it(made: tuple[Path, Path], lang: str) -> None:
     source, out = made
@@ -208,7 +225,7 @@ def test_what_no_record_knows_is_left_out(tmp_path: Path, tiny_model: Models) ->
 
 
 def test_programs_in_the_card_run(made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """As they stand, in the folder that holds the checkpoint; vLLM's are compiled here and run by `make test-vllm`."""
+    """As they stand, in the folder that holds the checkpoint; vLLM's are compiled."""
     source, out = made
     text = card(out, source=source, write=False).text
     monkeypatch.chdir(out.parent)
@@ -296,6 +313,58 @@ def test_evaluation_rows_have_intervals_commands_and_files_for_the_hub(made: tup
     assert (result.dataset_type, result.metric_value, result.metric_type) == ("allenai/ai2_arc", 49.5, "acc_norm")
 
 
+def evaluated(made: tuple[Path, Path], tmp_path: Path, task: str = "arc_challenge", **changed: Any) -> Path:
+    """A copy of the checkpoint in a folder named ``model``, with a record of one task."""
+    out = tmp_path / "model"
+    shutil.copytree(made[1], out, dirs_exist_ok=True)
+    row = TaskResult(
+        suite="s", category="c", task=task, title="ARC", metric="acc", base=0.5, value=0.495,
+        command='lm_eval \\\n  --model hf \\\n  --model_args pretrained="model",dtype=auto \\\n  --tasks arc_challenge',
+    )  # fmt: skip
+    record = seed_figures.published_record("models/base", "model", [row], source="x")
+    write_json(out / "eval.json", dataclasses.replace(record, **changed))
+    return out
+
+
+def test_commands_name_the_repository_and_are_otherwise_as_they_were(made: tuple[Path, Path], tmp_path: Path) -> None:
+    text = card(evaluated(made, tmp_path), repo_id="org/small", write=False).text
+    assert '--model hf \\\n  --model_args pretrained="org/small",dtype=auto \\\n' in text
+
+
+def test_results_of_an_earlier_card_go_and_somebody_elses_stay(made: tuple[Path, Path], tmp_path: Path) -> None:
+    out = evaluated(made, tmp_path)
+    card(out)
+    (out / ".eval_results/mine.yaml").write_text("- value: 1\n")
+    card(evaluated(made, tmp_path, "gsm8k"))
+    assert sorted(p.name for p in (out / ".eval_results").iterdir()) == ["gsm8k.yaml", "mine.yaml"]
+
+
+def test_scores_of_the_first_documents_say_so_to_the_hub(made: tuple[Path, Path], tmp_path: Path) -> None:
+    out = evaluated(made, tmp_path, limit=40)
+    written = card(out)
+    (result,) = ModelCard.load(out / "README.md").data.eval_results
+    assert result.dataset_name == "ARC, first 40 documents"
+    assert "first 40 documents" in written.results[".eval_results/ai2_arc.yaml"]
+
+
+@pytest.mark.parametrize(("origin", "known"), [("folder", False), (None, False), ("hub", True)])
+def test_only_what_is_known_to_be_a_hub_id_is_published_as_one(
+    made: tuple[Path, Path], tmp_path: Path, origin: str | None, known: bool
+) -> None:
+    out = tmp_path / "small"
+    shutil.copytree(made[1], out)
+    manifest = json.loads((out / "halfbyte.json").read_text())
+    assert manifest["source"]["origin"] == "folder"
+    manifest["source"] |= {"name": "models/base", "origin": origin}
+    if origin is None:
+        del manifest["source"]["origin"]
+    (out / "halfbyte.json").write_text(json.dumps(manifest))
+    written = card(out, write=False)
+    assert ("https://huggingface.co/models/base" in written.text) is known
+    assert ("base_model: models/base" in written.text) is known
+    assert any("--base-model" in note for note in written.notes) is not known
+
+
 def test_a_converted_checkpoint_says_from_what(made: tuple[Path, Path], tmp_path: Path) -> None:
     halfbyte.convert(made[1], tmp_path / "awq", to="awq", allow_requantize=True)
     record = read_record(ConvertRecord, tmp_path / "awq/convert.json")
@@ -305,17 +374,29 @@ def test_a_converted_checkpoint_says_from_what(made: tuple[Path, Path], tmp_path
     assert str(made[1].parent) not in text
 
 
+def test_what_was_measured_of_one_checkpoint_does_not_travel_with_another(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = evaluated(made, tmp_path)
+    (out / "bench.json").write_text("{}")
+    assert not {"eval.json", "bench.json"} & {f.name for f in companion_files(out)}
+
+
 def test_pictures(tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     from PIL import Image
 
     shutil.copytree(tiny_model("gemma3-vision"), tmp_path / "sees")
     text = card(tmp_path / "sees", write=False).text
     assert "pipeline_tag: image-text-to-text" in text
-    (block,) = [b for b in code_blocks(text, "python") if "PIL" in b]
+    blocks = [b for b in code_blocks(text, "python") if "transformers" in b]
+    assert ["PIL" in b for b in blocks] == [False, True]
+    # AutoModelForCausalLM knows Gemma 3 but not most others that see pictures.
+    assert all("AutoModelForImageTextToText" in b for b in blocks)
     Image.new("RGB", (32, 32), "teal").save(tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "program.py").write_text(block.replace('device_map="auto"', 'device_map="cpu"'))
-    runpy.run_path(str(tmp_path / "program.py"))
+    for block in blocks:
+        (tmp_path / "program.py").write_text(block.replace('device_map="auto"', 'device_map="cpu"'))
+        runpy.run_path(str(tmp_path / "program.py"))
 
 
 def test_somebody_elses_card_is_kept(tmp_path: Path, tiny_model: Models) -> None:
@@ -329,10 +410,9 @@ def test_somebody_elses_card_is_kept(tmp_path: Path, tiny_model: Models) -> None
 def test_deployments_are_listed(made: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "small"
     shutil.copytree(made[1], out)
-    (out / "deploy/kserve").mkdir(parents=True)
-    (out / "deploy/kserve/inferenceservice.yaml").write_text("kind: InferenceService\n")
-    assert read_facts(out).deployments == {"kserve": ["deploy/kserve/inferenceservice.yaml"]}
-    assert "[`deploy/kserve/inferenceservice.yaml`](deploy/kserve/inferenceservice.yaml)" in card(out, write=False).text
+    halfbyte.deploy("compose", out, out / "deploy/compose")
+    assert "deploy/compose/compose.yaml" in read_facts(out).deployments["compose"]
+    assert "[`deploy/compose/compose.yaml`](deploy/compose/compose.yaml)" in card(out, write=False).text
 
 
 @pytest.mark.parametrize(
@@ -361,9 +441,13 @@ def test_bad_input(tmp_path: Path, made: tuple[Path, Path]) -> None:
         card(broken)
 
 
-def test_pushing_sends_the_folder_without_samples(made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pushing_sends_the_folder_without_samples(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
+    out = evaluated(made, tmp_path, base="/home/me/base", run={"out": ["/home/me/eval/x.jsonl"]})
+    (out / "bench.json").write_text('{"measured": [{"target": "/home/me/small"}, {"target": "http://host/v1"}]}')
     calls: list[tuple[str, dict[str, Any]]] = []
 
     class Api:
@@ -373,8 +457,30 @@ def test_pushing_sends_the_folder_without_samples(made: tuple[Path, Path], monke
         def upload_folder(self, **options: Any) -> None:
             calls.append(("upload", options))
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    from halfbyte.cards.files import push
+        def create_commit(self, repo_id: str, **options: Any) -> None:
+            calls.append(("commit", options))
 
-    assert push(made[1], "org/small") == "https://huggingface.co/org/small"
-    assert calls[1][1]["ignore_patterns"] == ["eval/*", "*.tmp"]
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert push(out, "org/small") == "https://huggingface.co/org/small"
+    ignored = calls[1][1]["ignore_patterns"]
+    sent = {o.path_in_repo: o.path_or_fileobj.decode() for o in calls[2][1]["operations"]}
+    offered = ["eval/x.jsonl", "deploy/triton/1/model.safetensors", "model.safetensors", "deploy/triton/config.pbtxt"]
+    assert [p for p in offered if not any(fnmatch.fnmatch(p, i) for i in ignored)] == offered[2:]
+    assert set(sent) <= set(ignored), "each record goes once"
+    assert {"eval.json", "halfbyte.json"} <= set(sent)
+    assert not any("/home/" in text or str(tmp_path.parent) in text for text in sent.values())
+    assert [m["target"] for m in json.loads(sent["bench.json"])["measured"]] == ["small", "http://host/v1"]
+    record = json.loads(sent["eval.json"])
+    assert (record["base"], record["run"]["out"]) == ("base", ["x.jsonl"])
+
+
+def test_a_hub_that_is_not_reached_is_one_clear_error(made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    class Nowhere(huggingface_hub.HfApi):
+        def __init__(self) -> None:
+            super().__init__(endpoint="http://127.0.0.1:1", token="x")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Nowhere)
+    with pytest.raises(HalfbyteError, match=r"org/small: it could not be uploaded .*Check the network"):
+        push(made[1], "org/small")

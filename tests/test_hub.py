@@ -22,6 +22,7 @@ def hub(tiny_model: Models, tmp_path: Path) -> Iterator[Hub]:
     shutil.copytree(tiny_model("llama", shards=2), model)
     (model / "modeling_evil.py").write_text("raise SystemExit('code from a checkpoint ran')")
     (model / "pytorch_model.bin").write_bytes(b"a pickle")
+    (model / "README.md").write_text("---\nlicense: mit\n---\n")
     with serve(Hub({"org/tiny": model, "org/locked": model}, gated={"org/locked"})) as hub:
         yield hub
 
@@ -74,8 +75,13 @@ def test_the_whole_way_from_a_hub_id(hub: Hub, tmp_path: Path, text_file: Path) 
     assert halfbyte(hub, cache, "quantize", hub.models["org/tiny"], local, *options).returncode == 0
     for path in local.glob("*.safetensors"):
         assert path.read_bytes() == (out / path.name).read_bytes()
-    assert json.loads((out / "halfbyte.json").read_text())["source"]["name"] == "org/tiny"
+    source = json.loads((out / "halfbyte.json").read_text())["source"]
+    assert (source["name"], source["origin"]) == ("org/tiny", "hub")
     assert not list(out.glob("*.py"))
+    assert halfbyte(hub, cache, "card", out).returncode == 0
+    text = (out / "README.md").read_text()
+    assert "\nbase_model: org/tiny\n" in text
+    assert "\nlicense: mit\n" in text
 
 
 @pytest.mark.parametrize(

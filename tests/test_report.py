@@ -172,12 +172,14 @@ def test_experts_share_a_row() -> None:
     assert kind_of("model.layers.1.self_attn.q_proj", 1) == "self_attn.q_proj"
 
 
-def test_the_grid_has_a_cell_for_each_linear(run: Path) -> None:
+def test_the_grid_has_a_cell_for_each_linear(run: Path, tmp_path: Path) -> None:
     manifest = read_record(Manifest, run / "halfbyte.json")
     grid = layer_grid(manifest)
     assert grid is not None
     assert sum(c is not None for row in grid.cells for c in row) == len(manifest.linears)
     assert grid.worst[0][1] == max(x.relative_error for x in manifest.linears)
+    assert set(grid.kind_bits) == {f"{x.bits_per_weight:.2f}" for x in manifest.linears}
+    assert f"<small>{grid.kind_bits[0]} bits</small>" in report(run, tmp_path / "report.html").read_text()
 
 
 def test_plots(run: Path, tmp_path: Path) -> None:

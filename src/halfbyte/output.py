@@ -58,7 +58,12 @@ def finish_checkpoint(
         write_json(folder / "config.json", config)
         manifest = Manifest(
             format_version=1,
-            source={"name": checkpoint.name, "architecture": checkpoint.architecture, "sha256": source_sha256},
+            source={
+                "name": checkpoint.name,
+                "origin": "folder" if checkpoint.path == Path(checkpoint.name) else "hub",
+                "architecture": checkpoint.architecture,
+                "sha256": source_sha256,
+            },
             recipe={k: v for k, v in options.items() if k not in ("source", "threads", "versions", "device")},
             calibration=calibration,
             linears=linears,

@@ -33,6 +33,7 @@ MANIFEST_NAME = "halfbyte.json"
 VERIFY_NAME = "verify.json"
 COMPARE_NAME = "compare.json"
 CONVERT_NAME = "convert.json"
+BENCH_NAME = "bench.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,8 +272,9 @@ class CalibrationRecord:
 class Manifest:
     """``halfbyte.json``: how a checkpoint was made.
 
-    ``source`` holds ``name``, ``architecture`` and ``sha256`` (over the sorted names and contents of all its tensors,
-    see :func:`halfbyte.checkpoint.reader.combined_digest`). ``recipe`` holds every option that shaped the output.
+    ``source`` holds ``name``, ``origin`` (whether the name is that of a ``folder`` or a model on the ``hub``),
+    ``architecture`` and ``sha256`` (over the sorted names and contents of all its tensors, see
+    :func:`halfbyte.checkpoint.reader.combined_digest`). ``recipe`` holds every option that shaped the output.
     ``files`` maps each written safetensors file to its sha256. ``smoothing`` lists the norms that are not the source's:
     a Linear behind one holds ``W diag(s)``, with ``s`` the old gain over the new. ``pairs`` lists Linears that took
     such factors from a Linear before them, which holds ``diag(1/s) W``. ``rare_experts`` names experts that few

@@ -134,7 +134,5 @@ def llmcompressor_recipe(facts: Facts) -> str | None:
 
 
 def source_label(facts: Facts, base_model: str | None) -> str | None:
-    """What the card calls the source: the hub id where it is known."""
-    if base_model:
-        return base_model
-    return None if facts.source_name is None else public_name(facts.source_name)
+    """What the card calls the source: the hub id where it is known, else its name without folders."""
+    return base_model or public_name(facts.source_name or "") or None

@@ -83,6 +83,12 @@ class Facts:
         return found if isinstance(found, dict) else {}
 
     @property
+    def source_id(self) -> str | None:
+        """The hub id of what it was made from, where the manifest knows it to be one."""
+        source = self.manifest.source if self.manifest else {}
+        return source["name"] if source.get("origin") == "hub" else None
+
+    @property
     def source_name(self) -> str | None:
         """What it was made from, as the records call it."""
         for found in (
@@ -107,6 +113,7 @@ def read_facts(folder: Path, source: Path | None = None) -> Facts:
         )
     config = read_json(folder / "config.json")
     manifest = optional(Manifest, folder / MANIFEST_NAME)
+    source = source or known_source(manifest)
     metadata, text = source_card(source) if source else ({}, "")
     quantization = config.get("quantization_config")
     return Facts(
@@ -123,6 +130,21 @@ def read_facts(folder: Path, source: Path | None = None) -> Facts:
         deployments=deployments_of(folder / "deploy"),
         citation=citation_of(text),
     )
+
+
+def known_source(manifest: Manifest | None) -> Path | None:
+    """The folder of what a checkpoint was made from, where the manifest alone says which: a whole path, or a hub id
+    whose files are in the cache."""
+    source = manifest.source if manifest else {}
+    name, origin = source.get("name", ""), source.get("origin")
+    if origin == "folder" and Path(name).is_absolute():
+        return Path(name)
+    if origin == "hub":
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(name, "README.md")
+        return Path(found).parent if isinstance(found, str) else None
+    return None
 
 
 def optional(kind: type[T], path: Path) -> T | None:
@@ -180,8 +202,8 @@ def deployments_of(folder: Path) -> dict[str, list[str]]:
 
 
 def public_name(name: str) -> str:
-    """A hub id as it is; of a path its last part."""
-    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else Path(name).name
+    """The last part of what a record calls a model: a folder and a hub id look alike."""
+    return Path(name).name
 
 
 def public_spec(spec: str) -> str:

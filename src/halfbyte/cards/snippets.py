@@ -1,13 +1,13 @@
-"""Programs that a card shows. They are run, as they stand, by the tests, so each is whole."""
+"""Programs that a card shows, each whole. Tests run those for transformers as they stand, and compile vLLM's."""
 
 from __future__ import annotations
 
 TEXT_TRANSFORMERS = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
 model_id = "{model}"
 tokenizer = AutoTokenizer.from_pretrained(model_id)
-model = AutoModelForCausalLM.from_pretrained(model_id, dtype="auto", device_map="auto")
+model = {auto}.from_pretrained(model_id, dtype="auto", device_map="auto")
 {prompt}
 outputs = model.generate(**inputs.to(model.device), max_new_tokens=64)
 print(tokenizer.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
@@ -49,9 +49,10 @@ VLLM_CHAT = """messages = [{"role": "user", "content": "Give me a short introduc
 VLLM_PLAIN = 'outputs = llm.generate(["A large language model is"], sampling)'
 
 
-def transformers_snippet(model: str, *, chat: bool) -> str:
-    """Text in, text out."""
-    return TEXT_TRANSFORMERS.format(model=model, prompt=CHAT_PROMPT if chat else PLAIN_PROMPT)
+def transformers_snippet(model: str, *, chat: bool, pictures: bool = False) -> str:
+    """Text in, text out; most models that see pictures are no "causal LM" to transformers."""
+    auto = "AutoModelForImageTextToText" if pictures else "AutoModelForCausalLM"
+    return TEXT_TRANSFORMERS.format(model=model, auto=auto, prompt=CHAT_PROMPT if chat else PLAIN_PROMPT)
 
 
 def picture_snippet(model: str) -> str:

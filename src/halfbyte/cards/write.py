@@ -15,12 +15,12 @@ import yaml
 from halfbyte.cards import snippets
 from halfbyte.cards.creation import creation_of, source_label
 from halfbyte.cards.facts import CARRIED, HUB_ID, Facts, public_name, public_spec, read_facts
+from halfbyte.cards.files import RESULTS_FOLDER, RESULTS_MARK, write_card
 from halfbyte.cards.tables import rows_of
 from halfbyte.errors import UsageError
 from halfbyte.evaluation_records import EvalRecord
 
 CARD_NAME = "README.md"
-RESULTS_FOLDER = ".eval_results"
 LANGUAGES = ("en", "zh", "ko")
 ENGINES = {"hf": "transformers", "vllm": "vLLM", "llamacpp": "llama.cpp", "openai-url": "OpenAI API"}
 
@@ -71,15 +71,12 @@ def card(
         if name is not None and not HUB_ID.fullmatch(name):
             raise UsageError(f"{name!r} is no hub id", where=option, remedy="Write ORG/NAME.")
     facts = read_facts(folder, Path(source) if source else None)
-    if base_model is None and facts.source_name and public_name(facts.source_name) == facts.source_name:
-        base_model = facts.source_name if HUB_ID.fullmatch(facts.source_name) else None
+    base_model = base_model or facts.source_id
     notes: list[str] = []
     data = metadata(facts, repo_id or folder.resolve().name, base_model, licence, notes)
     text = f"---\n{data.to_yaml()}\n---\n\n" + body(facts, repo_id, base_model, data, lang)
     results = result_files(facts.evaluation)
     if write:
-        from halfbyte.cards.files import write_card
-
         write_card(folder, text, results)
     return Card(text=text, results=results, notes=notes)
 
@@ -143,7 +140,7 @@ def _index_entries(record: EvalRecord | None, task: str) -> list[Any]:
                 task_type=task,
                 task_name="Image-text to text" if task == "image-text-to-text" else "Text generation",
                 dataset_type=where.get("id", t.task),
-                dataset_name=t.title,
+                dataset_name=f"{t.title}, first {record.limit} documents" if record.limit else t.title,
                 dataset_config=where.get("config"),
                 metric_type=t.metric.split(",")[0],
                 metric_name=t.metric,
@@ -176,7 +173,8 @@ def result_files(record: EvalRecord | None) -> dict[str, str]:
             )
             by_file.setdefault(where["id"].split("/")[-1].lower(), []).append(entry)
     return {
-        f"{RESULTS_FOLDER}/{name}.yaml": yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+        f"{RESULTS_FOLDER}/{name}.yaml": RESULTS_MARK
+        + yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
         for name, entries in by_file.items()
     }
 
@@ -202,7 +200,7 @@ def body(facts: Facts, repo_id: str | None, base_model: str | None, data: Any, l
         "summary": w["summary"].format(name=name, base=_link(base)) if base else w["summary_no_base"].format(name=name),
         "creation": creation_of(facts, base or "SOURCE", f"./{name}"),
         "snippets": {
-            "text": snippets.transformers_snippet(model, chat=chat),
+            "text": snippets.transformers_snippet(model, chat=chat, pictures=facts.pictures),
             "picture": snippets.picture_snippet(model) if facts.pictures else "",
             "vllm": snippets.vllm_snippet(model, chat=chat) if served_by_vllm(facts) else "",
             "serve": snippets.serve_snippet(model, chat=chat),
@@ -211,7 +209,7 @@ def body(facts: Facts, repo_id: str | None, base_model: str | None, data: Any, l
         "base_name": base.split("/")[-1] if base else "",
         "this_name": w["this_model"].format(name=name),
         "evaluation_text": evaluation_text(record, w) if record else "",
-        "commands": [(t.title, t.command.replace(record.checkpoint, model)) for t in record.tasks if t.command]
+        "commands": [(t.title, command_for(t.command, record.checkpoint, model)) for t in record.tasks if t.command]
         if record
         else [],
         "published": [
@@ -235,6 +233,13 @@ def body(facts: Facts, repo_id: str | None, base_model: str | None, data: Any, l
     while "\n\n\n" in text:
         text = text.replace("\n\n\n", "\n\n")
     return text.rstrip() + "\n"
+
+
+def command_for(command: str, checkpoint: str, model: str) -> str:
+    """A record's command with another name for the checkpoint that it measures."""
+    for form in ('pretrained="{}"', "halfbyte eval {} --"):
+        command = command.replace(form.format(checkpoint), form.format(model))
+    return command
 
 
 def what(facts: Facts, w: Mapping[str, str]) -> dict[str, Any]:

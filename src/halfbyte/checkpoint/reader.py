@@ -347,7 +347,7 @@ def companion_files(path: Path) -> Iterable[Path]:
     Weights, the index, ``config.json`` and earlier records of halfbyte are left out; so are pickles, code, folders and
     hidden files.
     """
-    records = {"halfbyte.json", "verify.json", "compare.json", "convert.json", "plan.json"}
+    records = {f"{n}.json" for n in ("halfbyte", "verify", "compare", "convert", "plan", "eval", "bench")}
     skipped = {"config.json", INDEX_NAME, "README.md"} | records
     suffixes = {".json", ".jinja", ".model", ".txt", ".md", ".tiktoken", ".spm", ".vocab", ""}
     for entry in sorted(path.iterdir()):

@@ -1,6 +1,7 @@
 """Where a checkpoint comes from: a folder, or a hub id that is fetched into the Hugging Face cache.
 
-Only safetensors, JSON and tokenizer files are fetched: never pickles, never code.
+Only safetensors, JSON, tokenizer files and README.md (a card takes the licence from it) are fetched: never pickles,
+never code.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ T = TypeVar("T")
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 JSON_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
-FETCHED_PATTERNS = (*JSON_PATTERNS, "*.safetensors")
+FETCHED_PATTERNS = (*JSON_PATTERNS, "README.md", "*.safetensors")
 
 
 def resolve(name: str | Path) -> Path:

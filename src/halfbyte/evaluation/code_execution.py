@@ -1,12 +1,13 @@
 """Running programs that a language model wrote, to see whether they pass their tests.
 
-Each runs in a process of its own, in an empty folder that is deleted afterwards, as a user without privileges, with
-limits on time, processor time, memory, file size, open files and processes, and without a network or a sight of other
-processes where the kernel gives it namespaces of its own (code_launch.py). It passes when its last line runs.
+Each runs in a process of its own, in an empty folder that is deleted afterwards, with limits on time, processor time,
+memory, file size, open files and processes, as a user without privileges where halfbyte runs as root, and without a
+network where the kernel gives it namespaces of its own (code_launch.py). It passes when its last line runs.
 
-What this does not protect from: the program can read every file that all users may read, can use processor time up to
-the limits, can write to folders that are open to everyone (/tmp), and can attack the kernel. A program that wants to
-look as if it had passed can. Run it in a container or a virtual machine where that matters.
+What this does not protect from: the program can read and write what its user may: as root's stranger, files that all
+users may read and folders that are open to everyone (/tmp); where halfbyte does not run as root, everything of the user
+that runs halfbyte, home included. It can use processor time up to the limits, and can attack the kernel. A program that
+wants to look as if it had passed can. Run it in a container or a virtual machine where that matters.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from pathlib import Path
 from halfbyte.errors import HalfbyteError
 
 WARNING = (
-    "Run programs that the models write: as an unprivileged user, limited in time, memory, files and processes, and "
-    "without a network where the kernel allows. They can still read what every user may read, and attack the kernel: "
-    "use a container or a virtual machine for models that you do not trust."
+    "Run programs that the models write, limited in time, memory, files and processes, and without a network where the "
+    "kernel allows. Run by root, they become an unprivileged user, who can still read what every user may read. Run by "
+    "another user, they remain that user: they can read and delete all of that user's files. They can attack the "
+    "kernel. Use a container or a virtual machine for models that you do not trust."
 )
 # Users above those that systems hand out, so that a limit on processes counts nobody else's.
 FIRST_USER, USERS = 61_500, 2_000
@@ -87,24 +89,24 @@ def run_program(source: str, limits: Limits = Limits()) -> Outcome:
         if os.geteuid() == 0:
             os.chown(work, user, user)
         command = [interpreter, "-I", "-S", *(str(folder / n) for n in ("launch.py", "limits.json", "program.py"))]
-        out, err, timed_out, status = _supervise(command, work, limits.wall_s)
+        ended = _supervise(command, work, limits.wall_s)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    lines = err.splitlines()
-    missing = tuple(line.removeprefix("missing: ") for line in lines if line.startswith("missing: "))
-    if status == 97 or any("Permission denied" in line and interpreter in line for line in lines):
+    missing = tuple(line.removeprefix("missing: ") for line in ended.setup if line.startswith("missing: "))
+    if ended.timed_out:
+        return Outcome(status="timed out", detail=f"after {limits.wall_s:g} s", missing=missing)
+    said = ended.err.splitlines()
+    last = (said[-1] if said else f"exit status {ended.status}")[:300]
+    if ended.setup[-1:] != ["ready"]:
         raise HalfbyteError(
             "the sandbox for generated code cannot be set up",
             where="--allow-code-execution",
-            why="; ".join(missing) or lines[-1][:200],
+            why="; ".join([*ended.setup, last]),
             remedy="Use an interpreter that every user may run, and a system that lets root become another user.",
         )
-    if timed_out:
-        return Outcome(status="timed out", detail=f"after {limits.wall_s:g} s", missing=missing)
-    if status == 0 and out.rstrip().endswith(token):
+    if ended.status == 0 and ended.out.rstrip().endswith(token):
         return Outcome(status="passed", detail="", missing=missing)
-    said = [line for line in lines if not line.startswith("missing: ")]
-    return Outcome(status="failed", detail=(said[-1] if said else f"exit status {status}")[:300], missing=missing)
+    return Outcome(status="failed", detail=last, missing=missing)
 
 
 def open_to_all(path: str) -> bool:
@@ -112,11 +114,35 @@ def open_to_all(path: str) -> bool:
     return all(p.stat().st_mode & 0o001 for p in (Path(path), *Path(path).parents))
 
 
-def _supervise(command: list[str], work: Path, wall_s: float) -> tuple[str, str, bool, int]:
-    """Output, errors, whether it took too long, exit status. Whatever it started is ended with it."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ended:
+    """What a launched program left: ``setup`` has the launcher's own lines, which the program cannot write."""
+
+    out: str
+    err: str
+    timed_out: bool
+    status: int
+    setup: list[str]
+
+
+def _supervise(command: list[str], work: Path, wall_s: float) -> _Ended:
+    """Launch a program and wait for it. Whatever it started is ended with it."""
+    reading, writing = os.pipe()
+    with (
+        open(reading, "rb", buffering=0) as setup,
+        open(writing, "wb") as launcher_s,
+        tempfile.TemporaryFile() as out,
+        tempfile.TemporaryFile() as err,
+    ):
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, cwd=work, env={}, start_new_session=True
+            [*command, str(writing)],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            cwd=work,
+            env={},
+            start_new_session=True,
+            pass_fds=(writing,),
         )
         timed_out = False
         try:
@@ -132,7 +158,10 @@ def _supervise(command: list[str], work: Path, wall_s: float) -> tuple[str, str,
             size = f.seek(0, os.SEEK_END)
             f.seek(max(0, size - OUTPUT_BYTES))
             texts.append(f.read().decode("utf-8", "replace"))
-    return texts[0], texts[1], timed_out, process.returncode
+        launcher_s.close()
+        os.set_blocking(reading, False)
+        lines = (setup.read(OUTPUT_BYTES) or b"").decode("utf-8", "replace").splitlines()
+    return _Ended(out=texts[0], err=texts[1], timed_out=timed_out, status=process.returncode, setup=lines)
 
 
 def run_programs(sources: list[str], limits: Limits = Limits(), workers: int | None = None) -> list[Outcome]:

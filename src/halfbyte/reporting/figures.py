@@ -72,7 +72,7 @@ class LayerGrid:
     """Linears by block and kind.
 
     Attributes:
-        kinds: rows; blocks: columns.
+        kinds: rows; kind_bits: bits a weight of each row, as text; blocks: columns.
         cells: row by row, ``None`` for what is absent, else (strength 0 to 100, label, bits a weight).
         low, high: errors at strengths 0 and 100, on a logarithmic scale.
         worst: name and error of the largest.
@@ -80,6 +80,7 @@ class LayerGrid:
     """
 
     kinds: list[str]
+    kind_bits: list[str]
     blocks: list[int]
     cells: list[list[tuple[float, str, float] | None]]
     low: float
@@ -187,8 +188,20 @@ def layer_grid(manifest: Manifest) -> LayerGrid | None:
         cells.append(row)
     worst.sort(key=lambda item: -item[1])
     return LayerGrid(
-        kinds=kinds, blocks=blocks, cells=cells, low=low, high=high, worst=worst[:5], bits=sorted(bits.items())
+        kinds=kinds,
+        kind_bits=[_range_of([c[2] for c in row if c is not None]) for row in cells],
+        blocks=blocks,
+        cells=cells,
+        low=low,
+        high=high,
+        worst=worst[:5],
+        bits=sorted(bits.items()),
     )
+
+
+def _range_of(bits: list[float]) -> str:
+    ends = dict.fromkeys(f"{b:.2f}" for b in (min(bits), max(bits)))
+    return " – ".join(ends)
 
 
 def kind_of(name: str, block: int) -> str:

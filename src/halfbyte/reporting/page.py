@@ -13,6 +13,7 @@ from halfbyte.cards.write import size
 from halfbyte.errors import CheckpointError, OutputError
 from halfbyte.evaluation_records import EVAL_NAME, EvalRecord
 from halfbyte.records import (
+    BENCH_NAME,
     COMPARE_NAME,
     CONVERT_NAME,
     MANIFEST_NAME,
@@ -25,7 +26,6 @@ from halfbyte.records import (
 )
 from halfbyte.reporting.figures import histogram, layer_grid, recovery_figure, speed_rows
 
-BENCH_NAME = "bench.json"
 METRICS = (
     ("KL divergence, mean", "kl_mean", "kl_se", 1, "{:.5f}", " nats"),
     ("KL divergence, median", "kl_median", None, 1, "{:.5f}", " nats"),
