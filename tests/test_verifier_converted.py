@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,59 @@ def test_back_in_compressed_tensors_transformers_loads_it(via: str, converted: A
     record = halfbyte.verify(tmp_path / "back", source=converted(via))
     assert record.passed, record
     assert outcomes(record)["weights"] == outcomes(record)["logits"] == "passed"
+
+
+def restyled(folder: Path, out: Path, style: str) -> Path:
+    """A GPTQ checkpoint of version 2 whose config says so as other tools' do."""
+    shutil.copytree(folder, out)
+    (out / "convert.json").unlink()
+    config = tiny.config_of(out)
+    said = config.pop("quantization_config")
+    version = said.pop("checkpoint_format")
+    if style == "format":
+        config["quantization_config"] = said | {"format": version}
+    elif style == "loose":
+        del said["quant_method"]
+        (out / "quantize_config.json").write_text(json.dumps(said | {"checkpoint_format": version}))
+    else:
+        plain = {f"model.layers.{i}.self_attn.o_proj": {"bits": 16} for i in range(2)}
+        packing = {"quant_method": "auto-round", "packing_format": "auto_round", "extra_config": plain}
+        config["quantization_config"] = {k: v for k, v in said.items() if k != "dynamic"} | packing
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+@pytest.mark.parametrize("style", ["format", "loose", "auto-round"])
+def test_other_tools_ways_to_say_what_is_quantised(style: str, converted: Any, tmp_path: Path) -> None:
+    source = restyled(converted("gptq-v2"), tmp_path / "source", style)
+    halfbyte.convert(source, tmp_path / "out", to="compressed-tensors")
+    for checkpoint, beside in ((tmp_path / "out", source), (source, converted("gptq-v2"))):
+        record = halfbyte.verify(checkpoint, source=beside, reload=False)
+        assert record.passed, [c for c in record.checks if c.status == "failed"]
+        assert "12 of 12 weights equal the source's bit for bit" in next(
+            c.detail for c in record.checks if c.name == "error"
+        )
+    spoilt(tmp_path / "out", tmp_path, flip, recorded=False)
+    record = halfbyte.verify(tmp_path / "spoilt", source=source, reload=False)
+    assert any(p.startswith(f"{UP}.weight differs from the source") for p in problems_of(record, "error"))
+
+
+def test_groups_that_an_index_deals(tmp_path: Path) -> None:
+    weight = random_coded(5, columns=128)
+    index = np.random.default_rng(5).permutation(np.arange(128) // 32)
+    weight = replace(weight, g_idx=index)
+    source = coded.publish(tmp_path / "source", {UP: coded.packed(weight)}, coded.ct_config(weight))
+    halfbyte.convert(source, tmp_path / "out", to="gptq-v2")
+    record = halfbyte.verify(tmp_path / "out", source=source, reload=False)
+    assert outcomes(record)["error"] == "passed", record
+    assert "1 of 1 weights equal" in next(c.detail for c in record.checks if c.name == "error")
+
+
+def test_a_dense_copy_is_held_against_its_hash(converted: Any, tmp_path: Path) -> None:
+    assert halfbyte.verify(converted("dense")).passed
+    record = halfbyte.verify(spoilt(converted("dense"), tmp_path, flip, recorded=True))
+    assert outcomes(record)["files"] == "failed"
+    assert any("changed since they were written" in p for p in problems_of(record, "files"))
 
 
 def spoilt(folder: Path, tmp_path: Path, edit: Callable[[dict[str, torch.Tensor]], None], *, recorded: bool) -> Path:
