@@ -233,6 +233,47 @@ def test_the_reference_decoder_knows_what_was_packed(kind: Any, plus: int, bits:
     assert np.array_equal(found.decode(7, 20).weight.astype(np.float64), weight.dense()[7:20])
 
 
+GPTQ_BYTES = {
+    "qweight": (
+        "I32",
+        [4, 8],
+        "10325476" * 8
+        + "98badcfe" * 8
+        + "00000000111111112222222233333333444444445555555566666666"
+        + "77777777"
+        + "ffffffff" * 8,
+    ),
+    "qzeros": ("I32", [2, 1], "10325476" + "77" * 4),
+    "scales": ("F16", [2, 8], "0038" * 8 + "0034" * 8),  # 0.5, 0.25
+    "g_idx": ("I32", [32], "00000000" * 16 + "01000000" * 16),
+}
+
+
+@pytest.mark.parametrize(("version", "plus"), [("gptq", 1), ("gptq_v2", 0)])
+def test_bytes_of_autogptq_mean_what_its_packing_loop_says(version: str, plus: int, tmp_path: Path) -> None:
+    """Inputs 0 to 15 have their numbers as codes, 16 to 23 that of the output, the others 15; zero points are stored
+    as the output's number and 7."""
+    header, data = {}, b""
+    for leaf, (dtype, shape, digits) in GPTQ_BYTES.items():
+        start, data = len(data), data + bytes.fromhex(digits)
+        header[f"{UP}.{leaf}"] = {"dtype": dtype, "shape": shape, "data_offsets": [start, len(data)]}
+    text = json.dumps(header).encode()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    said = {"bits": 4, "group_size": 16, "sym": False, "desc_act": False, "quant_method": "gptq"}
+    config = {"model_type": "llama", "dtype": "float16", "quantization_config": said | {"checkpoint_format": version}}
+    (tmp_path / "in/config.json").write_text(json.dumps(config))
+    expected = np.full((8, 32), (15 - 7 - plus) * 0.25)
+    for o in range(8):
+        expected[o, :16] = (np.arange(16) - o - plus) * 0.5
+        expected[o, 16:24] = (o - 7 - plus) * 0.25
+    halfbyte.convert(tmp_path / "in", tmp_path / "out", to="dense", dtype="float32")
+    assert np.array_equal(tiny.stored(tmp_path / "out")[f"{UP}.weight"].numpy(), expected)
+    parts = {t.name.rpartition(".")[2]: t for t in read_header(tmp_path / "in/model.safetensors").tensors}
+    found = ColumnWeight.of(parts, ColumnLayout(kind="gptq", bits=4, group_size=16, plus=plus))
+    assert np.array_equal(found.decode(0, 8).weight, expected)
+
+
 def test_inspect_names_what_was_converted(converted: Any) -> None:
     for to, quantization, scheme in (
         ("awq", "awq", "W4A16 g32 asym"),
