@@ -21,7 +21,7 @@ import numpy as np
 
 from halfbyte.errors import CheckpointError, MissingDependencyError
 from halfbyte.reference import Float32
-from halfbyte.verifier_converted import Contents, rounded
+from halfbyte.verifier_converted import Contents, Weight, rounded
 
 METADATA, MANIFEST = "_METADATA", "manifest.ocdbt"
 DRIVERS = {".zarray": "zarr", "zarr.json": "zarr3"}
@@ -122,7 +122,8 @@ class FlaxOriginal:
     def contents(self, rows: int) -> Contents:
         """All tensors of the dense model, with this many rows in the embedding table."""
         sees = any(n.startswith("tower/") for n in self.arrays)
-        linears, others = {}, {}
+        linears: dict[str, Weight] = {}
+        others: dict[str, Weight] = {}
         for array, stored in self.arrays.items():
             for name, turn in _held(array, self.where):
                 name = f"language_model.{name}" if sees and name.startswith("model.") else name
