@@ -382,6 +382,24 @@ def test_what_was_measured_of_one_checkpoint_does_not_travel_with_another(
     assert not {"eval.json", "bench.json"} & {f.name for f in companion_files(out)}
 
 
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_a_gguf_names_programs_that_run_it(made: tuple[Path, Path], lang: str, tmp_path: Path) -> None:
+    halfbyte.convert(made[1], tmp_path / "g", to="gguf")
+    text = card(tmp_path / "g", lang=lang, write=False).text
+    assert f"### {words(lang)['with_llamacpp']}\n" in text
+    assert "library_name: gguf" in text
+    assert not re.search("AutoModel|vllm", text)
+    (program,) = code_blocks(text, "python")
+    compile(program, "program", "exec")
+    (server,) = code_blocks(text, "bash")
+    assert server.startswith("halfbyte serve ./g\n")
+    for folder, name in re.findall(r"\./(\w+)/([\w.]+)", program + server):
+        assert (tmp_path / folder / name).is_file()
+    published = card(tmp_path / "g", repo_id="org/g", lang=lang, write=False).text
+    assert 'Llama.from_pretrained(repo_id="org/g", filename="model.gguf"' in published
+    assert "llama-server --hf-repo org/g --hf-file model.gguf" in published
+
+
 def test_pictures(tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     from PIL import Image
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import flax_checkpoints as flax
 import halfbyte
@@ -499,6 +500,60 @@ def test_auto_finds_flax_and_verify_knows_the_outcome(cases: Mapping[str, Case],
     record = convert(case.path, tmp_path / "out", to="compressed-tensors", **case.options)
     assert record.source["format"] == "flax"
     assert halfbyte.inspect(tmp_path / "out") is not None
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "zarr3", "folders", "nested"])
+@pytest.mark.parametrize("to", ["compressed-tensors", "awq", "dense"])
+def test_verify_reads_it_beside_what_was_made(cases: Mapping[str, Case], kind: str, to: str, tmp_path: Path) -> None:
+    case = cases[kind]
+    convert(case.path, tmp_path / "out", to=to, **case.options)
+    record = halfbyte.verify(tmp_path / "out", source=case.path, reload=False)
+    assert record.passed, [c for c in record.checks if c.status == "failed"]
+    details = {c.name: c.detail for c in record.checks}
+    assert details["error"].startswith("49 of 49 weights equal the source's bit for bit")
+    assert details["copies"].startswith(f"{len(case.made.model.state_dict()) - 49 - 1} tensors equal to the source")
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("leaf", ["mlp.up_proj.weight_packed", "self_attn.k_norm.weight"])
+def test_verify_finds_one_changed_number(cases: Mapping[str, Case], leaf: str, recorded: bool, tmp_path: Path) -> None:
+    case = cases["text bf16"]
+    convert(case.path, tmp_path / "out", to="compressed-tensors", **case.options)
+    tensors = tiny.stored(tmp_path / "out")
+    changed = tensors[f"model.layers.3.{leaf}"].flatten()
+    changed[:1] += 1
+    tensors[f"model.layers.3.{leaf}"] = changed.view_as(tensors[f"model.layers.3.{leaf}"])
+    save_file(tensors, tmp_path / "out/model.safetensors", metadata={"format": "pt"})
+    if not recorded:
+        (tmp_path / "out/convert.json").unlink()
+    record = halfbyte.verify(tmp_path / "out", source=case.path, reload=False)
+    named = [p for c in record.checks if c.name in ("copies", "error") for p in c.problems]
+    assert len(named) == 1
+    assert named[0].startswith(f"model.layers.3.{leaf.removesuffix('_packed')} ")
+
+
+def test_verify_takes_what_was_moved_onto_its_grid(cases: Mapping[str, Case], tmp_path: Path) -> None:
+    case = cases["folders f32"]
+
+    def change(w: torch.Tensor) -> None:
+        w[2] = torch.nextafter(w[2], torch.tensor(torch.inf))
+
+    path = rewritten(case, tmp_path / "in", "transformer/layer_0/attn/q_einsum/w", change)
+    convert(path, tmp_path / "moved", to="awq", allow_requantize=True, **case.options)
+    record = halfbyte.verify(tmp_path / "moved", source=path, reload=False)
+    assert record.passed, [c for c in record.checks if c.status == "failed"]
+    assert "48 of 49 weights equal" in next(c.detail for c in record.checks if c.name == "error")
+
+
+@pytest.mark.parametrize("kind", ["text bf16", "text f32", "pictures f32"])
+def test_verify_reads_it_beside_a_gguf(cases: Mapping[str, Case], kind: str, tmp_path: Path) -> None:
+    case = cases[kind]
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_like_gemmas(tmp_path / "sp", flax.VOCAB))
+    options = {"config": case.beside, "tokenizer": tmp_path / "tokenizer.model"}
+    convert(case.path, tmp_path / "gguf", to="gguf", **options)
+    record = halfbyte.verify(tmp_path / "gguf", source=case.path)
+    assert record.passed, [c for c in record.checks if c.status == "failed"]
+    assert "49 of 49 quantised weights equal" in next(c.detail for c in record.checks if c.name == "error")
 
 
 @pytest.mark.parametrize("kind", ["text bf16", "pictures f32", "nested"])

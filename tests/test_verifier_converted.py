@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,59 @@ def test_back_in_compressed_tensors_transformers_loads_it(via: str, converted: A
     record = halfbyte.verify(tmp_path / "back", source=converted(via))
     assert record.passed, record
     assert outcomes(record)["weights"] == outcomes(record)["logits"] == "passed"
+
+
+def restyled(folder: Path, out: Path, style: str) -> Path:
+    """A GPTQ checkpoint of version 2 whose config says so as other tools' do."""
+    shutil.copytree(folder, out)
+    (out / "convert.json").unlink()
+    config = tiny.config_of(out)
+    said = config.pop("quantization_config")
+    version = said.pop("checkpoint_format")
+    if style == "format":
+        config["quantization_config"] = said | {"format": version}
+    elif style == "loose":
+        del said["quant_method"]
+        (out / "quantize_config.json").write_text(json.dumps(said | {"checkpoint_format": version}))
+    else:
+        plain = {f"model.layers.{i}.self_attn.o_proj": {"bits": 16} for i in range(2)}
+        packing = {"quant_method": "auto-round", "packing_format": "auto_round", "extra_config": plain}
+        config["quantization_config"] = {k: v for k, v in said.items() if k != "dynamic"} | packing
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+@pytest.mark.parametrize("style", ["format", "loose", "auto-round"])
+def test_other_tools_ways_to_say_what_is_quantised(style: str, converted: Any, tmp_path: Path) -> None:
+    source = restyled(converted("gptq-v2"), tmp_path / "source", style)
+    halfbyte.convert(source, tmp_path / "out", to="compressed-tensors")
+    for checkpoint, beside in ((tmp_path / "out", source), (source, converted("gptq-v2"))):
+        record = halfbyte.verify(checkpoint, source=beside, reload=False)
+        assert record.passed, [c for c in record.checks if c.status == "failed"]
+        assert "12 of 12 weights equal the source's bit for bit" in next(
+            c.detail for c in record.checks if c.name == "error"
+        )
+    spoilt(tmp_path / "out", tmp_path, flip, recorded=False)
+    record = halfbyte.verify(tmp_path / "spoilt", source=source, reload=False)
+    assert any(p.startswith(f"{UP}.weight differs from the source") for p in problems_of(record, "error"))
+
+
+def test_groups_that_an_index_deals(tmp_path: Path) -> None:
+    weight = random_coded(5, columns=128)
+    index = np.random.default_rng(5).permutation(np.arange(128) // 32)
+    weight = replace(weight, g_idx=index)
+    source = coded.publish(tmp_path / "source", {UP: coded.packed(weight)}, coded.ct_config(weight))
+    halfbyte.convert(source, tmp_path / "out", to="gptq-v2")
+    record = halfbyte.verify(tmp_path / "out", source=source, reload=False)
+    assert outcomes(record)["error"] == "passed", record
+    assert "1 of 1 weights equal" in next(c.detail for c in record.checks if c.name == "error")
+
+
+def test_a_dense_copy_is_held_against_its_hash(converted: Any, tmp_path: Path) -> None:
+    assert halfbyte.verify(converted("dense")).passed
+    record = halfbyte.verify(spoilt(converted("dense"), tmp_path, flip, recorded=True))
+    assert outcomes(record)["files"] == "failed"
+    assert any("changed since they were written" in p for p in problems_of(record, "files"))
 
 
 def spoilt(folder: Path, tmp_path: Path, edit: Callable[[dict[str, torch.Tensor]], None], *, recorded: bool) -> Path:
@@ -177,6 +231,47 @@ def test_the_reference_decoder_knows_what_was_packed(kind: Any, plus: int, bits:
     found = ColumnWeight.of(parts, ColumnLayout(kind=kind, bits=bits, group_size=32, plus=plus))
     assert np.array_equal(found.decode(0, 32).weight.astype(np.float64), weight.dense())
     assert np.array_equal(found.decode(7, 20).weight.astype(np.float64), weight.dense()[7:20])
+
+
+GPTQ_BYTES = {
+    "qweight": (
+        "I32",
+        [4, 8],
+        "10325476" * 8
+        + "98badcfe" * 8
+        + "00000000111111112222222233333333444444445555555566666666"
+        + "77777777"
+        + "ffffffff" * 8,
+    ),
+    "qzeros": ("I32", [2, 1], "10325476" + "77" * 4),
+    "scales": ("F16", [2, 8], "0038" * 8 + "0034" * 8),  # 0.5, 0.25
+    "g_idx": ("I32", [32], "00000000" * 16 + "01000000" * 16),
+}
+
+
+@pytest.mark.parametrize(("version", "plus"), [("gptq", 1), ("gptq_v2", 0)])
+def test_bytes_of_autogptq_mean_what_its_packing_loop_says(version: str, plus: int, tmp_path: Path) -> None:
+    """Inputs 0 to 15 have their numbers as codes, 16 to 23 that of the output, the others 15; zero points are stored
+    as the output's number and 7."""
+    header, data = {}, b""
+    for leaf, (dtype, shape, digits) in GPTQ_BYTES.items():
+        start, data = len(data), data + bytes.fromhex(digits)
+        header[f"{UP}.{leaf}"] = {"dtype": dtype, "shape": shape, "data_offsets": [start, len(data)]}
+    text = json.dumps(header).encode()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    said = {"bits": 4, "group_size": 16, "sym": False, "desc_act": False, "quant_method": "gptq"}
+    config = {"model_type": "llama", "dtype": "float16", "quantization_config": said | {"checkpoint_format": version}}
+    (tmp_path / "in/config.json").write_text(json.dumps(config))
+    expected = np.full((8, 32), (15 - 7 - plus) * 0.25)
+    for o in range(8):
+        expected[o, :16] = (np.arange(16) - o - plus) * 0.5
+        expected[o, 16:24] = (o - 7 - plus) * 0.25
+    halfbyte.convert(tmp_path / "in", tmp_path / "out", to="dense", dtype="float32")
+    assert np.array_equal(tiny.stored(tmp_path / "out")[f"{UP}.weight"].numpy(), expected)
+    parts = {t.name.rpartition(".")[2]: t for t in read_header(tmp_path / "in/model.safetensors").tensors}
+    found = ColumnWeight.of(parts, ColumnLayout(kind="gptq", bits=4, group_size=16, plus=plus))
+    assert np.array_equal(found.decode(0, 8).weight, expected)
 
 
 def test_inspect_names_what_was_converted(converted: Any) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import halfbyte
 from conftest import Models
 from halfbyte.conversion.gguf_file import GgufFiles, GgufSpec, GgufTensor, Planned, open_gguf
+from halfbyte.errors import CheckpointError
 from halfbyte.records import VerifyRecord
 
 SOUND = [
@@ -176,3 +177,49 @@ def test_k_quants_made_dense_pass_and_one_changed_number_does_not(tiny_model: Mo
     assert any(p.startswith(f"{name} differs from the source's blk.1.attn_k.weight (relative error ") for p in problems)
     assert "extra.weight stands for no tensor of the source" in problems
     assert "output_norm.weight of the source is lost" in problems
+
+
+# ---- single files, other tools' folders, and a GGUF beside a GGUF
+
+
+def test_a_single_file_and_another_tools_folder(sound: tuple[Path, Path], tmp_path: Path) -> None:
+    source, out = sound
+    (tmp_path / "theirs").mkdir()
+    file = shutil.copy(out / "model.gguf", tmp_path / "theirs/model-Q4_0.gguf")
+    for checkpoint in (Path(file), tmp_path / "theirs"):
+        record = halfbyte.verify(checkpoint, source=source)
+        assert record.passed, [c for c in record.checks if c.status == "failed"]
+        assert outcomes(record)["copies"] == outcomes(record)["error"] == "passed"
+        assert outcomes(record)["config"] == "skipped"
+        assert (tmp_path / "theirs/verify.json").exists() == checkpoint.is_dir()
+    spoil(shutil.copytree(out, tmp_path / "spoilt"), "blk.1.attn_q.weight", 2, b"\x2b")
+    assert not halfbyte.verify(tmp_path / "spoilt/model.gguf", source=source).passed
+    shutil.copy(file, tmp_path / "theirs/model-Q8_0.gguf")
+    with pytest.raises(CheckpointError, match=r"holds several models: model-Q4_0\.gguf, model-Q8_0\.gguf"):
+        halfbyte.verify(tmp_path / "theirs")
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        halfbyte.verify(tmp_path / "none.gguf")
+
+
+def test_a_gguf_beside_the_gguf_that_it_was_made_from(sound: tuple[Path, Path], tmp_path: Path) -> None:
+    _, source = sound
+    halfbyte.convert(source, tmp_path / "out", to="gguf")
+    for beside in (source, source / "model.gguf"):
+        assert halfbyte.verify(tmp_path / "out", source=beside).passed
+    spoil(tmp_path / "out", "blk.1.attn_q.weight", 2, b"\x2b")
+    spoil(tmp_path / "out", "blk.1.ffn_norm.weight", 2, b"\x2b")
+    record = halfbyte.verify(tmp_path / "out", source=source)
+    for name, tensor in (("error", "blk.1.attn_q.weight"), ("copies", "blk.1.ffn_norm.weight")):
+        (problem,) = next(c.problems for c in record.checks if c.name == name)
+        assert problem.startswith(f"{tensor} differs from the source's (relative error ")
+
+
+def test_a_broken_checkpoint_does_not_say_that_no_source_was_given(sound: tuple[Path, Path], tmp_path: Path) -> None:
+    halfbyte.convert(sound[1], tmp_path / "out", to="compressed-tensors")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    del config["quantization_config"]["config_groups"]
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    record = halfbyte.verify(tmp_path / "out", source=sound[1])
+    for check in record.checks:
+        if check.name in ("copies", "error"):
+            assert (check.status, check.detail) == ("skipped", "the structure of the checkpoint has to be right first")

@@ -245,7 +245,7 @@ def decode_rows(parts: Mapping[str, StoredTensor], fmt: WeightFormat, start: int
 
     Args:
         parts: the Linear's tensors by their last name: ``weight_packed``, ``weight_scale``, ``weight_shape`` and
-            ``weight_zero_point``, or ``weight`` and ``weight_scale``.
+            ``weight_zero_point``, or ``weight`` and ``weight_scale``; ``weight_g_idx`` where groups are dealt by one.
         fmt: the weight format announced in the config.
 
     Raises:
@@ -283,6 +283,7 @@ def _decode_rows(parts: Mapping[str, StoredTensor], fmt: WeightFormat, start: in
         scales = of_blocks[np.arange(start, stop) // height - first]
     else:
         scales = to_float32(scale.rows(start, stop), scale.dtype).reshape(stop - start, -1)
+    group = _group_index(parts, scales.shape[1])
     zeros: Int32 | None = None
     if not fmt.symmetric:
         stored = parts["weight_zero_point"]
@@ -292,9 +293,23 @@ def _decode_rows(parts: Mapping[str, StoredTensor], fmt: WeightFormat, start: in
             zeros = unpack(np.ascontiguousarray(words.T), fmt.num_bits, stop - before).T[start - before :]
         else:
             zeros = stored.rows(start, stop).astype(np.int32).reshape(stop - start, -1)
-    shifted = codes if zeros is None else codes - _spread(zeros, in_features)
-    weight = shifted.astype(np.float32) * _spread(scales, in_features, width)
+    spread_scales = _spread(scales, in_features, width) if group is None else scales[:, group]
+    spread_zeros = None if zeros is None else _spread(zeros, in_features) if group is None else zeros[:, group]
+    shifted = codes if spread_zeros is None else codes - spread_zeros
+    weight = shifted.astype(np.float32) * spread_scales
     return Decoded(codes=codes, scales=scales, zero_points=zeros, weight=weight)
+
+
+def _group_index(parts: Mapping[str, StoredTensor], groups: int) -> npt.NDArray[np.int64] | None:
+    """The group of each input where ``weight_g_idx`` deals them; ``None`` for runs, which an index of -1 stands for."""
+    if "weight_g_idx" not in parts:
+        return None
+    index: npt.NDArray[np.int64] = parts["weight_g_idx"].rows().astype(np.int64)
+    if (index == -1).all():
+        return None
+    if index.min() < 0 or index.max() >= groups:
+        raise ValueError(f"weight_g_idx names groups {index.min()} to {index.max()}, and there are {groups}")
+    return index
 
 
 def _spread(per_group: npt.NDArray[Any], in_features: int, width: int | None = None) -> npt.NDArray[Any]:

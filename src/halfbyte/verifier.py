@@ -49,8 +49,17 @@ from halfbyte.verifier_converted import (
 )
 from halfbyte.verifier_experts import missing_experts
 from halfbyte.verifier_files import Inventory, files_detail, manifest_problems, read_manifest, take_inventory
-from halfbyte.verifier_gguf import gguf_checks, is_gguf_folder
-from halfbyte.verifier_gguf_source import GgufOriginal, compare_with_original, is_gguf_source, read_original
+from halfbyte.verifier_flax import FlaxOriginal, is_flax_source, read_flax
+from halfbyte.verifier_gguf import (
+    Comparison,
+    GgufOriginal,
+    compare_files,
+    compare_gguf,
+    gguf_checks,
+    holds_gguf,
+    read_gguf,
+)
+from halfbyte.verifier_gguf_source import compare_with_original
 from halfbyte.verifier_layout import (
     QuantizedModule,
     Rules,
@@ -67,6 +76,8 @@ from halfbyte.verifier_stacks import Stacks, stacks_of
 
 DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 LINEAR = frozenset({"Linear"})
+STRUCTURE = ("headers", "config", "linears")
+STRUCTURE_FIRST = "the structure of the checkpoint has to be right first"
 PACKAGES = ("halfbyte", "compressed-tensors", "numpy", "torch", "transformers")
 
 
@@ -78,12 +89,13 @@ def verify(
     prompts: Sequence[str] | None = None,
     reporter: Reporter | None = None,
 ) -> VerifyRecord:
-    """Check a quantised checkpoint (compressed-tensors, AutoAWQ, AutoGPTQ, GGUF) and write ``verify.json`` into it.
+    """Check a checkpoint (compressed-tensors, AutoAWQ, AutoGPTQ, AutoRound, GGUF) and write ``verify.json`` into it.
 
     Args:
-        checkpoint: local folder; halfbyte's own, or another tool's as far as the checks apply.
-        source: local folder (or GGUF file) of the checkpoint it was made from, in any of these formats or dense;
-            without it ``copies`` and ``error`` are skipped. Beside a quantised one, a dense checkpoint is checked too.
+        checkpoint: local folder or GGUF file (beside which nothing is written); halfbyte's own, or another tool's as
+            far as the checks apply. A dense one that ``convert`` made, or beside a quantised source, is checked too.
+        source: local folder (or GGUF file) of the checkpoint it was made from, in any of these formats, Flax or dense;
+            without it ``copies`` and ``error`` are skipped.
         reload: whether to load it with transformers; ``None`` does so where two dense copies fit in free memory.
         prompts: texts for the logits; by default three short ones, or fixed token ids where there is no tokenizer.
         reporter: listener for progress.
@@ -92,29 +104,25 @@ def verify(
         The record; ``passed`` is false when any check failed, and the check's ``problems`` name the culprits.
 
     Raises:
-        CheckpointError: there is no checkpoint, nothing in it is quantised, it is in another format than
-            compressed-tensors, it holds only pickles, or the source itself is broken.
+        CheckpointError: there is no checkpoint, nothing in it is quantised, it is in a format that is not read, it
+            holds only pickles, or the source itself is broken.
+        MissingDependencyError: gguf or tensorstore is needed and not installed.
     """
     reporter = reporter or Silent()
-    if is_gguf_folder(_folder(checkpoint)):
-        if source is not None and is_gguf_source(Path(source)):
-            raise CheckpointError(
-                "is a GGUF too",
-                where=f"--source {source}",
-                remedy="Give a checkpoint of another format to compare with.",
-            )
-        beside = None if source is None else _sound_source(_folder(source))
-        checks, found, count = gguf_checks(_folder(checkpoint), beside, reporter)
-        return _recorded(checks, checkpoint, source, found, count)
+    path = Path(checkpoint)
+    if holds_gguf(path):
+        checks, found, count = gguf_checks(path, _beside_gguf(source, reporter), reporter)
+        return _recorded(checks, checkpoint, source, found, count, write=path.is_dir())
     found = take_inventory(_folder(checkpoint))
-    gguf = read_original(Path(source)) if source is not None and is_gguf_source(Path(source)) else None
-    original = None if source is None or gguf is not None else _sound_source(_folder(source))
+    other = None if source is None else _foreign_source(Path(source))
+    original = None if source is None or other is not None else _sound_source(_folder(source))
     converted = read_convert_record(found)
     found.file_problems += hash_problems(found, converted, reporter)
-    quantised = gguf is not None or (original is not None and method_of(original) is not None)
+    quantised = other is not None or (original is not None and method_of(original) is not None)
+    quantised = quantised or (converted is not None and converted.target == "dense")
     if method_of(found) in METHODS or (method_of(found) is None and quantised):
         checks = _converted_checks(found, original, converted, reload, reporter)
-        return _recorded(_beside_gguf(checks, found, gguf, converted, reporter), checkpoint, source, found)
+        return _recorded(_beside_other(checks, found, other, converted, reporter), checkpoint, source, found)
     beside = original if original is not None and method_of(original) is not None else None
     original = original if beside is None else None
     parts = quantized_parts(found.tensors)
@@ -147,8 +155,7 @@ def verify(
         copies, error = compare(contents_of(found), contents_of(beside), converted, reporter)
     checks = [*structure, scales, codes, copies, error]
     if found.file_problems or any(c.status == "failed" for c in structure[1:]):
-        reason = "the structure of the checkpoint has to be right first"
-        checks += [Check(name=n, status="skipped", detail=reason) for n in RELOAD_CHECKS]
+        checks += [Check(name=n, status="skipped", detail=STRUCTURE_FIRST) for n in RELOAD_CHECKS]
     else:
         checks += reload_checks(
             found.folder,
@@ -159,20 +166,55 @@ def verify(
             prompts=prompts,
             reporter=reporter,
         )
-    return _recorded(_beside_gguf(checks, found, gguf, converted, reporter), checkpoint, source, found)
+    return _recorded(_beside_other(checks, found, other, converted, reporter), checkpoint, source, found)
 
 
-def _beside_gguf(
+def _foreign_source(path: Path) -> GgufOriginal | FlaxOriginal | None:
+    """A source that is no folder of safetensors files, opened."""
+    if holds_gguf(path):
+        return read_gguf(path)
+    return read_flax(path) if is_flax_source(path) else None
+
+
+def _beside_gguf(source: str | Path | None, reporter: Reporter) -> Comparison | None:
+    """How a GGUF is compared with its source, of whatever format; ``None`` without one."""
+    if source is None:
+        return None
+    other = _foreign_source(Path(source))
+    original = _sound_source(_folder(source)) if other is None else None
+
+    def compared(found: GgufOriginal, record: ConvertRecord | None) -> tuple[Check, Check]:
+        if isinstance(other, GgufOriginal):
+            return compare_files(found, other, record, reporter)
+        if original is not None:
+            return compare_gguf(found, contents_of(original), record, reporter)
+        assert other is not None
+        table = found.tensors.get("token_embd.weight")
+        return compare_gguf(found, other.contents(table.shape[0] if table else 0), record, reporter)
+
+    return compared
+
+
+def _beside_other(
     checks: list[Check],
     found: Inventory,
-    gguf: GgufOriginal | None,
+    other: GgufOriginal | FlaxOriginal | None,
     converted: ConvertRecord | None,
     reporter: Reporter,
 ) -> list[Check]:
-    """The checks with ``copies`` and ``error`` against a GGUF, where that is the source and the structure is right."""
-    if gguf is None or any(c.status == "failed" for c in checks):
+    """The checks with ``copies`` and ``error`` against a GGUF or a Flax checkpoint, where that is the source."""
+    if other is None:
         return checks
-    compared = {c.name: c for c in compare_with_original(contents_of(found), gguf, converted, reporter)}
+    if any(c.status == "failed" for c in checks if c.name in STRUCTURE):
+        names = ("copies", "error")
+        compared = {n: Check(name=n, status="skipped", detail=STRUCTURE_FIRST) for n in names}
+    elif isinstance(other, GgufOriginal):
+        compared = {c.name: c for c in compare_with_original(contents_of(found), other, converted, reporter)}
+    else:
+        contents = contents_of(found)
+        table = next((t for n, t in contents.dense.items() if n.endswith("embed_tokens.weight")), None)
+        rows = table.shape[0] if table is not None and table.shape else 0
+        compared = {c.name: c for c in compare(contents, other.contents(rows), converted, reporter)}
     return [compared.get(c.name, c) for c in checks]
 
 
@@ -184,7 +226,7 @@ def _converted_checks(
     reporter: Reporter,
 ) -> list[Check]:
     """The checks of AutoAWQ's and AutoGPTQ's, and of dense copies of quantised checkpoints."""
-    quantization = found.config.get("quantization_config")
+    quantization = found.quantization
     hashed = f"tensors hashed against {CONVERT_NAME}" if converted else f"no {CONVERT_NAME} to hash against"
     detail = f"{len(found.files)} weight files, {hashed}"
     checks = [_check("files", found.file_problems + found.mode_problems, detail)]
@@ -200,8 +242,7 @@ def _converted_checks(
         checks.append(_check("config", problems, f"transformers reads it; quantised modules: {len(modules)}"))
         checks += scan_columns(modules, reporter)
     if any(c.status == "failed" for c in checks[1:]):
-        reason = "the structure of the checkpoint has to be right first"
-        return checks + [Check(name=n, status="skipped", detail=reason) for n in ("copies", "error", "reload")]
+        return checks + [Check(name=n, status="skipped", detail=STRUCTURE_FIRST) for n in ("copies", "error", "reload")]
     contents = contents_of(found)
     if original is None:
         no_source = "no source was given (--source)"
@@ -222,8 +263,11 @@ def _recorded(
     source: str | Path | None,
     found: Inventory,
     tensors: int | None = None,
+    *,
+    write: bool = True,
 ) -> VerifyRecord:
-    """The record of some checks, written into the checkpoint; ``tensors`` counts them where the inventory does not."""
+    """The record of some checks, written into the checkpoint where that is a folder; ``tensors`` counts them where the
+    inventory does not."""
     record = VerifyRecord(
         checkpoint=str(checkpoint),
         source=None if source is None else str(source),
@@ -234,7 +278,8 @@ def _recorded(
         versions={p: version(p) for p in PACKAGES},
     )
     try:
-        write_json(found.folder / VERIFY_NAME, record)
+        if write:
+            write_json(found.folder / VERIFY_NAME, record)
     except OSError as e:
         unwritten = Check(name="record", status="skipped", detail=f"{VERIFY_NAME} could not be written: {e.strerror}")
         record.checks.append(unwritten)
@@ -260,12 +305,13 @@ def _sound_source(folder: Path) -> Inventory:
 
 
 def _require_compressed_tensors(found: Inventory, *, quantized: bool) -> None:
-    quantization = found.config.get("quantization_config")
+    quantization = found.quantization
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method is not None and method != "compressed-tensors":
         raise CheckpointError(
-            f"the checkpoint is quantised with {method!r}, and verify reads compressed-tensors, awq and gptq",
+            f"the checkpoint is quantised with {method!r}, which verify does not read",
             where=str(found.folder),
+            why="it reads compressed-tensors, awq, gptq, auto-round and GGUF",
             remedy="Use `halfbyte inspect` on it.",
         )
     if found.config and quantization is None and not quantized and not found.header_problems:
@@ -279,7 +325,7 @@ def _require_compressed_tensors(found: Inventory, *, quantized: bool) -> None:
 
 def _rules(found: Inventory) -> tuple[Rules | None, list[str]]:
     try:
-        return parse_rules(found.config.get("quantization_config")), []
+        return parse_rules(found.quantization), []
     except CheckpointError as e:
         return None, [e.what]
 

@@ -1,4 +1,4 @@
-"""AutoAWQ and AutoGPTQ checkpoints as ``verify`` sees them: what their config says, and their modules.
+"""AutoAWQ, AutoGPTQ and AutoRound checkpoints as ``verify`` sees them: what their config says, and their modules.
 
 Part of :mod:`halfbyte.verifier`, with which it shares the rule to use no code of the writing side.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 
@@ -20,8 +20,17 @@ from halfbyte.reference_columns import ColumnLayout, ColumnWeight, column_proble
 from halfbyte.verifier_layout import Skeleton
 
 LEAVES = ("qweight", "qzeros", "scales", "g_idx")
-METHODS = ("awq", "gptq")
-GPTQ_BITS = (2, 3, 4, 8)
+METHODS = ("awq", "gptq", "auto-round")
+BITS = {"awq": (4,), "gptq": (2, 3, 4, 8)}
+# AutoRound's packing_format: whose layout it is, and what is added to a stored zero point.
+PACKINGS: dict[str, tuple[Literal["awq", "gptq"], int]] = {
+    "auto_round": ("gptq", 0),
+    "auto_round:gptqmodel": ("gptq", 0),
+    "auto_round:auto_gptq": ("gptq", 1),
+    "auto_round:auto_awq": ("awq", 0),
+}
+PATTERN = re.compile(r"[*+?^$()\[\]{}|\\]")
+UNQUANTIZED_BITS = 16
 STEP_ROWS = 1024
 
 
@@ -48,26 +57,42 @@ def column_modules(tensors: Mapping[str, StoredTensor], quantization: Mapping[st
 
 
 def layout_of(module: str, quantization: Mapping[str, Any]) -> ColumnLayout:
-    """The layout that config.json announces for a module."""
-    said = dict(quantization)
+    """The layout that the config announces for a module."""
+    kind, plus = _kind(quantization)
+    said = {**quantization, **_override(module, quantization)}
+    bits, size = said.get("bits", said.get("w_bit")), said.get("group_size", said.get("q_group_size"))
+    if not _is_group_size(bits) or bits not in BITS[kind] or not _is_group_size(size):
+        raise CheckpointError(f"quantization_config says {bits!r} bits in groups of {size!r}")
+    return ColumnLayout(kind=kind, bits=bits, group_size=size, plus=plus)
+
+
+def _kind(quantization: Mapping[str, Any]) -> tuple[Literal["awq", "gptq"], int]:
+    """Whose layout it is, and what is added to a stored zero point."""
+    if quantization["quant_method"] == "auto-round":
+        packing = str(quantization.get("packing_format") or "auto_round")
+        if packing not in PACKINGS:
+            raise CheckpointError(f"AutoRound's packing_format {packing!r} is not decoded")
+        return PACKINGS[packing]
     if quantization["quant_method"] == "awq":
-        if str(said.get("version", "gemm")).lower() != "gemm":
-            raise CheckpointError(f"AutoAWQ's layout {said['version']!r} is not decoded")
-        bits, size = said.get("bits", said.get("w_bit")), said.get("group_size", said.get("q_group_size"))
-        if bits != 4 or not _is_group_size(size):
-            raise CheckpointError(f"quantization_config says {bits!r} bits in groups of {size!r}")
-        return ColumnLayout(kind="awq", bits=4, group_size=size)
-    stated = str(said.get("checkpoint_format") or "gptq")
+        if str(quantization.get("version", "gemm")).lower() != "gemm":
+            raise CheckpointError(f"AutoAWQ's layout {quantization['version']!r} is not decoded")
+        return "awq", 0
+    stated = str(quantization.get("checkpoint_format") or quantization.get("format") or "gptq").lower()
     if stated not in ("gptq", "gptq_v2"):
         raise CheckpointError(f"GPTQ's checkpoint_format {stated!r} is not decoded")
-    for pattern, override in _mapping(said.get("dynamic")).items():
+    return "gptq", int(stated == "gptq")
+
+
+def _override(module: str, quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """What GPTQModel's ``dynamic`` or AutoRound's ``extra_config`` says of a module instead of the rest."""
+    for pattern, override in _mapping(quantization.get("dynamic")).items():
         if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
-            said |= _mapping(override)
-            break
-    bits, size = said.get("bits"), said.get("group_size")
-    if not _is_group_size(bits) or bits not in GPTQ_BITS or not _is_group_size(size):
-        raise CheckpointError(f"quantization_config says {bits!r} bits in groups of {size!r}")
-    return ColumnLayout(kind="gptq", bits=bits, group_size=size, plus=int(stated == "gptq"))
+            return _mapping(override)
+    extra = _mapping(quantization.get("extra_config"))
+    if module in extra:
+        return _mapping(extra[module])
+    fits = (o for p, o in extra.items() if PATTERN.search(p) and re.search(p, module))
+    return _mapping(next(fits, None))
 
 
 def _is_group_size(value: Any) -> TypeGuard[int]:
@@ -118,7 +143,8 @@ def _is_asymmetric(module: ColumnModule) -> bool:
 
 
 def _covering(module: str, quantization: Mapping[str, Any]) -> str | None:
-    """What of the config takes a module out: transformers' rules for AutoAWQ's list, or vLLM's, or ``dynamic``."""
+    """What of the config takes a module out: transformers' rules for AutoAWQ's list, or vLLM's, or ``dynamic``, or
+    AutoRound's lists."""
     for entry in quantization.get("modules_to_not_convert") or []:
         boundary = r"(?:(?<=\.)|(?=\.|$))"
         if module.endswith(entry) or entry in module or re.match(f"(?:{entry}){boundary}", module):
@@ -126,7 +152,12 @@ def _covering(module: str, quantization: Mapping[str, Any]) -> str | None:
     for pattern in _mapping(quantization.get("dynamic")):
         if pattern.startswith("-:") and re.match(pattern.removeprefix("-:"), module):
             return pattern
-    return None
+    override = _override(module, quantization)
+    if "bits" in override:
+        return "extra_config" if override["bits"] >= UNQUANTIZED_BITS else None
+    blocks = quantization.get("block_name_to_quantize") if quantization["quant_method"] == "auto-round" else None
+    listed = blocks.split(",") if isinstance(blocks, str) else blocks if isinstance(blocks, list) else []
+    return "block_name_to_quantize" if listed and not module.startswith(tuple(map(str, listed))) else None
 
 
 def scan_columns(modules: Sequence[ColumnModule], reporter: Reporter) -> tuple[Check, Check, Check]:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -30,15 +30,22 @@ from halfbyte.verifier_models import Loaded, Stored, as_torch, first_line, model
 from halfbyte.verifier_numbers import MAX_RELATIVE_ERROR, copy_problems
 
 STEP_ELEMENTS = 4 << 20
+SLACK = 2.0**-20  # relative; what was beside its grid by some last places and put onto it
 HASH_CHUNK_BYTES = 16 << 20
 LINEAR = frozenset({"Linear"})
 
 
 class Weight(Protocol):
-    """A weight ``[out, in]`` that can be read some rows at a time, as float32."""
+    """A weight ``[out, in]`` that can be read some rows at a time, as float32.
+
+    ``grain`` is the dtype that products of codes and scales were rounded to, empty where they are as they come.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def grain(self) -> str: ...
 
     def rows(self, start: int, stop: int) -> Float32: ...
 
@@ -48,6 +55,7 @@ class Plain:
     """A dense one."""
 
     tensor: StoredTensor
+    grain: ClassVar[str] = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -64,6 +72,7 @@ class Packed:
     parts: Mapping[str, StoredTensor]
     group: Any
     shape: tuple[int, int]
+    grain: ClassVar[str] = ""
 
     def rows(self, start: int, stop: int) -> Float32:
         return decode_rows(self.parts, self.group.format, start, stop).weight
@@ -76,6 +85,7 @@ class Columns:
     module: ColumnModule
     shape: tuple[int, int]
     _weight: ColumnWeight | None = None
+    grain: ClassVar[str] = ""
 
     def rows(self, start: int, stop: int) -> Float32:
         if self._weight is None or start == 0:
@@ -88,19 +98,20 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """A checkpoint of any format: quantised weights by dense name, and all other tensors."""
+    """A checkpoint of any format: quantised weights by dense name, and all other tensors.
+
+    ``given`` are those of the others that lie in no safetensors file.
+    """
 
     quantized: Mapping[str, Weight]
     dense: Mapping[str, StoredTensor]
     modules: Sequence[ColumnModule] = ()
+    given: Mapping[str, Weight] = field(default_factory=dict)
 
 
 def method_of(found: Inventory) -> str | None:
     """``quant_method``; ``None`` for a dense checkpoint."""
-    quantization = found.config.get("quantization_config")
-    if not isinstance(quantization, dict):
-        return None
-    return str(quantization.get("quant_method"))
+    return str(found.quantization.get("quant_method")) if isinstance(found.quantization, dict) else None
 
 
 def contents_of(found: Inventory) -> Contents:
@@ -108,7 +119,7 @@ def contents_of(found: Inventory) -> Contents:
     method = method_of(found)
     if method is None:
         return Contents({}, found.tensors)
-    quantization = found.config["quantization_config"]
+    quantization = found.quantization
     weights: dict[str, Weight] = {}
     if method in METHODS:
         modules = column_modules(found.tensors, quantization)
@@ -163,7 +174,8 @@ def hash_problems(found: Inventory, record: ConvertRecord | None, reporter: Repo
 def compare(found: Contents, source: Contents, record: ConvertRecord | None, reporter: Reporter) -> tuple[Check, Check]:
     """The checks ``copies`` and ``error`` of two checkpoints of whatever formats."""
     coded = found.quantized.keys() | source.quantized.keys()
-    kept = {n: t for n, t in found.dense.items() if n not in coded}
+    given = {n: t for n, t in found.dense.items() if n in source.given}
+    kept = {n: t for n, t in found.dense.items() if n not in coded | given.keys()}
     expected = {n: t for n, t in source.dense.items() if n not in coded}
     cast = {n for n, t in kept.items() if n in expected and t.dtype != expected[n].dtype and not found.quantized}
     plain = {n: t for n, t in kept.items() if n not in cast}
@@ -173,8 +185,14 @@ def compare(found: Contents, source: Contents, record: ConvertRecord | None, rep
         for n in sorted(cast)
         if not _is_cast(kept[n], expected[n])
     ]
-    size = sum(t.size_bytes for t in kept.values())
+    problems += [f"{n} of the source is lost" for n in source.given if n not in given]
+    problems += [
+        f"{n} is not the source's, rounded to {t.dtype}" for n, t in given.items() if not _is_given(t, source.given[n])
+    ]
+    size = sum(t.size_bytes for t in [*kept.values(), *given.values()])
     detail = f"{len(plain)} tensors equal to the source byte for byte, {len(cast)} rounded to another dtype"
+    if source.given:
+        detail = f"{len(given)} tensors equal to the source, rounded to their dtypes"
     copies = _check("copies", problems, f"{detail}; {size / 1e6:.1f} MB")
     return copies, _error(found, source, record, sorted(coded), reporter)
 
@@ -184,6 +202,12 @@ def _is_cast(tensor: StoredTensor, original: StoredTensor) -> bool:
         return False
     values = to_float32(original.rows(), original.dtype)
     return bool(np.array_equal(to_float32(tensor.rows(), tensor.dtype), rounded(values, tensor.dtype), equal_nan=True))
+
+
+def _is_given(tensor: StoredTensor, original: Weight) -> bool:
+    if tensor.shape != tuple(original.shape) or tensor.dtype not in FLOATS:
+        return False
+    return _distance(Plain(tensor), original, tensor.dtype)[0]
 
 
 def rounded(values: Float32, dtype: str) -> Float32:
@@ -222,7 +246,7 @@ def _error(
         errors[name] = error
         if not error <= MAX_RELATIVE_ERROR:
             problems.append(f"{name} has relative error {error:.3g} against the source")
-        elif record is not None and name in source.quantized and name not in allowed:
+        elif name in source.quantized and name not in allowed and not (before.grain and error <= SLACK):
             problems.append(f"{name} differs from the source (relative error {error:.3g}), and is not on record for it")
     reporter.finish()
     detail = f"{equal} of {len(names)} weights equal the source's bit for bit"
@@ -250,7 +274,8 @@ def _distance(after: Weight, before: Weight, dtype: str) -> tuple[bool, float]:
         stop = min(start + step, rows)
         with np.errstate(invalid="ignore", over="ignore"):
             a, b = after.rows(start, stop), before.rows(start, stop)
-            same = same and bool(np.array_equal(a, rounded(b, dtype)))
+            good = (a == rounded(b, dtype)) | (bool(before.grain) & (rounded(a, before.grain) == b))
+            same = same and bool(good.all())
             squares += float(np.sum(b.astype(np.float64) ** 2))
             distance += float(np.sum((a.astype(np.float64) - b) ** 2))
     return same, math.sqrt(distance / squares) if squares else (0.0 if distance == 0 else math.inf)
@@ -268,7 +293,8 @@ def reload_columns(folder: Path, contents: Contents, reporter: Reporter) -> Chec
         with quiet(), torch.no_grad():
             stored = Stored(folder=folder, tensors={}, modules=[])
             config = stored.config()
-            del config.quantization_config
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
             state = {n: as_torch(t) for n, t in contents.dense.items()}
             for m in contents.modules:
                 weight = m.load()

@@ -20,16 +20,22 @@ from halfbyte.reference import StoredTensor, read_header
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# How older tools call a quantization_config that is a file of its own, and its quant_method.
+LOOSE_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 HASH_CHUNK_BYTES = 16 << 20
 
 
 @dataclass(slots=True)
 class Inventory:
-    """What a folder holds, and what is wrong with its files and headers."""
+    """What a folder holds, and what is wrong with its files and headers.
+
+    ``quantization`` is what config.json, or a file of its own beside it, says of it; ``None`` for a dense checkpoint.
+    """
 
     folder: Path
     config: dict[str, Any] = field(default_factory=dict)
+    quantization: Any = None
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     file_problems: list[str] = field(default_factory=list)
@@ -58,6 +64,7 @@ def take_inventory(folder: Path) -> Inventory:
         found.file_problems += [] if isinstance(config, dict) else [f"{CONFIG_NAME} is not a JSON object"]
     except CheckpointError as e:
         found.file_problems.append(f"{CONFIG_NAME} {e.what}")
+    found.quantization = _read_quantization(found)
     listed = _read_index(found)
     found.files = sorted(set(listed.values())) if listed else ([SINGLE_NAME] if SINGLE_NAME in present else present)
     if not listed and SINGLE_NAME not in present:
@@ -77,6 +84,26 @@ def take_inventory(folder: Path) -> Inventory:
             mode = path.stat().st_mode & 0o777
             found.mode_problems.append(f"{path.name} has mode {mode:04o}, unreadable for a server under another user")
     return found
+
+
+def _read_quantization(found: Inventory) -> Any:
+    text = found.config.get("text_config")
+    for holder in (found.config, text if isinstance(text, dict) else {}):
+        for key in ("quantization_config", "compression_config"):
+            if holder.get(key) is not None:
+                return holder[key]
+    for name, method in LOOSE_CONFIGS.items():
+        if not (found.folder / name).exists():
+            continue
+        try:
+            loose = read_json(found.folder / name)
+        except CheckpointError as e:
+            found.file_problems.append(f"{name} {e.what}")
+            continue
+        if isinstance(loose, dict):
+            return {"quant_method": method} | loose
+        found.file_problems.append(f"{name} is not a JSON object")
+    return None
 
 
 def _add_header(found: Inventory, file: str) -> None:

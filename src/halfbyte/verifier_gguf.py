@@ -4,9 +4,10 @@ Part of :mod:`halfbyte.verifier`, with which it shares the rule to use no code o
 names are read by the gguf package, the source by the reference decoders, and what llama.cpp wants changed (rows of q
 and k, 1 added to norms) is written out here once more.
 
-    files    model.gguf and mmproj.gguf are readable by everybody and hash to what convert.json says
+    files    they are readable by everybody and hash to what convert.json says
     headers  the gguf package reads them, no tensor is there twice
     config   sizes in the metadata are config.json's; tokens, their number and the chat template are the tokenizer's
+             (where these files are beside it)
     copies   every tensor that is not quantised has the source's values, rounded to its type, and none is missing
     error    every quantised one has the source's values, bit for bit unless convert.json lists it
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,14 @@ import numpy as np
 
 from halfbyte.errors import CheckpointError, MissingDependencyError
 from halfbyte.progress import Reporter
-from halfbyte.records import Check, ConvertRecord, read_json
+from halfbyte.records import CONVERT_NAME, Check, ConvertRecord, read_json
 from halfbyte.reference import FLOATS, Float32
-from halfbyte.verifier_converted import Contents, Plain, Weight, contents_of, read_convert_record, rounded
+from halfbyte.verifier_converted import SLACK, Contents, Plain, Weight, read_convert_record, rounded
 from halfbyte.verifier_files import Inventory
 from halfbyte.verifier_numbers import MAX_RELATIVE_ERROR
 
-MODEL, VISION = "model.gguf", "mmproj.gguf"
+MODEL = "model.gguf"
+PART = re.compile(r"(.*)-\d{5}-of-\d{5}\.gguf")
 TURNED = ("llama", "mistral3", "granite")  # architectures whose q and k have neighbouring rows turned together
 ONE_ADDED = ("gemma2", "gemma3")  # architectures whose norms multiply by the weight itself
 MADE = ("rope_freqs.weight", "v.token_embd.img_break")  # tensors that stand for no tensor of the source
@@ -70,38 +72,113 @@ def library() -> Any:
     return gguf
 
 
-def is_gguf_folder(folder: Path) -> bool:
-    """Whether this is what ``convert --to gguf`` writes."""
-    return (folder / MODEL).exists() and not any(folder.glob("*.safetensors"))
+@dataclass(frozen=True, slots=True)
+class GgufOriginal:
+    """The metadata and tensors of all files of a model, its vision tower's among them."""
+
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, GgufTensor]
 
 
-def gguf_checks(folder: Path, source: Inventory | None, reporter: Reporter) -> tuple[list[Check], Inventory, int]:
-    """All checks, and for the record an inventory of the files and the number of tensors in them.
+Comparison = Callable[[GgufOriginal, ConvertRecord | None], tuple[Check, Check]]
+
+
+def holds_gguf(path: Path) -> bool:
+    """Whether a path is a GGUF file, or a folder with one and no safetensors."""
+    if path.is_dir():
+        return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
+    return path.suffix == ".gguf"
+
+
+def model_files(path: Path) -> list[Path]:
+    """The files of the one model that a GGUF file or a folder is, vision tower last.
 
     Raises:
+        CheckpointError: there is no such file, or the folder holds several models.
+    """
+    if not path.exists():
+        raise CheckpointError("there is no such file", where=str(path), remedy="Give a GGUF file or a folder.")
+    if path.is_file():
+        match = PART.fullmatch(path.name)
+        parts = sorted(
+            p for p in path.parent.glob("*.gguf") if (m := PART.fullmatch(p.name)) and match and m[1] == match[1]
+        )
+        return parts or [path]
+    files = sorted(path.glob("*.gguf"), key=lambda p: (_is_tower(p), p.name))
+    models = {m[1] if (m := PART.fullmatch(p.name)) else p.name for p in files if not _is_tower(p)}
+    if len(models) > 1:
+        names = ", ".join(sorted(models)[:3])
+        raise CheckpointError(f"holds several models: {names}", where=str(path), remedy="Name the file of one.")
+    return files
+
+
+def _is_tower(file: Path) -> bool:
+    return "mmproj" in file.name
+
+
+def _read_file(file: Path) -> tuple[dict[str, Any], list[GgufTensor]]:
+    """Metadata (of a tower, what it says of the tower) and tensors; whatever the package raises."""
+    reader = library().GGUFReader(str(file))
+    fields = {k: f.contents() for k, f in reader.fields.items() if not _is_tower(file) or k.startswith("clip.")}
+    return fields, [
+        GgufTensor(t.name, t.tensor_type.name, t.data, tuple(int(n) for n in reversed(t.shape))) for t in reader.tensors
+    ]
+
+
+def read_gguf(path: Path) -> GgufOriginal:
+    """Open a GGUF file with all of its parts, or those of a folder, as a source.
+
+    Raises:
+        CheckpointError: there is no such file, or the gguf package cannot read it.
         MissingDependencyError: the package gguf is not installed.
     """
-    gguf = library()
-    found = Inventory(folder, files=[n for n in (MODEL, VISION) if (folder / n).exists()])
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.stat().st_mode & 0o044 != 0o044:
-            found.mode_problems.append(f"{path.name} has mode {path.stat().st_mode & 0o777:04o}")
-    record = read_convert_record(found)
+    library()
     metadata: dict[str, Any] = {}
     tensors: dict[str, GgufTensor] = {}
-    for name in found.files:
+    for file in model_files(path):
         try:
-            reader = gguf.GGUFReader(str(folder / name))
-            metadata |= {k: f.contents() for k, f in reader.fields.items() if name == MODEL or k.startswith("clip.")}
-            listed = [
-                GgufTensor(t.name, t.tensor_type.name, t.data, tuple(int(n) for n in reversed(t.shape)))
-                for t in reader.tensors
-            ]
+            fields, listed = _read_file(file)
         except Exception as e:  # whatever the package raises is the finding
-            found.header_problems.append(f"{name}: {type(e).__name__}: {e}")
+            raise CheckpointError(
+                f"cannot be read: {type(e).__name__}: {e}", where=str(file), remedy="Restore the source first."
+            ) from None
+        metadata |= fields
+        tensors |= {t.name: t for t in listed}
+    return GgufOriginal(metadata, tensors)
+
+
+def gguf_checks(path: Path, compared: Comparison | None, reporter: Reporter) -> tuple[list[Check], Inventory, int]:
+    """All checks, and for the record an inventory of the files and the number of tensors in them.
+
+    Args:
+        path: a GGUF file, or a folder of one model.
+        compared: makes the checks ``copies`` and ``error``; ``None`` without a source.
+        reporter: listener for progress.
+
+    Raises:
+        CheckpointError: there is no such file, or the folder holds several models.
+        MissingDependencyError: the package gguf is not installed.
+    """
+    library()
+    if path.is_file() and path.name == MODEL and (path.parent / CONVERT_NAME).exists():
+        path = path.parent
+    files = model_files(path)
+    found = Inventory(files[0].parent, files=[f.name for f in files])
+    for file in sorted(path.iterdir()) if path.is_dir() else files:
+        if file.is_file() and file.stat().st_mode & 0o044 != 0o044:
+            found.mode_problems.append(f"{file.name} has mode {file.stat().st_mode & 0o777:04o}")
+    record = read_convert_record(found) if path.is_dir() else None
+    metadata: dict[str, Any] = {}
+    tensors: dict[str, GgufTensor] = {}
+    for file in files:
+        try:
+            fields, listed = _read_file(file)
+        except Exception as e:  # whatever the package raises is the finding
+            found.header_problems.append(f"{file.name}: {type(e).__name__}: {e}")
             continue
+        metadata |= fields
         found.header_problems += [
-            f"{name} holds {t.name}, which is in {MODEL} too" for t in listed if t.name in tensors
+            f"{file.name} holds {t.name}, which is in another file too" for t in listed if t.name in tensors
         ]
         tensors |= {t.name: t for t in listed}
     if record is not None and not found.header_problems:
@@ -116,13 +193,19 @@ def gguf_checks(folder: Path, source: Inventory | None, reporter: Reporter) -> t
         reason = "the structure of the files has to be right first"
         checks += [Check(name=n, status="skipped", detail=reason) for n in ("config", "copies", "error")]
         return checks, found, len(tensors)
-    checks.append(check_of("config", _config_problems(folder, metadata, tensors), "sizes, tokens and chat template"))
-    if source is None:
+    missing = [n for n in ("config.json", "tokenizer.json") if not (found.folder / n).exists()]
+    if record is None and missing:
+        reason = f"there is no {' and no '.join(missing)} beside it to hold its metadata against"
+        checks.append(Check(name="config", status="skipped", detail=reason))
+    else:
+        problems = _config_problems(found.folder, metadata, tensors)
+        checks.append(check_of("config", problems, "sizes, tokens and chat template"))
+    if compared is None:
         checks += [
             Check(name=n, status="skipped", detail="no source was given (--source)") for n in ("copies", "error")
         ]
     else:
-        checks += _compare(metadata, tensors, contents_of(source), record, reporter)
+        checks += compared(GgufOriginal(metadata, tensors), record)
     reason = "verify does not start llama.cpp"
     return [*checks, Check(name="reload", status="skipped", detail=reason)], found, len(tensors)
 
@@ -213,18 +296,63 @@ def named(names: Any, metadata: Mapping[str, Any]) -> Iterator[tuple[str, str | 
         yield name, held, int(expert[1]) if expert else None
 
 
-def _compare(
-    metadata: Mapping[str, Any],
-    tensors: Mapping[str, GgufTensor],
-    source: Contents,
-    record: ConvertRecord | None,
-    reporter: Reporter,
+def compare_files(
+    found: GgufOriginal, original: GgufOriginal, record: ConvertRecord | None, reporter: Reporter
 ) -> tuple[Check, Check]:
+    """The checks ``copies`` and ``error`` of two GGUF models, tensor by tensor under the same names."""
+    copies = [f"{n} of the source is lost" for n in original.tensors if n not in found.tensors and n not in MADE]
+    copies += [f"{n} is not in the source" for n in found.tensors if n not in original.tensors and n not in MADE]
+    codes: list[str] = []
+    both = [n for n in found.tensors if n in original.tensors and n not in MADE]
+    allowed = {f"{r.name}.weight" for r in record.requantized} if record else set()
+    held = {h: n for n, h, expert in named(allowed, found.metadata) if expert is None or expert == 0}
+    quantised = equal = 0
+    reporter.start("comparing weights", len(both))
+    for name in both:
+        reporter.advance()
+        ours, theirs = found.tensors[name], original.tensors[name]
+        quantised += ours.kind not in FLOATS
+        if ours.shape != theirs.shape:
+            copies.append(f"{name} is {list(ours.shape)}, the source's {list(theirs.shape)}")
+            continue
+        same, error = _tensor_distance(ours, theirs)
+        equal += same and ours.kind not in FLOATS
+        if not same and not (name in held and error <= MAX_RELATIVE_ERROR):
+            into = copies if ours.kind in FLOATS else codes
+            into.append(f"{name} differs from the source's (relative error {error:.3g})")
+    reporter.finish()
+    detail = f"{equal} of {quantised} quantised weights equal the source's bit for bit"
+    return (
+        check_of("copies", copies, f"{len(both) - quantised} tensors against the source, rounded to their types"),
+        check_of("error", codes, f"{detail}; {len(allowed)} on record as rounded again"),
+    )
+
+
+def _tensor_distance(ours: GgufTensor, theirs: GgufTensor) -> tuple[bool, float]:
+    same, squares, distance = True, 0.0, 0.0
+    rows = ours.shape[-2] if len(ours.shape) > 1 else 1
+    step = max(1, STEP_ELEMENTS // ours.shape[-1])
+    for index in range(ours.shape[0]) if len(ours.shape) == 3 else [None]:
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            a, b = ours.rows(start, stop, index), theirs.rows(start, stop, index)
+            same = same and bool(np.array_equal(a, rounded(b, ours.kind)))
+            squares += float(np.sum(b.astype(np.float64) ** 2))
+            distance += float(np.sum((a.astype(np.float64) - b) ** 2))
+    return same, math.sqrt(distance / squares) if squares else (0.0 if distance == 0 else math.inf)
+
+
+def compare_gguf(
+    found: GgufOriginal, source: Contents, record: ConvertRecord | None, reporter: Reporter
+) -> tuple[Check, Check]:
+    """The checks ``copies`` and ``error`` of a GGUF model and a checkpoint of another format."""
+    metadata, tensors = found.metadata, found.tensors
     allowed = {f"{r.name}.weight" for r in record.requantized} if record else set()
     copies: list[str] = []
     codes: list[str] = []
     equal, used = 0, set(MADE)
-    names = [*source.dense, *source.quantized]
+    others: dict[str, Weight] = {**source.given, **{n: Plain(t) for n, t in source.dense.items()}}
+    names = [*others, *source.quantized]
     reporter.start("comparing weights", len(names))
     for name, held, expert in named(names, metadata):
         reporter.advance()
@@ -238,16 +366,17 @@ def _compare(
             continue
         assert held is not None
         used.add(held)
-        stored: Weight = source.quantized[name] if quantized else Plain(source.dense[name])
+        stored = source.quantized[name] if quantized else others[name]
         same, error = _distance(tensors[held], expert, stored, held, metadata)
         equal += same and quantized
-        if not same and (not quantized or name not in allowed or not error <= MAX_RELATIVE_ERROR):
+        excused = name in allowed or (quantized and bool(stored.grain) and error <= SLACK)
+        if not same and (not quantized or not excused or not error <= MAX_RELATIVE_ERROR):
             into.append(f"{held} differs from the source's {name} (relative error {error:.3g})")
     reporter.finish()
     copies += [f"{n} stands for no tensor of the source" for n in tensors if n not in used]
     detail = f"{equal} of {len(source.quantized)} quantised weights equal the source's bit for bit"
     return (
-        check_of("copies", copies, f"{len(source.dense)} tensors against the source, rounded to their types"),
+        check_of("copies", copies, f"{len(others)} tensors against the source, rounded to their types"),
         check_of("error", codes, f"{detail}; {len(allowed)} on record as rounded again"),
     )
 
@@ -278,11 +407,14 @@ def _distance(
         want = stored.rows(start, stop if len(shape) > 1 else shape[0]).reshape(stop - start, -1)
         if heads:
             want = turn(want, heads if len(shape) == 1 else (stop - start) // width, len(shape) == 1)
-        if one_added(held, metadata):
-            want = want + np.float32(1)
+        plus = np.float32(1 if one_added(held, metadata) else 0)
         have = found.rows(start, stop, expert).reshape(want.shape)
-        want = rounded(np.ascontiguousarray(want), found.kind) if found.kind in FLOATS else want
-        same = same and bool(np.array_equal(have, want))
+        # Flax stores float32 that is published as bfloat16, and products that were rounded to it.
+        values = [want, rounded(np.ascontiguousarray(want), "BF16")] if stored.grain else [want]
+        good = [have == rounded(np.ascontiguousarray(v + plus), found.kind) for v in values]
+        good += [rounded(have, stored.grain) == want] if stored.grain and not plus else []
+        same = same and bool(np.logical_or.reduce(good).all())
+        want = want + plus
         squares += float(np.sum(want.astype(np.float64) ** 2))
         distance += float(np.sum((have.astype(np.float64) - want) ** 2))
     return same, math.sqrt(distance / squares) if squares else (0.0 if distance == 0 else math.inf)

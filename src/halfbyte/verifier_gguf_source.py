@@ -8,15 +8,9 @@ decode to them exactly unless convert.json lists it.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from halfbyte.errors import CheckpointError
 from halfbyte.progress import Reporter
 from halfbyte.records import Check, ConvertRecord
 from halfbyte.reference import FLOATS
@@ -24,64 +18,14 @@ from halfbyte.verifier_converted import Contents, Plain, Weight, rounded
 from halfbyte.verifier_gguf import (
     MADE,
     STEP_ELEMENTS,
-    GgufTensor,
+    GgufOriginal,
     check_of,
-    library,
     named,
     one_added,
     turn,
     turned_heads,
 )
 from halfbyte.verifier_numbers import MAX_RELATIVE_ERROR
-
-PART = re.compile(r"(.*)-\d{5}-of-\d{5}\.gguf")
-
-
-@dataclass(frozen=True, slots=True)
-class GgufOriginal:
-    """The metadata and tensors of all files of a model, its vision tower's among them."""
-
-    metadata: Mapping[str, Any]
-    tensors: Mapping[str, GgufTensor]
-
-
-def is_gguf_source(path: Path) -> bool:
-    """Whether a path is a GGUF file, or a folder with one and no safetensors."""
-    if path.is_dir():
-        return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
-    return path.suffix == ".gguf"
-
-
-def read_original(path: Path) -> GgufOriginal:
-    """Open a GGUF file with all of its parts, or those of a folder.
-
-    Raises:
-        CheckpointError: there is no such file, or the gguf package cannot read it.
-        MissingDependencyError: the package gguf is not installed.
-    """
-    gguf = library()
-    if not path.exists():
-        raise CheckpointError("there is no such file", where=str(path), remedy="Give a GGUF file or a folder.")
-    files = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
-    if match := PART.fullmatch(path.name):
-        files = sorted(p for p in path.parent.glob("*.gguf") if (m := PART.fullmatch(p.name)) and m[1] == match[1])
-    metadata: dict[str, Any] = {}
-    tensors: dict[str, GgufTensor] = {}
-    for file in files:
-        try:
-            reader = gguf.GGUFReader(str(file))
-            tower = "mmproj" in file.name
-            fields = {k: f.contents() for k, f in reader.fields.items() if not tower or k.startswith("clip.")}
-        except Exception as e:  # whatever the package raises is the finding
-            raise CheckpointError(
-                f"cannot be read: {type(e).__name__}: {e}", where=str(file), remedy="Restore the source first."
-            ) from None
-        metadata |= fields
-        tensors |= {
-            t.name: GgufTensor(t.name, t.tensor_type.name, t.data, tuple(int(n) for n in reversed(t.shape)))
-            for t in reader.tensors
-        }
-    return GgufOriginal(metadata, tensors)
 
 
 def compare_with_original(

@@ -89,6 +89,13 @@ class Facts:
         return source["name"] if source.get("origin") == "hub" else None
 
     @property
+    def gguf_files(self) -> list[str]:
+        """Files of a GGUF model, vision tower last; empty where the weights are in safetensors files."""
+        if any(self.folder.glob("*.safetensors")):
+            return []
+        return sorted((f.name for f in self.folder.glob("*.gguf")), key=lambda n: ("mmproj" in n, n))
+
+    @property
     def source_name(self) -> str | None:
         """What it was made from, as the records call it."""
         for found in (

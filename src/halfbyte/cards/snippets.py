@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 TEXT_TRANSFORMERS = """\
 from transformers import {auto}, AutoTokenizer
 
@@ -48,6 +50,18 @@ VLLM_CHAT = """messages = [{"role": "user", "content": "Give me a short introduc
     outputs = llm.chat(messages, sampling)"""
 VLLM_PLAIN = 'outputs = llm.generate(["A large language model is"], sampling)'
 
+LLAMACPP = """\
+from llama_cpp import Llama
+
+llm = {made}
+{call}
+"""
+LLAMACPP_CHAT = """messages = [{"role": "user", "content": "Give me a short introduction to large language models."}]
+output = llm.create_chat_completion(messages=messages, max_tokens=64)
+print(output["choices"][0]["message"]["content"])"""
+LLAMACPP_PLAIN = """output = llm.create_completion("A large language model is", max_tokens=64)
+print(output["choices"][0]["text"])"""
+
 
 def transformers_snippet(model: str, *, chat: bool, pictures: bool = False) -> str:
     """Text in, text out; most models that see pictures are no "causal LM" to transformers."""
@@ -65,14 +79,34 @@ def vllm_snippet(model: str, *, chat: bool) -> str:
     return VLLM_OFFLINE.format(model=model, call=VLLM_CHAT if chat else VLLM_PLAIN)
 
 
+def llamacpp_snippet(model: str, file: str, *, local: bool, chat: bool) -> str:
+    """llama.cpp without a server, by llama-cpp-python."""
+    made = f'Llama(model_path="{model}/{file}", n_ctx=2048)'
+    if not local:
+        made = f'Llama.from_pretrained(repo_id="{model}", filename="{file}", n_ctx=2048)'
+    return LLAMACPP.format(made=made, call=LLAMACPP_CHAT if chat else LLAMACPP_PLAIN)
+
+
+def llamacpp_serve_snippet(model: str, files: Sequence[str], *, local: bool, chat: bool) -> str:
+    """A server on llama.cpp, halfbyte's or its own, and a question to it."""
+    options = {f"{'--mmproj' if 'mmproj' in f else '--model'} {model}/{f}" for f in (files[0], files[-1])}
+    started = f"llama-server {' '.join(sorted(options, reverse=True))} --ctx-size 2048 --port 8000"
+    if local:
+        started = f"halfbyte serve {model}\n\n# or llama.cpp alone:\n{started}"
+    else:
+        started = f"llama-server --hf-repo {model} --hf-file {files[0]} --ctx-size 2048 --port 8000"
+    return f"{started}\n\n{_question(model, chat=chat)}"
+
+
 def serve_snippet(model: str, *, chat: bool) -> str:
     """vLLM's server, and a question to it."""
+    return f"vllm serve {model} --max-model-len 2048\n\n{_question(model, chat=chat)}"
+
+
+def _question(model: str, *, chat: bool) -> str:
     if chat:
         body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Who are you?"}}], "max_tokens": 64}}'
         path = "chat/completions"
     else:
         body, path = f'{{"model": "{model}", "prompt": "A large language model is", "max_tokens": 64}}', "completions"
-    return (
-        f"vllm serve {model} --max-model-len 2048\n\n"
-        f"curl http://localhost:8000/v1/{path} \\\n  -H 'Content-Type: application/json' \\\n  -d '{body}'"
-    )
+    return f"curl http://localhost:8000/v1/{path} \\\n  -H 'Content-Type: application/json' \\\n  -d '{body}'"

@@ -103,13 +103,15 @@ def metadata(facts: Facts, name: str, base_model: str | None, licence: str | Non
     method = facts.quantization.get("quant_method")
     if isinstance(method, str):
         tags.append(method)
+    if facts.gguf_files:
+        tags.append("gguf")
     tags += sorted({u.scheme.lower() for u in facts.schemes})
     task = "image-text-to-text" if facts.pictures else "text-generation"
     entries = _index_entries(facts.evaluation, task)
     return ModelCardData(
         base_model=base_model,
         base_model_relation="quantized" if base_model else None,
-        library_name="transformers",
+        library_name="gguf" if facts.gguf_files else "transformers",
         pipeline_tag=task,
         tags=tags,
         model_name=name if entries else None,
@@ -199,12 +201,7 @@ def body(facts: Facts, repo_id: str | None, base_model: str | None, data: Any, l
         "title": name,
         "summary": w["summary"].format(name=name, base=_link(base)) if base else w["summary_no_base"].format(name=name),
         "creation": creation_of(facts, base or "SOURCE", f"./{name}"),
-        "snippets": {
-            "text": snippets.transformers_snippet(model, chat=chat, pictures=facts.pictures),
-            "picture": snippets.picture_snippet(model) if facts.pictures else "",
-            "vllm": snippets.vllm_snippet(model, chat=chat) if served_by_vllm(facts) else "",
-            "serve": snippets.serve_snippet(model, chat=chat),
-        },
+        "snippets": programs(facts, model, local=repo_id is None, chat=chat),
         "rows": rows_of(record, w["absent"], w["average"]) if record else [],
         "base_name": base.split("/")[-1] if base else "",
         "this_name": w["this_model"].format(name=name),
@@ -240,6 +237,23 @@ def command_for(command: str, checkpoint: str, model: str) -> str:
     for form in ('pretrained="{}"', "halfbyte eval {} --"):
         command = command.replace(form.format(checkpoint), form.format(model))
     return command
+
+
+def programs(facts: Facts, model: str, *, local: bool, chat: bool) -> dict[str, str]:
+    """Programs that run the model, by engine; those of engines that cannot are empty."""
+    found = dict.fromkeys(("text", "picture", "vllm", "llamacpp", "serve"), "")
+    if facts.gguf_files:
+        return found | {
+            "llamacpp": snippets.llamacpp_snippet(model, facts.gguf_files[0], local=local, chat=chat),
+            "serve": snippets.llamacpp_serve_snippet(model, facts.gguf_files, local=local, chat=chat),
+        }
+    found["text"] = snippets.transformers_snippet(model, chat=chat, pictures=facts.pictures)
+    if facts.pictures:
+        found["picture"] = snippets.picture_snippet(model)
+    if served_by_vllm(facts):
+        found["vllm"] = snippets.vllm_snippet(model, chat=chat)
+        found["serve"] = snippets.serve_snippet(model, chat=chat)
+    return found
 
 
 def what(facts: Facts, w: Mapping[str, str]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ COLOURS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 )
 @json_option
 def command(checkpoint: str, source: str | None, reload: bool | None, as_json: bool) -> None:
-    """Re-read the checkpoint CKPT (a folder or a hub id) and say what is wrong with it.
+    """Re-read the checkpoint CKPT (a folder, a hub id or a GGUF file) and say what is wrong with it.
 
     Checks files, headers, config, shapes, scales, codes and error with a decoder that shares no code with the writer,
     then reloads it with transformers and compares weights bit for bit and logits. Writes verify.json into CKPT.
@@ -34,10 +34,13 @@ def command(checkpoint: str, source: str | None, reload: bool | None, as_json: b
     from halfbyte.verifier import verify
 
     progress = reporter()
-    folder = resolve(checkpoint)
+
+    def found(name: str) -> Path:
+        return Path(name) if name.endswith(".gguf") and not Path(name).is_dir() else resolve(name)
+
+    path = found(checkpoint)
     try:
-        beside = Path(source) if source and source.endswith(".gguf") else resolve(source) if source else None
-        record = verify(folder, source=beside, reload=reload, reporter=progress)
+        record = verify(path, source=found(source) if source else None, reload=reload, reporter=progress)
     finally:
         progress.finish()
     emit(record, as_json=as_json, render=lambda console: console.print(_table(record)))
@@ -48,7 +51,7 @@ def command(checkpoint: str, source: str | None, reload: bool | None, as_json: b
         raise GateFailed(
             f"{len(failed)} of {len(record.checks)} checks failed: {first}" + (f" and {more} more" if more > 0 else ""),
             where=checkpoint,
-            remedy=f"Every problem is listed in {Path(folder) / VERIFY_NAME} and by --json.",
+            remedy=f"Every problem is listed {f'in {path / VERIFY_NAME} and ' if path.is_dir() else ''}by --json.",
         )
 
 
