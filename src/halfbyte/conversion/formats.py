@@ -34,7 +34,7 @@ class Beside:
     """What a source's own files may not say.
 
     Attributes:
-        dtype: of tensors that are not quantised, for sources without a dtype of their own.
+        dtype: what tensors that are not quantised become, for sources without a dtype of their own (Flax, GGUF).
         config: a ``config.json`` or its folder.
         tokenizer: a folder, or a tokenizer's file.
         near: whether numbers may be beside the grid that they stand for, by a few last places.
@@ -63,12 +63,12 @@ def open_source(source: str | Path, source_format: str, beside: Beside | None = 
     for option, value in (("--config", beside.config), ("--tokenizer", beside.tokenizer)):
         if value is not None:
             raise UsageError("is for checkpoints that come without one", where=option, remedy="Leave it out.")
-    if is_gguf(source):
+    if is_gguf(source, asked=source_format == "gguf"):
         if source_format not in ("auto", "gguf"):
             raise _other_format("gguf", source_format)
         from halfbyte.conversion.gguf_in import open_gguf_source
 
-        return open_gguf_source(Path(source))
+        return open_gguf_source(Path(source), dtype=DTYPES.get(beside.dtype or ""))
     checkpoint = open_checkpoint(resolve(source), str(source))
     opened = _open_folder(checkpoint)
     if source_format not in ("auto", opened.format):
@@ -82,11 +82,11 @@ def _other_format(found: str, source_format: str) -> UsageError:
     )
 
 
-def is_gguf(source: str | Path) -> bool:
-    """Whether a path is a GGUF file, or a folder that holds one and no safetensors."""
+def is_gguf(source: str | Path, *, asked: bool = False) -> bool:
+    """Whether a path is a GGUF file, or a folder that holds one and, unless it is ``asked`` for, no safetensors."""
     path = Path(source)
     if path.is_dir():
-        return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
+        return any(path.glob("*.gguf")) and (asked or not any(path.glob("*.safetensors")))
     return path.is_file() and path.suffix == ".gguf"
 
 
@@ -130,6 +130,13 @@ def _open_folder(checkpoint: Checkpoint) -> Source:
             remedy=f"Formats that can are {', '.join(SOURCES[1:])}.",
         )
     source = open_folder(checkpoint, decoder, config)
+    if isinstance(decoder, (AwqDecoder, GptqDecoder)) and not source.modules:
+        raise CheckpointError(
+            f"its config says {method}, but no tensor is a qweight",
+            where=checkpoint.name,
+            why="older layouts of the same name, such as marlin's, are not read",
+            remedy="Convert the checkpoint that it was repacked from.",
+        )
     if isinstance(decoder, AwqDecoder) and all(decoder.is_symmetric(m) for m in source.modules.values()):
         source = open_folder(checkpoint, replace(decoder, symmetric=True), config)
     return source
