@@ -887,14 +887,14 @@ def test_a_file_of_another_tool_keeps_what_it_holds(
     halfbyte.convert(tiny_model(family), tmp_path / "f16", to="gguf", dtype="float16")
     plain = open_gguf(tmp_path / "f16/model.gguf")
     matrices = [n for n, t in plain.tensors.items() if n.startswith("blk.") and len(t.shape) == 2]
-    kinds = {n: "Q5_1" if "ffn_up" in n else "Q4_0" for n in matrices}
+    kinds = {n: "Q5_1" if "ffn_down" in n else "Q4_0" for n in matrices}
     (tmp_path / "hub").mkdir()
     file = of_another_tool(plain, tmp_path / "hub/some-q4_0.gguf", kinds)
     (tmp_path / "hub/LICENSE").write_text("terms")
     record = halfbyte.convert(tmp_path / "hub", tmp_path / "dense", to="dense", dtype="float32")
     assert not record.notes
-    found, name = tiny.stored(tmp_path / "dense"), "model.layers.0.mlp.up_proj.weight"
-    theirs = gguf.dequantize(open_gguf(file).raw("blk.0.ffn_up.weight").numpy(), gguf.GGMLQuantizationType.Q5_1)
+    found, name = tiny.stored(tmp_path / "dense"), "model.layers.0.mlp.down_proj.weight"
+    theirs = gguf.dequantize(open_gguf(file).raw("blk.0.ffn_down.weight").numpy(), gguf.GGMLQuantizationType.Q5_1)
     assert torch.equal(found[name], torch.from_numpy(theirs))
     assert (tmp_path / "dense/LICENSE").read_text() == "terms"
     if dtype == "float16":
