@@ -859,8 +859,8 @@ def test_the_sign_of_a_zero_comes_back(tiny_model: Models, tmp_path: Path) -> No
     same_bytes(tmp_path / "q", tmp_path / "back")
 
 
-def of_another_tool(plain: GgufFile, out: Path, kinds: dict[str, str]) -> Path:
-    """A file as llama-quantize leaves it: blk.* matrices and others in the kinds given, no notes of halfbyte's."""
+def of_another_tool(plain: GgufFile, out: Path, kinds: dict[str, str], without: str = "") -> Path:
+    """A file as llama-quantize leaves it: tensors in the kinds given, no notes of halfbyte's, and ``without`` a key."""
     specs, constants = [], {}
     for name, t in plain.tensors.items():
         kind, raw = kinds.get(name, t.kind), plain.raw(name)
@@ -871,7 +871,7 @@ def of_another_tool(plain: GgufFile, out: Path, kinds: dict[str, str]) -> Path:
         constants[name] = raw
     types = {str: "STRING", bool: "BOOL", float: "FLOAT32", list: "ARRAY", int: "UINT32"}
     own = {k: v for k, v in plain.metadata.items() if not k.startswith(("halfbyte.", "general.arch"))}
-    own.pop("tokenizer.ggml.pre")
+    own.pop(without, None)
     metadata = {k: (v, types[type(v)]) for k, v in own.items()}
     architecture = plain.metadata["general.architecture"]
     plan = Planned(file=out.name, architecture=architecture, metadata=metadata, tensors=specs, constants=constants)
@@ -912,8 +912,9 @@ def test_a_file_of_another_tool_keeps_what_it_holds(
 
 def test_a_way_of_splitting_that_is_not_named_is_llama_cpps_own(tiny_model: Models, tmp_path: Path) -> None:
     halfbyte.convert(tiny_model("llama"), tmp_path / "f32", to="gguf", dtype="float32")
-    file = of_another_tool(open_gguf(tmp_path / "f32/model.gguf"), tmp_path / "old.gguf", {})
-    halfbyte.convert(file, tmp_path / "out", to="dense")
+    file = of_another_tool(open_gguf(tmp_path / "f32/model.gguf"), tmp_path / "old.gguf", {}, "tokenizer.ggml.pre")
+    record = halfbyte.convert(file, tmp_path / "out", to="dense")
+    assert "does not say how text is split" in record.notes[0]
     tokenizer = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
     pieces = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str("it's 12345!")]
     assert pieces == ["it", "'", "s", "\u0120", "123", "45", "!"]

@@ -251,6 +251,14 @@ def open_gguf_source(path: Path, name: str | None = None, dtype: str | None = No
         generation |= {"eos_token_id": finals[0] if len(finals) == 1 else finals} if finals else {}
         extra["generation_config.json"] = (json.dumps(generation, indent=2) + "\n").encode()
         companions = () if folder is None else tuple(licence_files(folder))
+        if (
+            file.metadata["tokenizer.ggml.model"] == "gpt2"
+            and file.metadata.get("tokenizer.ggml.pre", "default") == "default"
+        ):
+            notes.append(
+                "tokenizer: the file does not say how text is split; it is as llama.cpp does then, which may not be as "
+                "the model was trained (a folder with the model's own tokenizer files and config.json is believed)"
+            )
     if noted:
         entries, origins = _noted(file, family, noted, decoded, where)
     else:
