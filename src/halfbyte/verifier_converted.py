@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -164,7 +164,7 @@ def compare(found: Contents, source: Contents, record: ConvertRecord | None, rep
     """The checks ``copies`` and ``error`` of two checkpoints of whatever formats."""
     coded = found.quantized.keys() | source.quantized.keys()
     kept = {n: t for n, t in found.dense.items() if n not in coded}
-    expected = {n: t for n, t in source.dense.items() if n not in coded}
+    expected = {n: t for n, t in source.dense.items() if n not in coded and (n in kept or not _is_spare(n, t, coded))}
     cast = {n for n, t in kept.items() if n in expected and t.dtype != expected[n].dtype and not found.quantized}
     plain = {n: t for n, t in kept.items() if n not in cast}
     problems = copy_problems(plain, {n: t for n, t in expected.items() if n not in cast}, reporter)
@@ -177,6 +177,13 @@ def compare(found: Contents, source: Contents, record: ConvertRecord | None, rep
     detail = f"{len(plain)} tensors equal to the source byte for byte, {len(cast)} rounded to another dtype"
     copies = _check("copies", problems, f"{detail}; {size / 1e6:.1f} MB")
     return copies, _error(found, source, record, sorted(coded), reporter)
+
+
+def _is_spare(name: str, tensor: StoredTensor, coded: Set[str]) -> bool:
+    """Whether it is a bias of zeros beside a quantised weight, as AutoGPTQ gave every Linear."""
+    if not name.endswith(".bias") or f"{name.removesuffix('bias')}weight" not in coded or tensor.dtype not in FLOATS:
+        return False
+    return not bool(to_float32(tensor.rows(), tensor.dtype).any())
 
 
 def _is_cast(tensor: StoredTensor, original: StoredTensor) -> bool:

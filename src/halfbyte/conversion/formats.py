@@ -15,7 +15,7 @@ from halfbyte.conversion.dense import DTYPES, DenseTarget
 from halfbyte.conversion.flax_qat import open_flax
 from halfbyte.conversion.folder_source import Decoder, open_folder
 from halfbyte.conversion.folder_target import Encoder, FolderTarget
-from halfbyte.conversion.gptq import GptqDecoder, GptqEncoder
+from halfbyte.conversion.gptq import GptqDecoder, GptqEncoder, spare_biases
 from halfbyte.conversion.orbax import holds_orbax
 from halfbyte.conversion.source import Source
 from halfbyte.conversion.target import Target
@@ -129,7 +129,8 @@ def _open_folder(checkpoint: Checkpoint) -> Source:
             where=checkpoint.name,
             remedy=f"Formats that can are {', '.join(SOURCES[1:])}.",
         )
-    source = open_folder(checkpoint, decoder, config)
+    spare = spare_biases(checkpoint) if isinstance(decoder, GptqDecoder) else frozenset()
+    source = open_folder(checkpoint, decoder, config, spare)
     if isinstance(decoder, (AwqDecoder, GptqDecoder)) and not source.modules:
         raise CheckpointError(
             f"its config says {method}, but no tensor is a qweight",

@@ -22,14 +22,15 @@ from typing import Any
 import torch
 
 from halfbyte.architectures import KEPT_MODULES
-from halfbyte.checkpoint.reader import TensorInfo
+from halfbyte.blocks import build_on_meta
+from halfbyte.checkpoint.reader import Checkpoint, TensorInfo
 from halfbyte.conversion.bits import pack_rows, unpack_rows, words_in
 from halfbyte.conversion.coded import FLOATS, CodedWeight, Grid, Steps
 from halfbyte.conversion.config import dense_blocks, integer_in, plain_modules, unrounded
 from halfbyte.conversion.folder_source import Module
 from halfbyte.conversion.source import Entry, Source
 from halfbyte.conversion.target import Facts, Obstacle
-from halfbyte.errors import CheckpointError, UsageError
+from halfbyte.errors import ArchitectureError, CheckpointError, UsageError
 from halfbyte.mixing import groups_of
 from halfbyte.schemes import Scheme, WeightFormat
 
@@ -168,6 +169,20 @@ class GptqDecoder:
 
     def words(self, module: Module, entry: Entry) -> torch.Tensor:
         return module.read("qweight").T.contiguous()
+
+
+def spare_biases(checkpoint: Checkpoint) -> frozenset[str]:
+    """Biases of zeros, which AutoGPTQ gave every Linear, where the architecture has none."""
+    tensors = checkpoint.tensors
+    biases = [n for n in tensors if n.endswith(".bias") and f"{n.removesuffix('bias')}qweight" in tensors]
+    zeros = [n for n in biases if not bool(checkpoint.read(n).any())]
+    if not zeros:
+        return frozenset()
+    try:
+        known = {n for n, _ in build_on_meta(checkpoint, checkpoint.dtype).named_parameters()}
+    except ArchitectureError:
+        return frozenset()
+    return frozenset(n for n in zeros if n not in known and f"{n.removesuffix('bias')}weight" in known)
 
 
 @dataclass(frozen=True, slots=True)
