@@ -7,6 +7,7 @@ means: no side of a comparison comes from the code that is tested.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -169,7 +170,7 @@ def test_every_pair_is_written_as_if_from_scratch(source: str, to: str, symmetri
     to=st.sampled_from(LOSSLESS),
     bits=st.sampled_from([2, 3, 4, 8]),
     symmetric=st.booleans(),
-    out=st.integers(1, 6),
+    out=st.integers(1, 48),
     groups=st.integers(1, 4),
     group_size=st.sampled_from([32, 64, 128, None]),
     exponent=st.sampled_from([-24, -14, -6, 0, 9]),
@@ -180,7 +181,7 @@ def test_round_trips_end_in_the_same_bytes(
 ) -> None:
     """compressed-tensors -> B -> compressed-tensors, over shapes, group sizes, and scales to float16's last bit."""
     assume(bits == 4 or to != "awq")
-    out *= 8 if to == "awq" else 32
+    out *= 32 // math.gcd(32, bits)  # whole words of zero points
     columns = 32 * groups if group_size is None else group_size * groups
     weight = random_coded(
         seed, bits=bits, out=out, columns=columns, group_size=group_size, symmetric=symmetric, least_zero=to == "gptq"
@@ -557,6 +558,22 @@ def test_older_spellings_of_configs(tmp_path: Path) -> None:
         halfbyte.convert(source, tmp_path / f"{kind}-out", to="compressed-tensors")
         assert same(module_of(tmp_path / f"{kind}-out", UP), coded.packed(weight))
         shutil.rmtree(tmp_path / f"{kind}-out")
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [("autoround:exllamav2", "gptq-v2"), ("auto_round:gptq:exllamav2", "gptq"), ("auto_round:awq", "awq")],
+)
+def test_autorounds_older_configs(backend: str, kind: str, tmp_path: Path) -> None:
+    weight = random_coded(6, out=32, symmetric=False, least_zero=1)
+    source = build(kind, {UP: weight}, tmp_path / "source")
+    config = tiny.config_of(source)
+    config["quantization_config"] = {
+        "quant_method": "intel/auto-round", "backend": backend, "bits": 4, "group_size": 32, "sym": False
+    }  # fmt: skip
+    (source / "config.json").write_text(json.dumps(config))
+    halfbyte.convert(source, tmp_path / "out", to="compressed-tensors")
+    assert same(module_of(tmp_path / "out", UP), coded.packed(weight))
 
 
 def test_unknown_names_and_options(tmp_path: Path) -> None:

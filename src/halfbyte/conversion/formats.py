@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -113,7 +114,7 @@ def _open_folder(checkpoint: Checkpoint) -> Source:
     config = _quantization(checkpoint)
     method = str(config.get("quant_method", "dense"))
     decoder: Decoder | None
-    if method == "auto-round":
+    if method in ("auto-round", "intel/auto-round"):
         method, config = _auto_round(config, checkpoint.name)
     if method == "dense":
         decoder = None
@@ -156,8 +157,9 @@ def _quantization(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def _auto_round(config: Mapping[str, Any], where: str) -> tuple[str, Mapping[str, Any]]:
-    """Which of the other layouts AutoRound's own is: it names one in ``packing_format``."""
-    packing = str(config.get("packing_format") or "auto_round")
+    """Which of the other layouts AutoRound's own is: it names one in ``packing_format``, in older versions beside the
+    kernel in ``backend`` (``auto_round:gptq:exllamav2``; one without a layout is its own)."""
+    packing = str(config.get("packing_format") or _packing_of(str(config.get("backend") or "auto_round")))
     if packing not in _PACKINGS:
         raise CheckpointError(
             f"AutoRound's packing_format {packing} is not read",
@@ -166,6 +168,12 @@ def _auto_round(config: Mapping[str, Any], where: str) -> tuple[str, Mapping[str
         )
     method, version = _PACKINGS[packing]
     return method, {k: v for k, v in config.items() if k not in ("format", "version")} | {"checkpoint_format": version}
+
+
+def _packing_of(backend: str) -> str:
+    named = next((f"auto_round:auto_{name}" for name in ("gptq", "awq") if name in backend), None)
+    own = re.match("auto[_-]?round(:|$)", backend)
+    return named or ("auto_round" if own else backend)
 
 
 _PACKINGS = {
