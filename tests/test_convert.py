@@ -7,6 +7,7 @@ means: no side of a comparison comes from the code that is tested.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -28,7 +29,7 @@ import tiny
 from coded import LAYER, Coded, random_coded
 from halfbyte.conversion.awq import pack_columns, unpack_columns
 from halfbyte.conversion.bits import pack_rows, unpack_rows
-from halfbyte.errors import CheckpointError, NumericsError, UsageError
+from halfbyte.errors import CheckpointError, NumericsError, OutputError, ResumeError, UsageError
 
 UP = f"{LAYER}.mlp.up_proj"
 DOWN = f"{LAYER}.mlp.down_proj"
@@ -169,7 +170,7 @@ def test_every_pair_is_written_as_if_from_scratch(source: str, to: str, symmetri
     to=st.sampled_from(LOSSLESS),
     bits=st.sampled_from([2, 3, 4, 8]),
     symmetric=st.booleans(),
-    out=st.integers(1, 6),
+    out=st.integers(1, 48),
     groups=st.integers(1, 4),
     group_size=st.sampled_from([32, 64, 128, None]),
     exponent=st.sampled_from([-24, -14, -6, 0, 9]),
@@ -180,7 +181,7 @@ def test_round_trips_end_in_the_same_bytes(
 ) -> None:
     """compressed-tensors -> B -> compressed-tensors, over shapes, group sizes, and scales to float16's last bit."""
     assume(bits == 4 or to != "awq")
-    out *= 8 if to == "awq" else 32
+    out *= 32 // math.gcd(32, bits)  # whole words of zero points
     columns = 32 * groups if group_size is None else group_size * groups
     weight = random_coded(
         seed, bits=bits, out=out, columns=columns, group_size=group_size, symmetric=symmetric, least_zero=to == "gptq"
@@ -295,6 +296,28 @@ def test_scales_that_float16_does_not_hold(tmp_path: Path) -> None:
     assert same(module_of(tmp_path / "out", UP), coded.awq(weight))
 
 
+def test_scales_that_the_models_dtype_does_not_hold(tmp_path: Path) -> None:
+    """transformers and vLLM load compressed-tensors' scales in the model's dtype, whatever the file has."""
+    plain = random_coded(7, dtype=torch.float16)
+    weight = Coded(bits=4, codes=plain.codes, scales=plain.scales * 1.137, zeros=None, group_size=32)
+    assert weight.scales.dtype == torch.float16
+    source = build("awq", {UP: weight, DOWN: random_coded(8)}, tmp_path / "source")
+    said = refused(source, tmp_path / "out", "compressed-tensors")
+    assert f"{UP}: engines load scales in the model's dtype, BF16 by its config" in said
+    assert DOWN not in said
+    record = halfbyte.convert(source, tmp_path / "out", to="compressed-tensors", allow_requantize=True)
+    assert [r.name for r in record.requantized] == [UP]
+    found = module_of(tmp_path / "out", UP)
+    assert torch.equal(found["weight_scale"], weight.scales.to(torch.bfloat16))
+    assert torch.equal(found["weight_packed"], coded.packed(weight)["weight_packed"])
+    half = coded.publish(tmp_path / "half", {UP: coded.awq(weight)}, coded.awq_config(weight), dtype=torch.float16)
+    assert halfbyte.convert(half, tmp_path / "exact", to="compressed-tensors").exact == 1
+    assert same(module_of(tmp_path / "exact", UP), coded.packed(weight))
+    kept = build("compressed-tensors", {UP: weight}, tmp_path / "kept")  # is as it was
+    halfbyte.convert(kept, tmp_path / "again", to="compressed-tensors")
+    assert same(module_of(tmp_path / "again", UP), coded.packed(weight))
+
+
 @pytest.mark.parametrize("scale", [2.0**-30, 1e6])
 def test_scales_beyond_float16_are_never_rounded_away(scale: float, tmp_path: Path) -> None:
     weight = random_coded(7)
@@ -316,6 +339,11 @@ def test_zero_point_0_has_no_place_in_gptq_v1(tmp_path: Path) -> None:
     assert "--to gptq-v2" in said
     halfbyte.convert(source, tmp_path / "v2", to="gptq-v2")
     assert same(module_of(tmp_path / "v2", UP), coded.gptq(weight, 2))
+    weight.scales[3, 1] = 2.0**-24 * 1.5  # and of its scales one that float16 does not hold
+    both = build("compressed-tensors", {UP: weight}, tmp_path / "both")
+    assert "zero points 0" in refused(both, tmp_path / "out", "gptq")
+    halfbyte.convert(both, tmp_path / "rounded", to="gptq", allow_requantize=True)
+    assert module_of(tmp_path / "rounded", UP)["qzeros"].unique().tolist() == [0x77777777]
 
 
 def test_a_zero_point_that_kernels_read_differently_is_not_read(tmp_path: Path) -> None:
@@ -393,7 +421,51 @@ def test_dense_sources_are_for_quantize(tmp_path: Path) -> None:
     assert tiny.stored(tmp_path / "out")["model.norm.weight"].dtype == torch.float16
 
 
+def test_numbers_that_a_dtype_does_not_hold_stop_the_conversion(tmp_path: Path) -> None:
+    source = coded.publish(tmp_path / "source", {UP: {"weight": torch.full((8, 32), 1e6)}}, None)
+    weight = random_coded(1)
+    weight = Coded(bits=4, codes=weight.codes, scales=weight.scales * 0 + 6e4, zeros=None, group_size=32)
+    quantised = build("compressed-tensors", {UP: weight}, tmp_path / "quantised")
+    for folder in (source, quantised):
+        with pytest.raises(NumericsError, match=rf"{UP}\.weight: \d+ of its numbers become infinite in F16"):
+            halfbyte.convert(folder, tmp_path / "out", to="dense", dtype="float16")
+        assert not list(tmp_path.glob("out*"))
+    halfbyte.convert(source, tmp_path / "out", to="dense", dtype="bfloat16")
+
+
 # --- hostile and broken
+
+
+def test_an_output_that_is_in_the_way_is_said_before_the_source_is_read(tmp_path: Path) -> None:
+    missing, out = tmp_path / "missing", tmp_path / "out"
+    with pytest.raises(ResumeError, match="there is no unfinished run"):
+        halfbyte.convert(missing, out, to="awq", resume=True)
+    out.mkdir()
+    with pytest.raises(OutputError, match="exists already"):
+        halfbyte.convert(missing, out, to="awq")
+    with pytest.raises(UsageError, match=r"OUT is a folder, in which the GGUF is called model\.gguf"):
+        halfbyte.convert(missing, tmp_path / "small.gguf", to="gguf")
+
+
+def test_an_older_layout_of_the_same_name_is_not_taken_for_dense(tmp_path: Path) -> None:
+    """AutoGPTQ's marlin: tensors B and s."""
+    tensors = {"B": torch.zeros(4, 64, dtype=torch.int32), "s": torch.ones(2, 32, dtype=torch.float16)}
+    config = coded.gptq_config(random_coded(1), is_marlin_format=True)
+    source = coded.publish(tmp_path / "source", {UP: tensors}, config)
+    with pytest.raises(CheckpointError, match="its config says gptq, but no tensor is a qweight"):
+        halfbyte.convert(source, tmp_path / "out", to="dense")
+
+
+def test_a_single_weight_file_may_have_any_name(tmp_path: Path) -> None:
+    """AutoGPTQ's own, but for one that says that there are more."""
+    weight = random_coded(6, out=32)
+    source = build("gptq", {UP: weight}, tmp_path / "source")
+    file = (source / "model.safetensors").rename(source / "gptq_model-4bit-32g.safetensors")
+    halfbyte.convert(source, tmp_path / "out", to="compressed-tensors")
+    assert same(module_of(tmp_path / "out", UP), coded.packed(weight))
+    file.rename(source / "model-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="Restore the index"):
+        halfbyte.convert(source, tmp_path / "again", to="compressed-tensors")
 
 
 def spoil(folder: Path, name: str, value: torch.Tensor | None) -> None:
@@ -486,6 +558,22 @@ def test_older_spellings_of_configs(tmp_path: Path) -> None:
         halfbyte.convert(source, tmp_path / f"{kind}-out", to="compressed-tensors")
         assert same(module_of(tmp_path / f"{kind}-out", UP), coded.packed(weight))
         shutil.rmtree(tmp_path / f"{kind}-out")
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [("autoround:exllamav2", "gptq-v2"), ("auto_round:gptq:exllamav2", "gptq"), ("auto_round:awq", "awq")],
+)
+def test_autorounds_older_configs(backend: str, kind: str, tmp_path: Path) -> None:
+    weight = random_coded(6, out=32, symmetric=False, least_zero=1)
+    source = build(kind, {UP: weight}, tmp_path / "source")
+    config = tiny.config_of(source)
+    config["quantization_config"] = {
+        "quant_method": "intel/auto-round", "backend": backend, "bits": 4, "group_size": 32, "sym": False
+    }  # fmt: skip
+    (source / "config.json").write_text(json.dumps(config))
+    halfbyte.convert(source, tmp_path / "out", to="compressed-tensors")
+    assert same(module_of(tmp_path / "out", UP), coded.packed(weight))
 
 
 def test_unknown_names_and_options(tmp_path: Path) -> None:

@@ -465,7 +465,12 @@ def test_the_users_files_win(cases: Mapping[str, Case], tmp_path: Path) -> None:
     case = cases["text bf16"]
     shutil.copytree(case.beside, tmp_path / "own")
     (tmp_path / "own/generation_config.json").write_text('{"top_k": 3}')
-    convert(case.path, tmp_path / "out", to="dense", config=case.beside, tokenizer=tmp_path / "own")
+    (case.path.parent / "LICENSE").write_text("Gemma Terms of Use")
+    try:
+        convert(case.path.parent, tmp_path / "out", to="dense", config=case.beside, tokenizer=tmp_path / "own")
+    finally:
+        (case.path.parent / "LICENSE").unlink()
+    assert (tmp_path / "out/LICENSE").read_text() == "Gemma Terms of Use"
     assert (tmp_path / "out/generation_config.json").read_text() == '{"top_k": 3}'
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (case.beside / "tokenizer.json").read_bytes()
     config = json.loads((tmp_path / "out/config.json").read_text())
@@ -499,7 +504,9 @@ def test_auto_finds_flax_and_verify_knows_the_outcome(cases: Mapping[str, Case],
     case = cases["text bf16"]
     record = convert(case.path, tmp_path / "out", to="compressed-tensors", **case.options)
     assert record.source["format"] == "flax"
-    assert halfbyte.inspect(tmp_path / "out") is not None
+    convert(case.path, tmp_path / "dense", to="dense", **case.options)
+    found = halfbyte.verify(tmp_path / "out", source=tmp_path / "dense")
+    assert found.passed, [c for c in found.checks if c.status == "failed"]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "zarr3", "folders", "nested"])

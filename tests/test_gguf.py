@@ -40,7 +40,7 @@ from halfbyte.conversion.gguf_blocks import (
 )
 from halfbyte.conversion.gguf_cache import to_gguf
 from halfbyte.conversion.gguf_families import FAMILIES, permute, rope_factors, unpermute
-from halfbyte.conversion.gguf_file import GgufFiles, GgufSpec, Planned, open_gguf
+from halfbyte.conversion.gguf_file import GgufFile, GgufFiles, GgufSpec, Planned, open_gguf
 from halfbyte.conversion.gguf_splitting import GPT2, LLAMA3, QWEN2, SPLITTINGS, TEKKEN, expressions_of, name_of
 from halfbyte.conversion.gguf_tokenizer_in import tokenizer_files
 from halfbyte.conversion.gguf_tokenizer_out import merges_from_scores, scores_from_merges
@@ -846,6 +846,97 @@ def test_what_adding_one_would_lose_comes_back(tiny_model: Models, tmp_path: Pat
     halfbyte.convert(tmp_path / "q", tmp_path / "gguf", to="gguf")
     halfbyte.convert(tmp_path / "gguf", tmp_path / "back", to="compressed-tensors")
     same_bytes(tmp_path / "q", tmp_path / "back")
+
+
+def test_the_sign_of_a_zero_comes_back(tiny_model: Models, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.weight"][3] = -0.0
+
+    source = edited(tiny_model("llama"), tmp_path / "source", change)
+    halfbyte.quantize(source, tmp_path / "q", method="rtn", group_size=32)
+    halfbyte.convert(tmp_path / "q", tmp_path / "gguf", to="gguf")
+    halfbyte.convert(tmp_path / "gguf", tmp_path / "back", to="compressed-tensors")
+    same_bytes(tmp_path / "q", tmp_path / "back")
+
+
+def of_another_tool(plain: GgufFile, out: Path, kinds: dict[str, str], without: str = "") -> Path:
+    """A file as llama-quantize leaves it: tensors in the kinds given, no notes of halfbyte's, and ``without`` a key."""
+    specs, constants = [], {}
+    for name, t in plain.tensors.items():
+        kind, raw = kinds.get(name, t.kind), plain.raw(name)
+        if kind != t.kind:
+            values = plain.floats(name, torch.float32, raw).numpy() * 1.137
+            raw = torch.from_numpy(gguf.quantize(values, gguf.GGMLQuantizationType[kind]))
+        specs.append(GgufSpec(name=name, kind=kind, shape=t.shape))
+        constants[name] = raw
+    types = {str: "STRING", bool: "BOOL", float: "FLOAT32", list: "ARRAY", int: "UINT32"}
+    own = {k: v for k, v in plain.metadata.items() if not k.startswith(("halfbyte.", "general.arch"))}
+    own.pop(without, None)
+    metadata = {k: (v, types[type(v)]) for k, v in own.items()}
+    architecture = plain.metadata["general.architecture"]
+    plan = Planned(file=out.name, architecture=architecture, metadata=metadata, tensors=specs, constants=constants)
+    GgufFiles([plan]).create(out.parent)
+    return out
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("llama", "float16"), ("gemma3", "bfloat16")])
+def test_a_file_of_another_tool_keeps_what_it_holds(
+    family: str, dtype: str, tiny_model: Models, tmp_path: Path
+) -> None:
+    """Scales are float16, so the model becomes float16 where it can run in it; --dtype float32 rounds nothing."""
+    halfbyte.convert(tiny_model(family), tmp_path / "f16", to="gguf", dtype="float16")
+    plain = open_gguf(tmp_path / "f16/model.gguf")
+    matrices = [n for n, t in plain.tensors.items() if n.startswith("blk.") and len(t.shape) == 2]
+    kinds = {n: "Q5_1" if "ffn_down" in n else "Q4_0" for n in matrices}
+    (tmp_path / "hub").mkdir()
+    file = of_another_tool(plain, tmp_path / "hub/some-q4_0.gguf", kinds)
+    (tmp_path / "hub/LICENSE").write_text("terms")
+    record = halfbyte.convert(tmp_path / "hub", tmp_path / "dense", to="dense", dtype="float32")
+    assert not record.notes
+    found, name = tiny.stored(tmp_path / "dense"), "model.layers.0.mlp.down_proj.weight"
+    theirs = gguf.dequantize(open_gguf(file).raw("blk.0.ffn_down.weight").numpy(), gguf.GGMLQuantizationType.Q5_1)
+    assert torch.equal(found[name], torch.from_numpy(theirs))
+    assert (tmp_path / "dense/LICENSE").read_text() == "terms"
+    if dtype == "float16":
+        record = halfbyte.convert(tmp_path / "hub", tmp_path / "small", to="compressed-tensors")
+        assert record.exact == record.quantized > 0
+        assert not record.notes
+    else:
+        with pytest.raises(UsageError, match="engines load scales in the model's dtype, BF16"):
+            halfbyte.convert(tmp_path / "hub", tmp_path / "small", to="compressed-tensors")
+        record = halfbyte.convert(tmp_path / "hub", tmp_path / "small", to="compressed-tensors", allow_requantize=True)
+        assert "token_embd.weight (F16), are rounded to bfloat16" in record.notes[0]
+    assert tiny.config_of(tmp_path / "small")["dtype"] == dtype
+    assert halfbyte.verify(tmp_path / "small", source=file).passed
+
+
+def test_a_way_of_splitting_that_is_not_named_is_llama_cpps_own(tiny_model: Models, tmp_path: Path) -> None:
+    halfbyte.convert(tiny_model("llama"), tmp_path / "f32", to="gguf", dtype="float32")
+    file = of_another_tool(open_gguf(tmp_path / "f32/model.gguf"), tmp_path / "old.gguf", {}, "tokenizer.ggml.pre")
+    record = halfbyte.convert(file, tmp_path / "out", to="dense")
+    assert "does not say how text is split" in record.notes[0]
+    tokenizer = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
+    pieces = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str("it's 12345!")]
+    assert pieces == ["it", "'", "s", "\u0120", "123", "45", "!"]
+
+
+def test_a_gguf_beside_safetensors_can_be_asked_for(tiny_model: Models, tmp_path: Path) -> None:
+    source = edited(tiny_model("llama"), tmp_path / "source", lambda tensors: None)
+    halfbyte.convert(source, tmp_path / "gguf", to="gguf")
+    shutil.copy(tmp_path / "gguf/model.gguf", source / "model.gguf")
+    assert halfbyte.convert(source, tmp_path / "a", to="dense").source["format"] == "dense"
+    assert halfbyte.convert(source, tmp_path / "b", to="dense", source_format="gguf").source["format"] == "gguf"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_file_that_is_no_json_is_named(name: str, tiny_model: Models, tmp_path: Path) -> None:
+    source = edited(tiny_model("llama"), tmp_path / "source", lambda tensors: None)
+    (source / name).write_text("{")
+    with pytest.raises(CheckpointError, match=rf"^{name}: not valid JSON at line 1"):
+        halfbyte.convert(source, tmp_path / "out", to="gguf")
+    (source / name).write_text("[]")
+    with pytest.raises(CheckpointError, match=rf"^{name}: holds no JSON object"):
+        halfbyte.convert(source, tmp_path / "out", to="gguf")
 
 
 def test_what_other_tools_did_to_a_file_is_believed(tiny_model: Models, tmp_path: Path) -> None:

@@ -140,6 +140,26 @@ def test_a_dense_copy_is_held_against_its_hash(converted: Any, tmp_path: Path) -
     assert any("changed since they were written" in p for p in problems_of(record, "files"))
 
 
+@pytest.mark.parametrize(("family", "kept"), [("llama", 0), ("qwen2", 6)])
+def test_zeros_that_autogptq_added_as_biases_are_left_behind(
+    family: str, kept: int, tiny_model: Models, tmp_path: Path
+) -> None:
+    """A Llama has no biases; a Qwen2's q, k and v do, and keep theirs, zeros or not."""
+    halfbyte.quantize(tiny_model(family), tmp_path / "q", method="rtn", group_size=32, device="cpu")
+    halfbyte.convert(tmp_path / "q", tmp_path / "gptq", to="gptq")
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        for module in [n.removesuffix("qweight") for n in tensors if n.endswith("qweight")]:
+            tensors[f"{module}bias"] = torch.zeros(tensors[f"{module}qweight"].shape[1], dtype=torch.bfloat16)
+
+    source = spoilt(tmp_path / "gptq", tmp_path, add, recorded=False)
+    record = halfbyte.convert(source, tmp_path / "out", to="compressed-tensors")
+    assert any(f"{14 - kept} biases of zeros that the architecture does not have" in n for n in record.notes)
+    assert sum(n.endswith(".bias") for n in tiny.stored(tmp_path / "out")) == kept
+    found = halfbyte.verify(tmp_path / "out", source=source)
+    assert found.passed, [c for c in found.checks if c.status == "failed"]
+
+
 def spoilt(folder: Path, tmp_path: Path, edit: Callable[[dict[str, torch.Tensor]], None], *, recorded: bool) -> Path:
     out = tmp_path / "spoilt"
     shutil.copytree(folder, out)

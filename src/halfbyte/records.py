@@ -20,7 +20,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -499,19 +499,35 @@ def fsync_folder(folder: Path) -> None:
 def read_json(path: Path) -> Any:
     """Parse a JSON file; a missing or malformed one is a :class:`CheckpointError` that names line and column."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise CheckpointError("the file is missing", where=str(path)) from None
+    except OSError as e:
+        raise CheckpointError(f"cannot be read: {e}", where=str(path)) from None
+
+
+def parse_json(content: bytes, where: str) -> Any:
+    """Parse a JSON file's content; malformed, it is a :class:`CheckpointError` that names line and column."""
+    try:
+        return json.loads(content.decode("utf-8"))
     except json.JSONDecodeError as e:
         raise CheckpointError(
             f"not valid JSON at line {e.lineno}, column {e.colno}: {e.msg}",
-            where=str(path),
+            where=where,
             remedy="Repair the file or download it again.",
         ) from None
     except RecursionError:
-        raise CheckpointError("its JSON is nested too deeply to be read", where=str(path)) from None
-    except (UnicodeDecodeError, OSError) as e:
-        raise CheckpointError(f"cannot be read: {e}", where=str(path)) from None
+        raise CheckpointError("its JSON is nested too deeply to be read", where=where) from None
+    except UnicodeDecodeError as e:
+        raise CheckpointError(f"cannot be read: {e}", where=where) from None
+
+
+def parse_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """The JSON object in one of some files, by name; empty where there is no such file."""
+    found = parse_json(files.get(name, b"{}"), name)
+    if not isinstance(found, dict):
+        raise CheckpointError("holds no JSON object", where=name, remedy="Repair the file or download it again.")
+    return found
 
 
 def read_record(kind: type[T], path: Path) -> T:

@@ -82,21 +82,8 @@ class RunFolder:
             OutputError: OUT exists, a partial run exists and ``resume`` is false, or the folder cannot be written.
             ResumeError: options, source or machine differ from those the run was started with; all are named.
         """
+        RunFolder.require(out, resume=resume)
         partial = out.with_name(out.name + ".partial")
-        if out.exists():
-            raise OutputError(
-                "exists already",
-                where=str(out),
-                remedy="Choose another folder, or remove this one; it is left untouched.",
-            )
-        if partial.exists() and not resume:
-            raise OutputError(
-                "holds an unfinished run",
-                where=str(partial),
-                remedy="Add --resume to continue it, or remove it to start again.",
-            )
-        if resume and not partial.exists():
-            raise ResumeError("there is no unfinished run", where=str(partial), remedy="Start it without --resume.")
         try:
             (partial / "state").mkdir(parents=True, exist_ok=True)
             (partial / "checkpoint").mkdir(exist_ok=True)
@@ -120,6 +107,25 @@ class RunFolder:
         if run.fresh:
             run.record(-1)
         return run
+
+    @staticmethod
+    def require(out: Path, *, resume: bool) -> None:
+        """Refuse what :meth:`open` would, before any work: OUT or a run that is there, none where one should be."""
+        partial = out.with_name(out.name + ".partial")
+        if out.exists():
+            raise OutputError(
+                "exists already",
+                where=str(out),
+                remedy="Choose another folder, or remove this one; it is left untouched.",
+            )
+        if partial.exists() and not resume:
+            raise OutputError(
+                "holds an unfinished run",
+                where=str(partial),
+                remedy="Add --resume to continue it, or remove it to start again.",
+            )
+        if resume and not partial.exists():
+            raise ResumeError("there is no unfinished run", where=str(partial), remedy="Start it without --resume.")
 
     @staticmethod
     def beside(out: Path, journal: dict[str, Any]) -> RunFolder:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -176,7 +176,7 @@ def compare(found: Contents, source: Contents, record: ConvertRecord | None, rep
     coded = found.quantized.keys() | source.quantized.keys()
     given = {n: t for n, t in found.dense.items() if n in source.given}
     kept = {n: t for n, t in found.dense.items() if n not in coded | given.keys()}
-    expected = {n: t for n, t in source.dense.items() if n not in coded}
+    expected = {n: t for n, t in source.dense.items() if n not in coded and (n in kept or not _is_spare(n, t, coded))}
     cast = {n for n, t in kept.items() if n in expected and t.dtype != expected[n].dtype and not found.quantized}
     plain = {n: t for n, t in kept.items() if n not in cast}
     problems = copy_problems(plain, {n: t for n, t in expected.items() if n not in cast}, reporter)
@@ -195,6 +195,13 @@ def compare(found: Contents, source: Contents, record: ConvertRecord | None, rep
         detail = f"{len(given)} tensors equal to the source, rounded to their dtypes"
     copies = _check("copies", problems, f"{detail}; {size / 1e6:.1f} MB")
     return copies, _error(found, source, record, sorted(coded), reporter)
+
+
+def _is_spare(name: str, tensor: StoredTensor, coded: Set[str]) -> bool:
+    """Whether it is a bias of zeros beside a quantised weight, as AutoGPTQ gave every Linear."""
+    if not name.endswith(".bias") or f"{name.removesuffix('bias')}weight" not in coded or tensor.dtype not in FLOATS:
+        return False
+    return not bool(to_float32(tensor.rows(), tensor.dtype).any())
 
 
 def _is_cast(tensor: StoredTensor, original: StoredTensor) -> bool:

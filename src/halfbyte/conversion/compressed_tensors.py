@@ -14,7 +14,7 @@ or ``weight`` int8 or float8_e4m3 with ``weight_scale`` (and ``weight_zero_point
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -173,18 +173,22 @@ class CompressedTensorsEncoder:
             if grid is None:
                 continue
             w = grid.weights
+            dtype = grid.scale_dtype if source.format == self.format else entry.dtype
             if grid.ordered:
-                runs = Grid(weights=w, scale_dtype=grid.scale_dtype, activations=grid.activations)
+                runs = Grid(weights=w, scale_dtype=dtype, activations=grid.activations)
                 reason = "its groups are dealt by an index (act-order), which engines no longer read"
                 found.append(Obstacle(name=entry.name, reason=reason, grid=runs))
             elif w.kind == "int" and w.num_bits not in PACKED_BITS:
                 found.append(Obstacle(name=entry.name, reason=f"codes of {w.num_bits} bits have no packing"))
+            elif dtype not in facts[entry.name].exact_in:
+                found.append(_inexact_scales(entry, replace(grid, scale_dtype=dtype), facts[entry.name]))
         return found
 
     def scale_dtype(self, source: Source, facts: Mapping[str, Facts]) -> str | None:
-        """The model's dtype where it holds every scale exactly; engines hold scales in it."""
+        """The model's dtype; scales that were in this format already and that it does not hold stay as they are."""
         dtype = next((e.dtype for e in source.entries.values() if e.grid is not None), None)
-        return dtype if all(dtype in f.exact_in for f in facts.values()) else None
+        exact = all(dtype in f.exact_in for f in facts.values())
+        return dtype if exact or source.format != self.format else None
 
     def stored(self, entry: Entry) -> dict[str, tuple[str, tuple[int, ...]]]:
         assert entry.grid is not None
@@ -240,6 +244,18 @@ class CompressedTensorsEncoder:
 
     def notes(self, source: Source, entries: Sequence[Entry]) -> list[str]:
         return []
+
+
+def _inexact_scales(entry: Entry, nearest: Grid, facts: Facts) -> Obstacle:
+    """The model's dtype, in which transformers and vLLM load scales whatever the file has, does not hold them."""
+    assert entry.grid is not None
+    reason = (
+        f"engines load scales in the model's dtype, {entry.dtype} by its config, and its {entry.grid.scale_dtype} "
+        "scales are not all such numbers"
+    )
+    if entry.dtype not in facts.finite_in:
+        return Obstacle(name=entry.name, reason=f"{reason}, and some overflow or vanish", remedy="Convert to dense.")
+    return Obstacle(name=entry.name, reason=reason, grid=nearest, remedy="Convert to dense, gptq-v2 or gguf.")
 
 
 def storage_of(grid: Grid) -> StorageFormat:

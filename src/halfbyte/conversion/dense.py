@@ -9,12 +9,28 @@ from pathlib import Path
 import torch
 
 from halfbyte.checkpoint.layout import Layout, TensorSpec
+from halfbyte.checkpoint.reader import DTYPES as STORED
 from halfbyte.conversion.coded import CodedWeight
 from halfbyte.conversion.folder_target import write_companions
 from halfbyte.conversion.source import Entry, Source
 from halfbyte.conversion.target import Facts, Obstacle
+from halfbyte.errors import NumericsError
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def rounded(tensor: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
+    """A tensor in a safetensors dtype; :class:`NumericsError` where numbers become infinite in it."""
+    found = tensor.to(STORED[dtype])
+    if found.dtype != tensor.dtype and not bool(torch.isfinite(found).all()):
+        lost = int((torch.isfinite(tensor) & ~torch.isfinite(found)).sum())
+        if lost:
+            raise NumericsError(
+                f"{lost} of its numbers become infinite in {dtype}",
+                where=name,
+                remedy="Use --dtype bfloat16, or float32 for numbers that it does not hold either.",
+            )
+    return found
 
 
 @dataclass(frozen=True, slots=True)

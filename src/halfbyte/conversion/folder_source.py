@@ -7,7 +7,7 @@ here.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -175,11 +175,14 @@ class FolderSource:
         )
 
 
-def open_folder(checkpoint: Checkpoint, decoder: Decoder | None, quantization: Mapping[str, Any]) -> FolderSource:
+def open_folder(
+    checkpoint: Checkpoint, decoder: Decoder | None, quantization: Mapping[str, Any], spare: Collection[str] = ()
+) -> FolderSource:
     """List a folder's tensors by their dense names; all modules that contradict themselves are named together.
 
     The order is that of the files, a quantised module standing where its scales are: scales are as wide as most dense
-    tensors, so their place among these is the only one that sorting by element size leaves alone.
+    tensors, so their place among these is the only one that sorting by element size leaves alone. Tensors in
+    ``spare`` are left behind.
     """
     found: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for name, info in checkpoint.tensors.items():
@@ -198,6 +201,8 @@ def open_folder(checkpoint: Checkpoint, decoder: Decoder | None, quantization: M
     left: list[str] = []
     for name, info in checkpoint.tensors.items():
         module, _, leaf = name.rpartition(".")
+        if name in spare:
+            continue
         if decoder is not None and leaf in LEFT_BEHIND:
             left.append(name)
         elif decoder is None or module not in modules or leaf not in decoder.leaves:
@@ -211,6 +216,11 @@ def open_folder(checkpoint: Checkpoint, decoder: Decoder | None, quantization: M
             dense = f"{module}.weight"
             entries[dense] = Entry(name=dense, dtype=DTYPE_NAMES[checkpoint.dtype], shape=shape, grid=grid)
     raise_all(problems[:10])
+    notes = [f"{len(left)} scales of activations or caches are left behind, such as {left[0]}"] if left else []
+    if spare:
+        notes.append(
+            f"{len(spare)} biases of zeros that the architecture does not have are left behind, such as {min(spare)}"
+        )
     return FolderSource(
         checkpoint=checkpoint,
         reading=reading,
@@ -219,7 +229,7 @@ def open_folder(checkpoint: Checkpoint, decoder: Decoder | None, quantization: M
         modules=modules,
         quantization=quantization,
         config=dense_config(checkpoint.config),
-        notes=[f"{len(left)} scales of activations or caches are left behind, such as {left[0]}"] if left else [],
+        notes=notes,
     )
 
 

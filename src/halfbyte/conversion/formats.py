@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from halfbyte.conversion.dense import DTYPES, DenseTarget
 from halfbyte.conversion.flax_qat import open_flax
 from halfbyte.conversion.folder_source import Decoder, open_folder
 from halfbyte.conversion.folder_target import Encoder, FolderTarget
-from halfbyte.conversion.gptq import GptqDecoder, GptqEncoder
+from halfbyte.conversion.gptq import GptqDecoder, GptqEncoder, spare_biases
 from halfbyte.conversion.orbax import holds_orbax
 from halfbyte.conversion.source import Source
 from halfbyte.conversion.target import Target
@@ -34,7 +35,7 @@ class Beside:
     """What a source's own files may not say.
 
     Attributes:
-        dtype: of tensors that are not quantised, for sources without a dtype of their own.
+        dtype: what tensors that are not quantised become, for sources without a dtype of their own (Flax, GGUF).
         config: a ``config.json`` or its folder.
         tokenizer: a folder, or a tokenizer's file.
         near: whether numbers may be beside the grid that they stand for, by a few last places.
@@ -63,12 +64,12 @@ def open_source(source: str | Path, source_format: str, beside: Beside | None = 
     for option, value in (("--config", beside.config), ("--tokenizer", beside.tokenizer)):
         if value is not None:
             raise UsageError("is for checkpoints that come without one", where=option, remedy="Leave it out.")
-    if is_gguf(source):
+    if is_gguf(source, asked=source_format == "gguf"):
         if source_format not in ("auto", "gguf"):
             raise _other_format("gguf", source_format)
         from halfbyte.conversion.gguf_in import open_gguf_source
 
-        return open_gguf_source(Path(source))
+        return open_gguf_source(Path(source), dtype=DTYPES.get(beside.dtype or ""))
     checkpoint = open_checkpoint(resolve(source), str(source))
     opened = _open_folder(checkpoint)
     if source_format not in ("auto", opened.format):
@@ -82,11 +83,11 @@ def _other_format(found: str, source_format: str) -> UsageError:
     )
 
 
-def is_gguf(source: str | Path) -> bool:
-    """Whether a path is a GGUF file, or a folder that holds one and no safetensors."""
+def is_gguf(source: str | Path, *, asked: bool = False) -> bool:
+    """Whether a path is a GGUF file, or a folder that holds one and, unless it is ``asked`` for, no safetensors."""
     path = Path(source)
     if path.is_dir():
-        return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
+        return any(path.glob("*.gguf")) and (asked or not any(path.glob("*.safetensors")))
     return path.is_file() and path.suffix == ".gguf"
 
 
@@ -113,7 +114,7 @@ def _open_folder(checkpoint: Checkpoint) -> Source:
     config = _quantization(checkpoint)
     method = str(config.get("quant_method", "dense"))
     decoder: Decoder | None
-    if method == "auto-round":
+    if method in ("auto-round", "intel/auto-round"):
         method, config = _auto_round(config, checkpoint.name)
     if method == "dense":
         decoder = None
@@ -129,7 +130,15 @@ def _open_folder(checkpoint: Checkpoint) -> Source:
             where=checkpoint.name,
             remedy=f"Formats that can are {', '.join(SOURCES[1:])}.",
         )
-    source = open_folder(checkpoint, decoder, config)
+    spare = spare_biases(checkpoint) if isinstance(decoder, GptqDecoder) else frozenset()
+    source = open_folder(checkpoint, decoder, config, spare)
+    if isinstance(decoder, (AwqDecoder, GptqDecoder)) and not source.modules:
+        raise CheckpointError(
+            f"its config says {method}, but no tensor is a qweight",
+            where=checkpoint.name,
+            why="older layouts of the same name, such as marlin's, are not read",
+            remedy="Convert the checkpoint that it was repacked from.",
+        )
     if isinstance(decoder, AwqDecoder) and all(decoder.is_symmetric(m) for m in source.modules.values()):
         source = open_folder(checkpoint, replace(decoder, symmetric=True), config)
     return source
@@ -148,8 +157,9 @@ def _quantization(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def _auto_round(config: Mapping[str, Any], where: str) -> tuple[str, Mapping[str, Any]]:
-    """Which of the other layouts AutoRound's own is: it names one in ``packing_format``."""
-    packing = str(config.get("packing_format") or "auto_round")
+    """Which of the other layouts AutoRound's own is: it names one in ``packing_format``, in older versions beside the
+    kernel in ``backend`` (``auto_round:gptq:exllamav2``; one without a layout is its own)."""
+    packing = str(config.get("packing_format") or _packing_of(str(config.get("backend") or "auto_round")))
     if packing not in _PACKINGS:
         raise CheckpointError(
             f"AutoRound's packing_format {packing} is not read",
@@ -158,6 +168,12 @@ def _auto_round(config: Mapping[str, Any], where: str) -> tuple[str, Mapping[str
         )
     method, version = _PACKINGS[packing]
     return method, {k: v for k, v in config.items() if k not in ("format", "version")} | {"checkpoint_format": version}
+
+
+def _packing_of(backend: str) -> str:
+    named = next((f"auto_round:auto_{name}" for name in ("gptq", "awq") if name in backend), None)
+    own = re.match("auto[_-]?round(:|$)", backend)
+    return named or ("auto_round" if own else backend)
 
 
 _PACKINGS = {

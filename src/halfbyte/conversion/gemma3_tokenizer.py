@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint.reader import companion_files
+from halfbyte.checkpoint.reader import companion_files, licence_files
 from halfbyte.conversion.gguf_tokenizer_in import tokenizer_files
 from halfbyte.conversion.gguf_tokenizer_out import CONTROL
 from halfbyte.conversion.sentencepiece import read_sentencepiece
@@ -92,10 +92,14 @@ def find_tokenizer(given: Path | None, beside: Sequence[Path], *, chat: bool, to
     """
     if given is not None:
         if given.is_file() and given.suffix == ".model":
-            return _from_model(given, chat=chat, tower=tower, vocab=vocab)
-        if given.is_dir() and any((given / n).is_file() for n in KNOWN):
-            return _from_folder(given, chat=chat, tower=tower, vocab=vocab)
-        raise UsageError(f"holds no tokenizer ({' or '.join(KNOWN)})", where=f"--tokenizer {given}")
+            found = _from_model(given, chat=chat, tower=tower, vocab=vocab)
+        elif given.is_dir() and any((given / n).is_file() for n in KNOWN):
+            found = _from_folder(given, chat=chat, tower=tower, vocab=vocab)
+        else:
+            raise UsageError(f"holds no tokenizer ({' or '.join(KNOWN)})", where=f"--tokenizer {given}")
+        terms = {f.name: f for folder in beside for f in licence_files(folder)}
+        own = {f.name: f for f in found.companions}
+        return replace(found, companions=list((terms | own).values()))
     for folder in beside:
         if (folder / "tokenizer.json").is_file():
             return _from_folder(folder, chat=chat, tower=tower, vocab=vocab)
@@ -119,9 +123,8 @@ def _from_folder(folder: Path, *, chat: bool, tower: bool, vocab: int) -> Tokeni
 
 
 def _from_model(file: Path, *, chat: bool, tower: bool, vocab: int) -> Tokenizer:
-    beside = sorted(f for f in file.parent.iterdir() if f.is_file())
     return Tokenizer(
-        companions=[file, *(f for f in beside if f.stem.upper() in ("LICENSE", "LICENCE", "NOTICE", "TERMS"))],
+        companions=[file, *licence_files(file.parent)],
         written=_written(file, chat=chat, tower=tower, vocab=vocab),
         notes=[f"tokenizer.json, the list of special tokens and the chat template are made from {file.name} alone"],
     )

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
-from halfbyte.checkpoint.reader import DTYPES, combined_digest, companion_files, digest_of
+from halfbyte.checkpoint.reader import DTYPES, combined_digest, companion_files, digest_of, licence_files
 from halfbyte.conversion.coded import CodedWeight, Grid, Steps
+from halfbyte.conversion.dense import rounded
 from halfbyte.conversion.gguf_blocks import (
     BLOCK,
     BlockType,
@@ -105,11 +106,13 @@ class GgufSource:
 
     def dense(self, name: str) -> torch.Tensor:
         origin, entry = self.origins[name], self.entries[name]
-        dtype = DTYPES[entry.dtype]
-        tensor = self.file.floats(origin.tensor, torch.float32 if origin.added else dtype, self._raw(origin))
-        tensor = tensor.reshape(entry.shape)
+        kind, dtype = self.file.tensors[origin.tensor].kind, torch.float32
+        if not origin.added and (kind in _FLOATS or entry.dtype != "F16"):
+            dtype = DTYPES[kind if kind in _FLOATS else entry.dtype]
+        tensor = self.file.floats(origin.tensor, dtype, self._raw(origin)).reshape(entry.shape)
         if origin.added:
-            tensor = (tensor - origin.added).to(dtype)
+            tensor = tensor - origin.added
+        tensor = rounded(tensor, entry.dtype, name)
         for i, value in origin.exact:
             tensor.view(-1)[i] = value
         if origin.heads:
@@ -208,8 +211,13 @@ def located(path: Path) -> Path:
     return found
 
 
-def open_gguf_source(path: Path, name: str | None = None) -> GgufSource:
+def open_gguf_source(path: Path, name: str | None = None, dtype: str | None = None) -> GgufSource:
     """Open a GGUF file, or the one in a folder.
+
+    Args:
+        path: the file, or the folder.
+        name: what to call it in messages.
+        dtype: safetensors dtype that floats are decoded to where halfbyte's notes do not say; ``None`` finds one.
 
     Raises:
         CheckpointError: it is broken, or of an architecture or tokenizer that halfbyte does not read.
@@ -224,27 +232,37 @@ def open_gguf_source(path: Path, name: str | None = None) -> GgufSource:
     if described and TENSORS_KEY in file.metadata and (tower := found.with_name(VISION_NAME)).exists():
         file = _joined(file, open_gguf(tower))
     noted = read_notes(file.metadata[TENSORS_KEY], file.tensors, where) if TENSORS_KEY in file.metadata else []
-    dtype = _dense_dtype(file, noted)
-    notes: list[str] = []
-    companions: Sequence[Path] = ()
+    config = _config_beside(folder) if folder is not None and described else {}
+    nominal = _dense_dtype(file, family, noted, config)
+    notes = [] if noted or dtype else _rounded_matrices(file, nominal)
+    decoded = dtype or nominal
     extra: dict[str, bytes] = {}
     if folder is not None and described:
-        config = read_json(folder / "config.json")
-        if not isinstance(config, dict):
-            raise CheckpointError("holds no JSON object", where=str(folder / "config.json"))
         companions = tuple(companion_files(folder))
         if "text_config" in config and not any(in_tower(n.tensor) for n in noted):
             notes.append("the vision tower stays behind: the language model alone is read out of this GGUF")
-            config = _config(file, family, dtype, where)
+            config = _config(file, family, nominal, where)
             companions = tuple(p for p in companions if "processor" not in p.name)
     else:
-        config = _config(file, family, dtype, where)
+        config = _config(file, family, nominal if noted else decoded, where)
         extra = tokenizer_files(file.metadata, config["max_position_embeddings"], where)
         finals = _final_ids(file.metadata)
         generation = {k: v for k, v in config.items() if k.endswith("_token_id")}
         generation |= {"eos_token_id": finals[0] if len(finals) == 1 else finals} if finals else {}
         extra["generation_config.json"] = (json.dumps(generation, indent=2) + "\n").encode()
-    entries, origins = _noted(file, family, noted, where) if noted else _listed(file, family, dtype, where)
+        companions = () if folder is None else tuple(licence_files(folder))
+        if (
+            file.metadata["tokenizer.ggml.model"] == "gpt2"
+            and file.metadata.get("tokenizer.ggml.pre", "default") == "default"
+        ):
+            notes.append(
+                "tokenizer: the file does not say how text is split; it is as llama.cpp does then, which may not be as "
+                "the model was trained (a folder with the model's own tokenizer files and config.json is believed)"
+            )
+    if noted:
+        entries, origins = _noted(file, family, noted, decoded, where)
+    else:
+        entries, origins = _listed(file, family, decoded, where)
     return GgufSource(
         name=name or str(path),
         file=file,
@@ -267,13 +285,39 @@ def _joined(model: GgufFile, tower: GgufFile) -> GgufFile:
     )
 
 
-def _dense_dtype(file: GgufFile, noted: Sequence[Noted]) -> str:
-    """What dense weights become: what the embedding table was, the one float type of all matrices, or bfloat16."""
+def _config_beside(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise CheckpointError("holds no JSON object", where=str(folder / "config.json"))
+    return config
+
+
+def _dense_dtype(file: GgufFile, family: Family, noted: Sequence[Noted], config: Mapping[str, Any]) -> str:
+    """What dense weights become: what the embedding table was, what a config beside the file says, the one float type
+    of all matrices; else float16, in which scales are, unless there are bfloat16 matrices or it is a Gemma, whose
+    activations overflow in float16."""
     known = next((n.dtype for n in noted if n.tensor == "token_embd.weight"), None)
     if known in _NAMES:
         return str(known)
+    stated = [p.get(k) for p in (config.get("text_config") or {}, config) for k in ("dtype", "torch_dtype")]
+    if found := next((n for n, name in _NAMES.items() for s in stated if s == name), None):
+        return found
     kinds = {t.kind for t in file.tensors.values() if len(t.shape) > 1}
-    return kinds.pop() if len(kinds) == 1 and kinds <= _FLOATS else "BF16"
+    if len(kinds) == 1 and kinds <= _FLOATS:
+        return kinds.pop()
+    narrow = "F16" in kinds or not kinds.isdisjoint(_PLAIN_BITS)
+    return "F16" if narrow and "BF16" not in kinds and not family.architecture.startswith("gemma") else "BF16"
+
+
+def _rounded_matrices(file: GgufFile, dtype: str) -> list[str]:
+    """A note on matrices that are floats in the file and are rounded to another float type."""
+    found = [t for t in file.tensors.values() if len(t.shape) > 1 and t.kind in _FLOATS - {dtype}]
+    if dtype == "F32" or not found:
+        return []
+    return [
+        f"{len(found)} matrices of floats, such as {found[0].name} ({found[0].kind}), are rounded to {_NAMES[dtype]}; "
+        "--to dense --dtype float32 keeps them"
+    ]
 
 
 def _config(file: GgufFile, family: Family, dtype: str, where: str) -> dict[str, Any]:
@@ -295,8 +339,8 @@ def _final_ids(metadata: Mapping[str, Any]) -> list[int]:
 Listed = tuple[dict[str, Entry], dict[str, _Origin]]  # by dense name
 
 
-def _noted(file: GgufFile, family: Family, noted: Sequence[Noted], where: str) -> Listed:
-    """Entries and where they lie, as halfbyte noted them."""
+def _noted(file: GgufFile, family: Family, noted: Sequence[Noted], dtype: str, where: str) -> Listed:
+    """Entries and where they lie, as halfbyte noted them; ``dtype`` is for what has become codes since."""
     query_heads, kv_heads = head_counts(file.metadata, family, where)
     in_tower_heads = tower_heads(file.metadata)
     entries: dict[str, Entry] = {}
@@ -305,7 +349,8 @@ def _noted(file: GgufFile, family: Family, noted: Sequence[Noted], where: str) -
         tensor = file.tensors[note.tensor]
         shape = tensor.shape if note.expert is None else tensor.shape[1:]
         grid = note.grid if note.kind == tensor.kind else _plain_grid(tensor, shape)
-        entries[note.name] = Entry(name=note.name, dtype=note.dtype, shape=shape, grid=grid)
+        kept = grid is not None or tensor.kind in _FLOATS
+        entries[note.name] = Entry(name=note.name, dtype=note.dtype if kept else dtype, shape=shape, grid=grid)
         heads, added = turned_in_tower(note.tensor, in_tower_heads), NORM_OFFSETS.get(note.tensor, 0.0)
         if not in_tower(note.tensor):
             heads = turned_heads(family, note.tensor, query_heads, kv_heads)

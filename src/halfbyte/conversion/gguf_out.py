@@ -44,6 +44,7 @@ from halfbyte.conversion.gguf_tokenizer_out import WrittenTokenizer, read_tokeni
 from halfbyte.conversion.gguf_vision import FLOAT32, NORM_OFFSETS, Vision, vision_of
 from halfbyte.conversion.source import Entry, Source
 from halfbyte.conversion.target import Facts, Obstacle
+from halfbyte.records import parse_object
 from halfbyte.schemes import WeightFormat
 
 MODEL_NAME, VISION_NAME = "model.gguf", "mmproj.gguf"
@@ -211,8 +212,8 @@ class GgufTarget:
         if place.vision:
             assert model.vision is not None
             tensor = model.vision.changed(place.name, tensor)
-        elif is_norm(place.name):
-            tensor = tensor + model.family.norm_offset
+        elif offset := _added(place, model):
+            tensor = tensor + offset
         elif place.heads:
             tensor = permute(tensor, place.heads)
         return {place.written: tensor.contiguous()}
@@ -399,7 +400,7 @@ def _tokenizer(source: Source, config: Any) -> WrittenTokenizer:
         return WrittenTokenizer(
             problems=["there is no tokenizer.json, and llama.cpp needs the tokenizer in the same file"]
         )
-    generation = json.loads(files.get("generation_config.json", b"{}"))
+    generation = parse_object(files, "generation_config.json")
     ids = {k: source.config.get(k, getattr(config, k, None)) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     final = generation.get("eos_token_id", ids["eos_token_id"])
     finals = final if isinstance(final, list) else [] if final is None else [final]

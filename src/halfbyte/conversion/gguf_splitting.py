@@ -24,6 +24,8 @@ DIGITS = r"\p{N}"
 LLAMA3 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_REST}"
 QWEN2 = rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}|{_REST}"
 TEKKEN = rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_REST_SLASH}"
+PUNCTUATION = r"[\p{P}\$\+<=>\^~\|]+"
+NUMBERS, THREES = r"\p{N}+", "[0-9][0-9][0-9]"
 GPT4O = rf"{_CASED[0]}{_CONTRACTIONS}?|{_CASED[1]}{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_REST_SLASH}"
 
 
@@ -53,6 +55,7 @@ _MARKS = (
 
 SPLITTINGS: Mapping[str, Splitting] = {
     "gpt-2": Splitting(expressions=(GPT2,)),
+    "default": Splitting(expressions=(PUNCTUATION, GPT2, NUMBERS, THREES)),  # a file's that names none, too
     "smollm": Splitting(expressions=(DIGITS, GPT2)),
     "llama-bpe": Splitting(expressions=(LLAMA3,), whole_words=True, adds_bos=True),
     "qwen2": Splitting(expressions=(QWEN2,)),
@@ -65,7 +68,6 @@ ALIASES: Mapping[str, str] = {
     "phi-2": "gpt-2",
     "olmo": "gpt-2",
     "jais": "gpt-2",
-    "default": "gpt-2",
     "starcoder": "smollm",
     "refact": "smollm",
     "command-r": "smollm",

@@ -18,6 +18,7 @@ from typing import Any
 
 from halfbyte.conversion.gguf_families import Metadata
 from halfbyte.conversion.gguf_splitting import SPLITTINGS, expressions_of, name_of
+from halfbyte.records import parse_object
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types in a GGUF vocabulary
 SPACE = "\u2581"  # SentencePiece's space
@@ -46,7 +47,7 @@ def read_tokenizer_files(files: Mapping[str, bytes]) -> TokenizerFiles | None:
     """From the contents of tokenizer.json (``None`` without it), tokenizer_config.json and chat templates."""
     if "tokenizer.json" not in files:
         return None
-    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    config = parse_object(files, "tokenizer_config.json")
     templates: dict[str, str] = {}
     given = config.get("chat_template")
     if isinstance(given, str):
@@ -57,10 +58,12 @@ def read_tokenizer_files(files: Mapping[str, bytes]) -> TokenizerFiles | None:
         if name == "chat_template.jinja":
             templates["default"] = content.decode("utf-8")
         elif name == "chat_template.json":
-            templates.setdefault("default", json.loads(content)["chat_template"])
+            template = parse_object(files, name).get("chat_template")
+            templates |= {"default": template} if isinstance(template, str) and "default" not in templates else {}
         elif name.startswith("additional_chat_templates/"):
             templates[name.split("/")[1].removesuffix(".jinja")] = content.decode("utf-8")
-    return TokenizerFiles(tokenizer=json.loads(files["tokenizer.json"]), tokenizer_config=config, templates=templates)
+    tokenizer = parse_object(files, "tokenizer.json")
+    return TokenizerFiles(tokenizer=tokenizer, tokenizer_config=config, templates=templates)
 
 
 def tokenizer_metadata(

@@ -10,7 +10,6 @@ Source: llama.cpp's ``tools/mtmd/clip.cpp`` and ``models/siglip.cpp``, ``models/
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from halfbyte.conversion.gguf_families import Metadata, permute
+from halfbyte.records import parse_object
 
 # What is added to the elements of a tensor, as to Gemma's other norms.
 NORM_OFFSETS = {"mm.soft_emb_norm.weight": 1.0}
@@ -130,8 +130,8 @@ def vision_of(config: Any, files: Mapping[str, bytes]) -> Vision | None:
 
 
 def _common(config: Any, tower: Any, files: Mapping[str, bytes], projector: str, epsilon: float) -> Metadata:
-    pictures = json.loads(files.get("preprocessor_config.json", b"{}"))
-    nested = json.loads(files.get("processor_config.json", b"{}")).get("image_processor", {})
+    pictures = parse_object(files, "preprocessor_config.json")
+    nested = parse_object(files, "processor_config.json").get("image_processor", {})
     half = [0.5, 0.5, 0.5]
     mean, std = (pictures.get(k) or nested.get(k) or half for k in ("image_mean", "image_std"))
     return {
@@ -151,8 +151,8 @@ def _common(config: Any, tower: Any, files: Mapping[str, bytes], projector: str,
 
 
 def _break_token(files: Mapping[str, bytes]) -> int | None:
-    token = json.loads(files.get("processor_config.json", b"{}")).get("image_break_token", "[IMG_BREAK]")
-    whole = json.loads(files.get("tokenizer.json", b"{}"))
+    token = parse_object(files, "processor_config.json").get("image_break_token", "[IMG_BREAK]")
+    whole = parse_object(files, "tokenizer.json")
     found = {t["content"]: t["id"] for t in whole.get("added_tokens") or []}
     i = found.get(token)
     return i if isinstance(i, int) else None

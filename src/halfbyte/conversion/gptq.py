@@ -22,14 +22,15 @@ from typing import Any
 import torch
 
 from halfbyte.architectures import KEPT_MODULES
-from halfbyte.checkpoint.reader import TensorInfo
+from halfbyte.blocks import build_on_meta
+from halfbyte.checkpoint.reader import Checkpoint, TensorInfo
 from halfbyte.conversion.bits import pack_rows, unpack_rows, words_in
 from halfbyte.conversion.coded import FLOATS, CodedWeight, Grid, Steps
 from halfbyte.conversion.config import dense_blocks, integer_in, plain_modules, unrounded
 from halfbyte.conversion.folder_source import Module
 from halfbyte.conversion.source import Entry, Source
 from halfbyte.conversion.target import Facts, Obstacle
-from halfbyte.errors import CheckpointError
+from halfbyte.errors import ArchitectureError, CheckpointError, UsageError
 from halfbyte.mixing import groups_of
 from halfbyte.schemes import Scheme, WeightFormat
 
@@ -170,6 +171,20 @@ class GptqDecoder:
         return module.read("qweight").T.contiguous()
 
 
+def spare_biases(checkpoint: Checkpoint) -> frozenset[str]:
+    """Biases of zeros, which AutoGPTQ gave every Linear, where the architecture has none."""
+    tensors = checkpoint.tensors
+    biases = [n for n in tensors if n.endswith(".bias") and f"{n.removesuffix('bias')}qweight" in tensors]
+    zeros = [n for n in biases if not bool(checkpoint.read(n).any())]
+    if not zeros:
+        return frozenset()
+    try:
+        known = {n for n, _ in build_on_meta(checkpoint, checkpoint.dtype).named_parameters()}
+    except ArchitectureError:
+        return frozenset()
+    return frozenset(n for n in zeros if n not in known and f"{n.removesuffix('bias')}weight" in known)
+
+
 @dataclass(frozen=True, slots=True)
 class GptqEncoder:
     """Writes modules as AutoGPTQ (``version`` ``gptq``) or GPTQModel (``gptq_v2``) does."""
@@ -200,11 +215,9 @@ class GptqEncoder:
         )
         if replace(grid, scale_dtype="F16", activations=None) != nearest:
             return Obstacle(name=entry.name, reason=f"GPTQ has no {grid.words()}", grid=nearest)
-        if "F16" not in facts.exact_in:
-            reason = f"its {grid.scale_dtype} scales are not all float16 numbers"
-            if "F16" not in facts.finite_in:
-                return Obstacle(name=entry.name, reason=f"{reason}, and some overflow or vanish", remedy=elsewhere)
-            return Obstacle(name=entry.name, reason=reason, grid=nearest)
+        inexact = f"its {grid.scale_dtype} scales are not all float16 numbers"
+        if "F16" not in facts.finite_in:
+            return Obstacle(name=entry.name, reason=f"{inexact}, and some overflow or vanish", remedy=elsewhere)
         if self.version == V1 and facts.zero_points is not None and facts.zero_points[0] == w.q_min:
             return Obstacle(
                 name=entry.name,
@@ -212,7 +225,7 @@ class GptqEncoder:
                 grid=replace(nearest, weights=replace(nearest.weights, symmetric=True)),
                 remedy="Use --to gptq-v2.",
             )
-        return None
+        return None if "F16" in facts.exact_in else Obstacle(name=entry.name, reason=inexact, grid=nearest)
 
     def scale_dtype(self, source: Source, facts: Mapping[str, Facts]) -> str | None:
         return "F16"
@@ -234,7 +247,14 @@ class GptqEncoder:
         if zeros is None:  # every row of zero points is the same
             unsigned = torch.full((1, weight.out_features), -w.q_min - offset, dtype=torch.uint8)
         else:
-            unsigned = (zeros.T.to(torch.int16) - w.q_min - offset).to(torch.uint8)
+            stored = zeros.T.to(torch.int16) - w.q_min - offset
+            if bool((stored < 0).any()):
+                raise UsageError(
+                    "a zero point is 0, which version 1 of the format cannot say",
+                    where=entry.name,
+                    remedy="Use --to gptq-v2.",
+                )
+            unsigned = stored.to(torch.uint8)
         qzeros = pack_rows(unsigned.contiguous(), w.num_bits)
         index = weight.steps.group_index
         if index is None:

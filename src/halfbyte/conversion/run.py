@@ -27,8 +27,9 @@ import numpy as np
 import torch
 
 from halfbyte.checkpoint.layout import MAX_SHARD_BYTES, write_error
-from halfbyte.checkpoint.reader import DTYPE_NAMES, DTYPES, combined_digest, digest_of, element_bytes
+from halfbyte.checkpoint.reader import DTYPES, combined_digest, digest_of, element_bytes
 from halfbyte.conversion.coded import Grid, Steps
+from halfbyte.conversion.dense import rounded
 from halfbyte.conversion.formats import Beside, open_source, target_of
 from halfbyte.conversion.requantize import requantized, with_scales
 from halfbyte.conversion.source import Entry, Source
@@ -63,12 +64,12 @@ def convert(
     """Write a checkpoint in another format, without loss where none is needed.
 
     Args:
-        source: folder, file or hub id.
-        out: folder (or file, for formats of one file) that does not exist yet.
+        source: folder, GGUF file, or hub id of a checkpoint in safetensors.
+        out: folder that does not exist yet.
         to: a name of :data:`halfbyte.conversion.formats.TARGETS`.
         source_format: a name of :data:`halfbyte.conversion.formats.SOURCES`, or ``auto``.
         dtype: of a dense target: ``bfloat16``, ``float16``, ``float32``; ``None`` is what the config says. With a Flax
-            source, of everything that is not quantised.
+            source, of everything that is not quantised; a GGUF's floats are decoded to it.
         config: of a source that comes without one, where it cannot be told: a file, or its folder.
         tokenizer: likewise.
         allow_requantize: round again what the target cannot express; the record says what and how far it is off.
@@ -81,7 +82,7 @@ def convert(
 
     Raises:
         CheckpointError: the source is broken or in a format that cannot be read.
-        NumericsError: a scale of the source is not finite.
+        NumericsError: a scale of the source is not finite, or a number becomes infinite in the target's dtype.
         UsageError: the target cannot express the source, and ``allow_requantize`` is false or would not help.
         OutputError, ResumeError: as ``quantize``.
     """
@@ -90,6 +91,11 @@ def convert(
     out = Path(out)
     if already_published(out):
         return read_record(ConvertRecord, out / CONVERT_NAME)
+    if out.suffix == ".gguf":
+        raise UsageError(
+            "OUT is a folder, in which the GGUF is called model.gguf", where=str(out), remedy="Give a folder's name."
+        )
+    RunFolder.require(out, resume=resume)
     beside = Beside(
         dtype=dtype,
         config=None if config is None else Path(config),
@@ -119,6 +125,9 @@ def convert(
         work.write_tensors()
         record = work.finish(begun)
         run.publish()
+    except NumericsError:  # to resume would end in the same
+        run.discard()
+        raise
     except BaseException:
         run.leave()
         raise
@@ -252,6 +261,7 @@ class _Conversion:
         folder = self.run.checkpoint
         if self.run.fresh:
             self.files.create(folder)
+            self.files.sync(folder)
             self.run.record(0, digests={}, errors={})
         done = int(self.run.journal["stage"])
         self._digests |= self.run.journal["digests"]
@@ -307,14 +317,19 @@ class _Conversion:
         held = self.source.entries[entry.name]
         if held.grid is None:
             tensor = self.source.dense(entry.name)
-            if DTYPE_NAMES[tensor.dtype] != entry.dtype:
-                tensor = tensor.to(DTYPES[entry.dtype])
-            return self.target.keep(entry, tensor)
+            return self.target.keep(entry, rounded(tensor, entry.dtype, entry.name))
         weight = self.source.coded(entry.name)
         if entry.grid is None:
-            return self.target.keep(entry, weight.dense().to(DTYPES[entry.dtype]))
+            return self.target.keep(entry, rounded(weight.dense(), entry.dtype, entry.name))
         if entry.name in self.requantize:
-            weight, self._errors[entry.module] = requantized(weight, entry.grid)
+            weight, error = requantized(weight, entry.grid)
+            if not math.isfinite(error):
+                raise NumericsError(
+                    f"cannot be rounded to {entry.grid.words()}: its scales overflow",
+                    where=entry.name,
+                    remedy="Convert to dense.",
+                )
+            self._errors[entry.module] = error
         return self.target.encode(entry, with_scales(weight, entry.grid))
 
     def finish(self, begun: float) -> ConvertRecord:
