@@ -117,7 +117,8 @@ def command(
 
 def _render(console: Console, record: ServeRecord, *, keyed: bool, page: bool) -> None:
     body = json.dumps({"model": record.model, "messages": [{"role": "user", "content": "Hello!"}]})
-    key = " -H 'Authorization: Bearer KEY'" if keyed else ""
+    key = ' -H "Authorization: Bearer $HALFBYTE_API_KEY"' if keyed else ""
+    given = 'os.environ["HALFBYTE_API_KEY"]' if keyed else '"none"'
     quoted = body.replace("'", "'\\''")
     root = record.url.removesuffix("/v1")
     lines = [
@@ -127,8 +128,9 @@ def _render(console: Console, record: ServeRecord, *, keyed: bool, page: bool) -
         f"  curl {record.url}/chat/completions -H 'Content-Type: application/json'{key} \\",
         f"    -d '{quoted}'",
         "",
+        *(["  import os"] if keyed else []),
         "  from openai import OpenAI",
-        f'  client = OpenAI(base_url="{record.url}", api_key="{"KEY" if keyed else "none"}")',
+        f'  client = OpenAI(base_url="{record.url}", api_key={given})',
         f"  answer = client.chat.completions.create(model={record.model!r}, "
         "messages=[{'role': 'user', 'content': 'Hello!'}])",
         "  print(answer.choices[0].message.content)",
