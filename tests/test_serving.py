@@ -310,9 +310,9 @@ def test_preparing_ends_in_order_with_who_waits_for_it(
     number: signal.Signals, tiny_model: Models, tmp_path: Path
 ) -> None:
     halfbyte.quantize(tiny_model("llama"), tmp_path / "w4", scheme="W4A16", group_size=32, method="rtn", device="cpu")
-    halfbyte.convert(tmp_path / "w4", tmp_path / "awq", to="gptq")
+    halfbyte.convert(tmp_path / "w4", tmp_path / "gptq", to="gptq")
     sign = tmp_path / "sign"
-    program = [sys.executable, "-c", INTERRUPTED, tmp_path / "awq", tmp_path / "cache", sign]
+    program = [sys.executable, "-c", INTERRUPTED, tmp_path / "gptq", tmp_path / "cache", sign]
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     with subprocess.Popen(program, env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.PIPE) as waiting:
         wait_until(sign.exists)

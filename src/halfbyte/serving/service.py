@@ -326,7 +326,8 @@ async def _listening(front: Front, bound: socket.socket) -> AsyncIterator[None]:
         try:
             await web.SockSite(runner, bound).start()
         except OSError as e:  # bound twice, which is allowed until somebody listens
-            raise _unusable(*bound.getsockname()[:2], e) from None
+            host, port = bound.getsockname()[:2]
+            raise _unusable(host, port, e) from None
         yield
     finally:
         await runner.cleanup()
