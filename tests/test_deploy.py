@@ -148,6 +148,13 @@ def test_a_port_that_others_reach_asks_for_a_key(deployed: Deploy, tmp_path: Pat
     assert "VLLM_API_KEY" in argv
     assert "k" not in argv  # by name: a value would be seen in the list of processes
     assert "Secret" not in quadlet(deployed("podman"))
+    line = next(x for x in (folder / "Containerfile").read_text().splitlines() if "podman run" in x).removeprefix("#")
+    (folder / "image.sh").write_text(f"#!/bin/bash\n{line}\n")
+    (folder / "image.sh").chmod(0o755)
+    refused = subprocess.run([folder / "image.sh"], env={}, capture_output=True, text=True, check=False)
+    assert "API_KEY: the key that callers must send" in refused.stderr
+    argv = called(folder, "image.sh", path=tmp_path / "bin", API_KEY="k")[0]
+    assert argv[argv.index("--env") + 1] == "VLLM_API_KEY"
     service = manifest(deployed("compose", host="0.0.0.0"), "compose.yaml")["services"]["server"]
     assert service["environment"]["VLLM_API_KEY"].startswith("${API_KEY:?")
     assert service["ports"] == ["0.0.0.0:8000:8000"]
@@ -220,6 +227,10 @@ def test_engines_that_are_chosen(deployed: Deploy, ferry: Path, ferry_gguf: Path
     for source, engine in ((ferry, "transformers"), (ferry_gguf, "llamacpp"), (awq, "vllm")):
         folder = deployed("triton", source, weights="none")
         assert (folder / f"model_repository/{NAME}_stream/1/{engine}_engine.py").exists()
+    empty = deployed("triton", ferry, engine="llamacpp", weights="none")
+    assert list((empty / f"model_repository/{NAME}_stream/checkpoint").iterdir()) == []
+    with pytest.raises(UsageError, match=r"--storage: llama.cpp is given a file.* Use oci:// or pvc://"):
+        deployed("kubernetes", ferry_gguf, storage="hf://org/repo", gpus=0)
     with pytest.raises(UsageError, match="transformers needs further packages for awq checkpoints"):
         deployed("triton", awq, engine="transformers")
 

@@ -779,8 +779,14 @@ def test_a_conversion_is_kept_and_reused(tiny_model: Models, tmp_path: Path, mon
     stamp = first.model.stat().st_mtime_ns
     assert to_gguf(source, tmp_path / "cache").model.stat().st_mtime_ns == stamp
     assert to_gguf(source, tmp_path / "cache", dtype="float32").folder != first.folder
+    (source / "eval.json").write_text("{}")
+    assert to_gguf(source, tmp_path / "cache").folder == first.folder
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    told = to_gguf(source, tmp_path / "cache")
+    assert told.folder != first.folder
+    assert open_gguf(told.model).metadata["tokenizer.chat_template"] == "{{ messages }}"
     os.utime(source / "model.safetensors", ns=(1, 1))
-    assert to_gguf(source, tmp_path / "cache").folder != first.folder
+    assert to_gguf(source, tmp_path / "cache").folder != told.folder
 
 
 @pytest.mark.parametrize("family", ["gemma3-vision", "gemma3-vision-nested", "mistral3"])

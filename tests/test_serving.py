@@ -6,15 +6,17 @@ Real engines are asked in ``tests/serving``.
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from halfbyte.errors import EngineError, HalfbyteError, MissingDependencyError, 
 from halfbyte.progress import Silent
 from halfbyte.serving import api, bench, client, engines, service
 from halfbyte.serving.api import ApiError
+from halfbyte.serving.chat import Conversation
 from halfbyte.serving.child import Child
 from halfbyte.serving.choice import Choice, Served, Weights, choose, read_served
 from halfbyte.serving.client import Target
@@ -228,10 +231,118 @@ def killed() -> Silent:
     return Silent()
 
 
-def test_a_preparing_process_that_is_killed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-    with pytest.raises(EngineError, match="killed by signal 9"):
-        prepare_apart(tmp_path / "none", engine="auto", wishes=Wishes(name="m"), cache=None, reporter=killed)
+def terminated() -> Silent:
+    os.kill(os.getpid(), signal.SIGTERM)
+    return Silent()
+
+
+def talkative() -> Silent:
+    """In place of a reporter: what a library written in C may do."""
+    os.write(1, b"said by a library")
+    return Silent()
+
+
+def broken() -> Silent:
+    raise ZeroDivisionError
+
+
+def apart(reporter: Callable[[], Silent], folder: Path) -> None:
+    prepare_apart(folder / "none", engine="auto", wishes=Wishes(name="m"), cache=None, reporter=reporter)
+
+
+def test_how_a_preparing_process_ended_is_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(EngineError, match=r"killed by SIGKILL .the system may have run out of memory"):
+        apart(killed, tmp_path)
+    with pytest.raises(EngineError, match=r"killed by SIGTERM\.$"):
+        apart(terminated, tmp_path)
+    assert capfd.readouterr().err == ""
+    with pytest.raises(RuntimeError, match="ended with status 1"):  # a bug in halfbyte
+        apart(broken, tmp_path)
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_what_a_library_prints_is_no_answer(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(HalfbyteError, match="no such folder"):
+        apart(talkative, tmp_path)
+    assert capfd.readouterr() == ("", "said by a library")
+
+
+def test_no_module_of_the_current_folder_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("random", "ctypes", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('of the current folder')")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(HalfbyteError, match="no such folder"):
+        apart(Silent, tmp_path)
+    with child("import random; print(random.random.__name__)") as engine:
+        wait_until(engine.ended)
+        assert engine.tail() == ["random"]
+
+
+class Leaving(Silent):
+    """A reporter that leaves a sign of what it hears."""
+
+    def __init__(self, sign: Path) -> None:
+        self.sign = sign
+
+    def start(self, task: str, total: int) -> None:
+        self.sign.write_text(task)
+        time.sleep(60)
+
+    def finish(self) -> None:
+        self.sign.write_text("finished")
+
+
+INTERRUPTED = """
+import functools, sys
+from pathlib import Path
+from halfbyte.serving.engines import Wishes
+from halfbyte.serving.prepare import prepare_apart
+from test_serving import Leaving
+place, cache, sign = map(Path, sys.argv[1:])
+prepare_apart(
+    place, engine="transformers", wishes=Wishes(name="m"), cache=cache, reporter=functools.partial(Leaving, sign)
+)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_preparing_ends_in_order_with_who_waits_for_it(
+    number: signal.Signals, tiny_model: Models, tmp_path: Path
+) -> None:
+    halfbyte.quantize(tiny_model("llama"), tmp_path / "w4", scheme="W4A16", group_size=32, method="rtn", device="cpu")
+    halfbyte.convert(tmp_path / "w4", tmp_path / "gptq", to="gptq")
+    sign = tmp_path / "sign"
+    program = [sys.executable, "-c", INTERRUPTED, tmp_path / "gptq", tmp_path / "cache", sign]
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    with subprocess.Popen(program, env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.PIPE) as waiting:
+        wait_until(sign.exists)
+        (pid,) = Path(f"/proc/{waiting.pid}/task/{waiting.pid}/children").read_text().split()
+        waiting.send_signal(number)
+        wait_until(lambda: gone(int(pid)))
+        _, said = waiting.communicate()
+    assert sign.read_text() == "finished"
+    assert waiting.returncode == -number
+    assert said.count(b"Traceback") == (number == signal.SIGINT)  # of the one that waited alone
+
+
+def test_each_checkpoint_has_a_dense_copy_of_its_own(tiny_model: Models, tmp_path: Path) -> None:
+    halfbyte.quantize(tiny_model("llama"), tmp_path / "w4", scheme="W4A16", group_size=32, method="rtn")
+    for name in ("m.awq", "m.gptq"):
+        halfbyte.convert(tmp_path / "w4", tmp_path / name, to=name[2:])
+
+    def prepared(name: str) -> str:
+        found = prepare(
+            tmp_path / name, engine="transformers", wishes=Wishes(name="m"), cache=tmp_path / "c", reporter=Silent()
+        )
+        return str(json.loads(found.launch.settings)["model"])
+
+    assert prepared("m.awq") != prepared("m.gptq")
+    before = prepared("m.gptq")
+    assert prepared("m.gptq") == before
+    (tmp_path / "m.gptq/chat_template.jinja").write_text("{{ messages }}")
+    after = prepared("m.gptq")
+    assert after != before
+    assert (Path(after) / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 # Errors in the API's form
@@ -255,6 +366,7 @@ def test_a_preparing_process_that_is_killed_is_reported(tmp_path: Path, monkeypa
             {"error": {"code": 500, "message": "image input is not supported"}},
             (400, "invalid_request_error", "unsupported"),
         ),
+        (500, {"error": {"message": "Jinja Exception: roles alternate"}}, (400, "invalid_request_error", None)),
         (500, {"error": {"message": "boom"}}, (500, "server_error", None)),
         (404, {"detail": "Not Found"}, (404, "invalid_request_error", None)),
         (503, "busy", (503, "server_error", None)),
@@ -431,6 +543,7 @@ async def listening(app: web.Application) -> AsyncIterator[str]:
 
 
 OPEN = Access(keys=(), loopback=True, origins=(), page=False)
+JSON = {"Content-Type": "application/json"}
 ASK = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -500,6 +613,7 @@ def test_an_engine_that_breaks_off_is_told_in_the_stream() -> None:
         ({}, b'{"model": "gpt-4", "messages": [{"role": "user"}]}', 404, "model_not_found"),
         ({}, b'{"model": 5, "messages": [{"role": "user"}]}', 400, None),
         ({}, b'{"stream": "yes", "messages": [{"role": "user"}]}', 400, None),
+        ({}, b'{"stream_options": [1], "messages": [{"role": "user"}]}', 400, None),
         (
             {},
             json.dumps({"messages": [{"role": "user", "content": "too long"}]}).encode(),
@@ -509,6 +623,8 @@ def test_an_engine_that_breaks_off_is_told_in_the_stream() -> None:
         ({"Content-Type": "text/plain"}, json.dumps(ASK).encode(), 415, "content_type"),
         ({"Origin": "https://evil.example"}, json.dumps(ASK).encode(), 403, "origin"),
         ({"Host": "evil.example"}, json.dumps(ASK).encode(), 403, "host"),
+        ({"Host": "[::1"}, json.dumps(ASK).encode(), 403, "host"),
+        ({"Origin": "http://["}, json.dumps(ASK).encode(), 403, "host"),
     ],
 )
 def test_wrong_requests_get_the_apis_errors(headers: dict[str, str], raw: bytes, status: int, code: str | None) -> None:
@@ -556,6 +672,27 @@ def test_keys_are_wanted_where_there_are_some() -> None:
             ):
                 async with session.get(url + path) as reply:
                     assert (path, reply.status) == (path, status)
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+            writer.write(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer \xff\r\n\r\n")
+            assert (await reader.readline()).split()[1] == b"401"
+            writer.close()
+
+    run(work)
+
+
+def test_what_nobody_thought_of_has_the_apis_form_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        async with fronted(OPEN) as (_, _, url, session):
+            monkeypatch.setattr(api, "parse", lambda raw: 1 / 0)
+            async with session.post(url + api.CHAT, json=ASK) as reply:
+                assert (reply.status, (await reply.json())["error"]["type"]) == (500, "server_error")
+            monkeypatch.undo()
+            async with session.post(url + api.CHAT, data=io.BytesIO(bytes((64 << 20) + 1)), headers=JSON) as reply:
+                assert reply.status == 413
+            async with session.get(url + "/metrics") as reply:
+                counted = await reply.text()
+            for status in (500, 413):
+                assert f'status="{status}"}} 1.0' in counted
 
     run(work)
 
@@ -651,6 +788,55 @@ def test_an_address_in_use_is_found_before_the_start() -> None:
             service.bind("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(UsageError, match="is no address"):
         service.bind("no.such.host.invalid", 0)
+
+
+def test_an_address_bound_twice_is_said_when_the_second_listens() -> None:
+    async def work() -> None:
+        backend = Backend(url="http://127.0.0.1:9", key="", name="fake", model="m", context=64, pictures=False)
+        with (
+            closing(service.bind("127.0.0.1", 0)) as first,
+            closing(service.bind("127.0.0.1", first.getsockname()[1])) as second,
+        ):
+            first.listen()
+            with pytest.raises(UsageError, match=r"127.0.0.1:\d+ cannot be used: Address already in use"):
+                async with service._listening(Front(backend, OPEN), second):
+                    pass
+
+    run(work)
+
+
+# What a model thinks, and says
+
+
+def test_thoughts_are_shown_and_not_kept_and_an_empty_answer_takes_the_question_with_it() -> None:
+    def pieces(*deltas: dict[str, str]) -> list[bytes]:
+        chunks = [json.dumps({"choices": [{"delta": delta}]}).encode() for delta in deltas]
+        return [b"".join(b"data: " + chunk + b"\n\n" for chunk in chunks), b"data: [DONE]\n\n"]
+
+    async def work() -> None:
+        async with fronted(OPEN) as (fake, _, url, session):
+            talk = Conversation(Target(url=url, key=None, model="m"), session, "", {})
+            fake.pieces = pieces({"reasoning_content": "Hm"}, {"reasoning_content": "."}, {"content": "Yes"})
+            assert "".join([piece async for piece in talk.say("Well?")]) == "Hm.\n\nYes"
+            known = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Yes"}]
+            assert talk.messages == known
+            fake.pieces = pieces({})
+            assert [piece async for piece in talk.say("And?")] == []
+            assert talk.messages == known
+            assert fake.asked[1]["messages"] == [*known, {"role": "user", "content": "And?"}]
+
+    run(work)
+
+
+def test_a_server_that_stalls_does_not_hold_a_benchmark() -> None:
+    async def work() -> None:
+        async with fronted(OPEN) as (fake, _, url, _):
+            fake.gate.clear()
+            load = bench.Load(clients=(1,), requests=1, limit_s=0.2, answer_tokens=2, prompt_words=2)
+            with pytest.raises(EngineError, match=r"does not answer .TimeoutError"):
+                await bench._measure(url, None, load, None, Silent())
+
+    run(work)
 
 
 # Processes that are watched

@@ -101,7 +101,18 @@ def test_lengths(shipped: dict[str, Any]) -> None:
 
 def test_conversations(shipped: dict[str, Any]) -> None:
     s = shipped["settings"]
-    for text in ("hello", "42", "[1, 2]", "[]", "{}", '{"role": "user", "content": "a"}', '"a"', "[[]]", "["):
+    for text in (
+        "hello",
+        "42",
+        "[1, 2]",
+        "[]",
+        "{}",
+        '{"role": "user", "content": "a"}',
+        '"a"',
+        "[[]]",
+        "[",
+        "[" * 100_000,
+    ):
         assert s.conversation(text) is None
     messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "ä"}]
     assert s.conversation(json.dumps(messages)) == messages

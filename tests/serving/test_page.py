@@ -4,6 +4,7 @@ and at a desk's.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,8 +86,25 @@ def test_an_answer_can_be_stopped(page: Page) -> None:
     expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
     page.unroute("**/v1/chat/completions")
     page.get_by_label("Message").fill("Again")
-    page.get_by_role("button", name="Send", exact=True).click()
+    with page.expect_request("**/v1/chat/completions") as asked:
+        page.get_by_role("button", name="Send", exact=True).click()
+    assert [m["content"] for m in json.loads(str(asked.value.post_data))["messages"]] == ["Again"]
     expect(page.locator("article.assistant .note")).to_have_count(2)
+
+
+def test_what_the_model_thinks_is_shown_and_not_sent_back(page: Page) -> None:
+    deltas = [{"reasoning_content": "Hm."}, {"content": "Yes"}]
+    events = [json.dumps({"choices": [{"delta": delta}]}) for delta in deltas]
+    body = "".join(f"data: {event}\n\n" for event in [*events, "[DONE]"])
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    ask(page, "Well?", 4)
+    expect(page.locator("article.assistant .thoughts")).to_have_text("Hm.")
+    expect(page.locator("article.assistant .text")).to_have_text("Yes")
+    expect(page.locator("article.assistant .note")).to_have_count(1)
+    page.get_by_label("Message").fill("And?")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        page.get_by_role("button", name="Send", exact=True).click()
+    assert [m["content"] for m in json.loads(str(asked.value.post_data))["messages"]] == ["Well?", "Yes", "And?"]
 
 
 def test_a_refusal_is_shown_in_the_servers_words_and_the_question_comes_back(page: Page) -> None:

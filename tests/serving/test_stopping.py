@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import requests
@@ -63,10 +64,26 @@ def test_a_signal_while_it_starts_leaves_nothing_behind(made: Path, tmp_path: Pa
     assert (tmp_path / "out.txt").read_text() == ""
 
 
+@pytest.mark.parametrize("keys", [{}, {"HALFBYTE_API_KEY": "k"}], ids=["open", "keyed"])
+def test_the_calls_that_serve_prints_work_as_they_are(made: Path, tmp_path: Path, keys: dict[str, str]) -> None:
+    with server(tmp_path, "--engine", "llamacpp", made, "--", "--threads", "1", environment=keys) as running:
+        end = time.monotonic() + LIMIT_S
+        while "Metrics:" not in (said := running.out.read_text()):  # the file of readiness comes first
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        curl, python = said.partition("  curl ")[2].split("\n\n")[:2]
+        for command in (["bash", "-c", f"curl --fail {curl}"], [sys.executable, "-c", dedent(python)]):
+            environment = {**os.environ, **keys}
+            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.strip()
+
+
 def test_bench_serves_measures_and_draws(made: Path, tmp_path: Path) -> None:
     plot, out = tmp_path / "plot.png", tmp_path / "bench.json"
     command = [sys.executable, "-m", "halfbyte", "bench", str(made), "--clients", "1,2", "--requests", "2"]
     command += ["--tokens", "6", "--words", "10", "--plot", str(plot), "--out", str(out)]
+    command += ["--baseline", str(made), "--baseline-engine", "llamacpp"]
     command += ["--", "--engine", "llamacpp", "--cache", str(tmp_path / "cache"), "--", "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 0, done.stderr
@@ -75,7 +92,8 @@ def test_bench_serves_measures_and_draws(made: Path, tmp_path: Path) -> None:
     from halfbyte.records import read_record
     from halfbyte.serving.bench import BenchRecord
 
-    (measured,) = read_record(BenchRecord, out).measured
+    measured, baseline = read_record(BenchRecord, out).measured
+    assert (baseline.target, len(baseline.levels)) == (str(made), 2)
     assert [(level.clients, level.requests, level.errors) for level in measured.levels] == [(1, 2, 0), (2, 4, 0)]
     assert all(level.tokens == 6 * level.requests for level in measured.levels)
     assert measured.memory_bytes is not None
@@ -91,6 +109,22 @@ def test_chat_answers_a_pipe_turn_by_turn(made: Path, tmp_path: Path) -> None:
     assert b"a new conversation" in done.stderr
     assert b"engine: llama.cpp (asked for)" in done.stderr
     assert done.stdout.strip()
+
+
+def test_files_that_cannot_be_written_are_said_first(tmp_path: Path) -> None:
+    nowhere = str(tmp_path / "no" / "file")
+    for name, option, value, words in (
+        ("serve", "--engine-log", nowhere, "there is no folder"),
+        ("serve", "--ready-file", nowhere, "there is no folder"),
+        ("bench", "--out", nowhere, "there is no folder"),
+        ("bench", "--plot", nowhere, "there is no folder"),
+        ("bench", "--plot", str(tmp_path / "plot.txt"), "neither .png nor .svg"),
+    ):
+        command = [sys.executable, "-m", "halfbyte", name, str(tmp_path), option, value]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+        assert done.returncode == 2
+        assert option in done.stderr
+        assert words in done.stderr
 
 
 def test_chat_and_bench_say_when_nobody_answers() -> None:

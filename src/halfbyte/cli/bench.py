@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from halfbyte.cli.console import emit, json_option, reporter, size
+from halfbyte.cli.serving_options import writable
 from halfbyte.errors import GateFailed, UsageError
 
 if TYPE_CHECKING:
@@ -25,10 +26,20 @@ if TYPE_CHECKING:
 @click.option("--requests", type=click.IntRange(1, 10_000), default=4, show_default=True, help="Of each client.")
 @click.option("--tokens", type=click.IntRange(2, 100_000), default=64, show_default=True, help="Of each answer.")
 @click.option("--words", type=click.IntRange(1, 100_000), default=64, show_default=True, help="Of each prompt.")
-@click.option("--limit", type=click.FloatRange(1, 86_400), default=300, show_default=True, help="Seconds of a level.")
+@click.option(
+    "--limit",
+    type=click.FloatRange(1, 86_400),
+    default=300,
+    show_default=True,
+    help="Seconds for asking in a level, and of an answer.",
+)
 @click.option("--api-key", "key", envvar="HALFBYTE_API_KEY", metavar="KEY", help="That a URL wants.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="File for the result as JSON.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="File for plots (PNG, SVG).")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), callback=writable, help="File for the result as JSON."
+)
+@click.option(
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), callback=writable, help="File for plots (PNG, SVG)."
+)
 @json_option
 def command(
     target: str,
@@ -54,7 +65,9 @@ def command(
 
     need("aiohttp", "serve", "benchmarking")
     if plot is not None:
-        need("matplotlib", "serve", "--plot")
+        if plot.suffix.lower() not in (".png", ".svg"):
+            raise UsageError(f"{plot.name} is neither .png nor .svg", where="--plot", remedy="Name one that is.")
+        need("matplotlib", "plots", "--plot")
     from halfbyte.serving.bench import BenchRecord, Load, draw, measure
 
     load = Load(clients=_numbers(clients), requests=requests, limit_s=limit, answer_tokens=tokens, prompt_words=words)

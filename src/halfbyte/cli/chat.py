@@ -22,6 +22,7 @@ HELP = (
     "/new starts again, /system TEXT sets a system prompt and starts again, /exit or Ctrl-D leaves. Ctrl-C stops an "
     'answer. A line that begins and ends with """ may have many lines between.'
 )
+EMPTY = {"role": "assistant", "content": ""}
 
 
 @click.command("chat", short_help="Talk with a checkpoint in the terminal.")
@@ -54,6 +55,7 @@ def command(
     from halfbyte.serving.machine import need
 
     need("aiohttp", "serve", "chatting")
+    need("prometheus_client", "serve", "chatting")
     from halfbyte.serving.chat import with_engine, with_url
     from halfbyte.serving.prepare import prepare_apart
 
@@ -123,9 +125,11 @@ def _answer(runner: asyncio.Runner, conversation: Conversation, text: str, *, as
                     sys.stdout.write(piece)
                     sys.stdout.flush()
 
+    known = len(conversation.messages)
     try:
         runner.run(write())
-        print(json.dumps(conversation.messages[-1], ensure_ascii=False) if as_json else "")
+        said = conversation.messages[-1] if len(conversation.messages) > known else EMPTY
+        print(json.dumps(said, ensure_ascii=False) if as_json else "")
     except KeyboardInterrupt:
         print("\n(stopped)", file=sys.stderr)
     except HalfbyteError as e:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import click
 from rich.console import Console
 
 from halfbyte.cli.console import emit, json_option, reporter
-from halfbyte.cli.serving_options import address_model, engine_options, wishes
+from halfbyte.cli.serving_options import address_model, engine_options, wishes, writable
 
 if TYPE_CHECKING:
     from halfbyte.serving.service import ServeRecord
@@ -37,7 +38,12 @@ if TYPE_CHECKING:
 @click.option(
     "--drain", type=click.FloatRange(min=0), default=30, show_default=True, help="Seconds for answers to end."
 )
-@click.option("--ready-file", type=click.Path(path_type=Path), help="Written when ready, with what --json prints.")
+@click.option(
+    "--ready-file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=writable,
+    help="Written when ready, with what --json prints.",
+)
 @json_option
 def command(
     checkpoint: str,
@@ -68,8 +74,9 @@ def command(
     from halfbyte.serving.machine import need
 
     need("aiohttp", "serve", "serving")
+    need("prometheus_client", "serve", "serving")
     from halfbyte.serving.prepare import prepare_apart
-    from halfbyte.serving.service import Address, serve
+    from halfbyte.serving.service import Address, bind, serve
 
     if any(not key.strip() for key in keys):
         raise click.BadParameter("is empty", param_hint="--api-key")
@@ -77,38 +84,41 @@ def command(
     address.access()
     progress = reporter()
     model = name or address_model(checkpoint)
-    prepared = prepare_apart(
-        checkpoint,
-        engine=engine,
-        wishes=wishes(model, context, parallel, embeddings, engine_flags),
-        cache=cache,
-        reporter=reporter,
-    )
-    progress.say(f"engine: {prepared.name} ({prepared.choice.reason}). {prepared.choice.advice}".rstrip())
-    for note in prepared.notes:
-        progress.say(note)
 
     def announce(record: ServeRecord) -> None:
         emit(record, as_json=as_json, render=lambda console: _render(console, record, keyed=bool(keys), page=ui))
         sys.stdout.flush()
 
-    asyncio.run(
-        serve(
-            prepared,
-            model,
-            address,
-            announce=announce,
-            reporter=progress,
-            drain_s=drain,
-            log=engine_log,
-            ready_file=ready_file,
+    with contextlib.closing(bind(host, port)) as bound:
+        prepared = prepare_apart(
+            checkpoint,
+            engine=engine,
+            wishes=wishes(model, context, parallel, embeddings, engine_flags),
+            cache=cache,
+            reporter=reporter,
         )
-    )
+        progress.say(f"engine: {prepared.name} ({prepared.choice.reason}). {prepared.choice.advice}".rstrip())
+        for note in prepared.notes:
+            progress.say(note)
+        asyncio.run(
+            serve(
+                prepared,
+                model,
+                address,
+                bound,
+                announce=announce,
+                reporter=progress,
+                drain_s=drain,
+                log=engine_log,
+                ready_file=ready_file,
+            )
+        )
 
 
 def _render(console: Console, record: ServeRecord, *, keyed: bool, page: bool) -> None:
     body = json.dumps({"model": record.model, "messages": [{"role": "user", "content": "Hello!"}]})
-    key = " -H 'Authorization: Bearer KEY'" if keyed else ""
+    key = ' -H "Authorization: Bearer $HALFBYTE_API_KEY"' if keyed else ""
+    given = 'os.environ["HALFBYTE_API_KEY"]' if keyed else '"none"'
     quoted = body.replace("'", "'\\''")
     root = record.url.removesuffix("/v1")
     lines = [
@@ -118,8 +128,9 @@ def _render(console: Console, record: ServeRecord, *, keyed: bool, page: bool) -
         f"  curl {record.url}/chat/completions -H 'Content-Type: application/json'{key} \\",
         f"    -d '{quoted}'",
         "",
+        *(["  import os"] if keyed else []),
         "  from openai import OpenAI",
-        f'  client = OpenAI(base_url="{record.url}", api_key="{"KEY" if keyed else "none"}")',
+        f'  client = OpenAI(base_url="{record.url}", api_key={given})',
         f"  answer = client.chat.completions.create(model={record.model!r}, "
         "messages=[{'role': 'user', 'content': 'Hello!'}])",
         "  print(answer.choices[0].message.content)",

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from halfbyte.errors import OutputError
+
 if TYPE_CHECKING:
     from halfbyte.serving.engines import Wishes
+
+
+def writable(_: click.Context, option: click.Parameter, file: Path | None) -> Path | None:
+    """Refuse a file that could not be written, before the work whose result it takes; a callback of options."""
+    if file is not None and not os.access(file if file.exists() else file.parent, os.W_OK):
+        why = "it may not be written" if file.parent.is_dir() else f"there is no folder {file.parent}"
+        raise OutputError(f"{file} cannot be written", where=option.opts[0], why=why, remedy="Name another file.")
+    return file
 
 
 def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,6 +54,7 @@ def engine_options(function: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--engine-log",
                 type=click.Path(dir_okay=False, path_type=Path),
+                callback=writable,
                 help="File for all that the engine says.",
             ),
         )

@@ -7,12 +7,26 @@ import json
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from halfbyte.conversion.formats import open_source
 from halfbyte.conversion.gguf_out import MODEL_NAME, VISION_NAME
 from halfbyte.conversion.run import convert
 from halfbyte.progress import Reporter
 from halfbyte.records import CONVERT_NAME, ConvertRecord, read_record
+
+# How names of files begin that say how a model is talked to.
+DESCRIBING = (
+    "tokenizer",
+    "special_tokens",
+    "added_tokens",
+    "vocab",
+    "merges",
+    "chat_template",
+    "generation_config",
+    "preprocessor_config",
+    "processor_config",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +56,7 @@ def to_gguf(
 ) -> GgufModel:
     """The GGUF of a checkpoint: from ``cache`` if it is there, else converted into it.
 
-    The folder's name has a hash of the source's fingerprint (headers, sizes, times of its files), of the options and of
-    halfbyte's version, so that a changed checkpoint is converted anew. A conversion that was killed goes on.
+    The folder is :func:`folder_for` the checkpoint and the options. A conversion that was killed goes on.
 
     Args:
         source: a checkpoint folder, in any format that ``convert`` reads.
@@ -55,10 +68,8 @@ def to_gguf(
     Raises:
         What ``convert`` raises: UsageError where something cannot be held exactly, or at all, before any work.
     """
-    fingerprint = open_source(source, "auto").fingerprint()
-    key = json.dumps([fingerprint, dtype, allow_requantize, version("halfbyte")])
-    name = Path(source).resolve().name
-    folder = cache / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    source = Path(source).resolve()  # one run, however it is spelled
+    folder = folder_for(source, cache, "gguf", dtype, allow_requantize)
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = folder.with_name(folder.name + ".partial").exists()
@@ -78,3 +89,17 @@ def to_gguf(
         mmproj=mmproj if mmproj.exists() else None,
         record=read_record(ConvertRecord, folder / CONVERT_NAME),
     )
+
+
+def folder_for(source: Path, cache: Path, *options: Any) -> Path:
+    """Where ``cache`` keeps a checkpoint that was converted with ``options``.
+
+    The name has a hash of the source's fingerprint (headers, sizes, times of its weights), of the files that describe
+    its tokenizer, chat template, generation and pictures, of the options and of halfbyte's version, so that a changed
+    checkpoint is converted anew and no two share a folder. Records and licences may change.
+    """
+    opened = open_source(source, "auto")
+    told = [(f.name, f.stat()) for f in opened.companions if f.name.startswith(DESCRIBING)]
+    beside = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in told)
+    key = json.dumps([opened.fingerprint(), beside, options, version("halfbyte")])
+    return cache / f"{source.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"

@@ -283,6 +283,8 @@ def _shape(target: str, wishes: Wishes, engine: str, storage: str | None, proble
         wrong("--mode", "is KServe's", "Leave it out.")
     if wishes.replicas > 1 and target not in CLUSTERS:
         wrong("--replicas", f"{target} starts one server", "Leave it out, or use target kserve or kubernetes.")
+    if target == "kubernetes" and engine == "llamacpp" and storage is not None and storage.startswith("hf://"):
+        wrong("--storage", "llama.cpp is given a file, and nothing here fetches it", "Use oci:// or pvc://.")
     if target == "rhel-ai":
         if wishes.gpus < 1:
             wrong("--gpus", "RHEL AI serves on GPUs", "Use 1 or more, or target podman with a GGUF file.")

@@ -111,14 +111,17 @@ def write_text(path: Path, text: str) -> None:
 
 def place_weights(folder: Path, subject: Subject, options: Options, reporter: Reporter) -> list[str]:
     """Put the checkpoint where Triton's model looks for it; returns notes for the user."""
-    if options.engine == "llamacpp" and subject.gguf is None:
+    place, unconverted = triton.checkpoint_folder(options), options.engine == "llamacpp" and subject.gguf is None
+    if options.weights == "none":
+        folder.mkdir(parents=True)
+        files = "the files of its GGUF (`halfbyte convert --to gguf`)" if unconverted else "the checkpoint's files"
+        return [f"put {files} into {place}, or mount them there"]
+    if unconverted:
         from halfbyte.conversion.run import convert
 
         record = convert(subject.source, folder, to="gguf", reporter=reporter)
         return list(record.notes)
     folder.mkdir(parents=True)
-    if options.weights == "none":
-        return [f"put the checkpoint's files into {triton.checkpoint_folder(options)}, or mount them there"]
     origin = subject.folder or resolve(subject.source)
     if subject.gguf is not None:
         chosen = [origin / part for part in subject.parts]

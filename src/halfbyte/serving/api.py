@@ -63,6 +63,8 @@ def check(path: str, body: dict[str, Any], model: str) -> None:
         )
     if not isinstance(body.get("stream", False), bool | None):
         raise ApiError(400, "'stream' has to be true or false.", param="stream")
+    if not isinstance(body.get("stream_options"), dict | None):
+        raise ApiError(400, "'stream_options' has to be an object.", param="stream_options")
     if path == CHAT:
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
@@ -97,4 +99,6 @@ def engine_error(status: int, raw: bytes) -> ApiError:
         return ApiError(400, message, param=str(param) if param else None, code=TOO_LONG)
     if status >= 500 and "not supported" in message:  # llama.cpp's answer to a picture that the model cannot see
         return ApiError(400, message, code="unsupported")
+    if status >= 500 and "Jinja Exception" in message:  # and to a conversation that the chat template refuses
+        return ApiError(400, message, param="messages")
     return ApiError(status, message, param=str(param) if param else None, code=code if isinstance(code, str) else None)

@@ -2,7 +2,8 @@
 
 Clients are real ones: each has connections of its own and reads streamed answers. Prompts differ from each other from
 their first word on, so that no prompt cache helps, and answers have a fixed length where the server can be told to
-(``ignore_eos``; vLLM, llama.cpp, halfbyte). Every level is bounded in requests and in time.
+(``ignore_eos``; vLLM, llama.cpp, halfbyte). Every level is bounded in requests and in time: after its limit it
+asks no more, and no answer may take longer than that.
 
     time to first token  = first piece of text - request
     inter-token latency  = (last piece - first piece) / (tokens - 1), for each answer
@@ -99,7 +100,7 @@ class Load:
 
     Attributes:
         clients: concurrencies, one level each.
-        requests: of one client in a level; limit_s: of a level.
+        requests: of one client in a level; limit_s: for asking in a level, and of an answer.
         answer_tokens: of each answer; prompt_words: of each prompt.
     """
 
@@ -197,7 +198,7 @@ def measure(target: str, load: Load, *, key: str | None, serve_options: Sequence
 async def _measure(
     url: str, key: str | None, load: Load, pid: int | None, reporter: Reporter
 ) -> tuple[str, int, list[Level], int | None]:
-    async with client.session() as opened:
+    async with client.session(load.limit_s) as opened:
         found = Target(url=url, key=key, model=await client.only_model(opened, url, key))
         prompts = Prompts(load.prompt_words)
         await _ask(opened, found, prompts.next(), load.answer_tokens)  # what is loaded or compiled at first use
@@ -273,7 +274,7 @@ async def _ask(opened: aiohttp.ClientSession, target: Target, prompt: str, token
     times: list[float] = []
     pieces, usage = 0, None
     async for event in client.stream(opened, target, [{"role": "user", "content": prompt}], options):
-        if event.text:
+        if event.text or event.thought:
             times.append(event.at)
             pieces += 1
         usage = event.usage or usage

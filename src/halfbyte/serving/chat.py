@@ -36,15 +36,21 @@ class Conversation:
         """Ask, and give the answer's pieces as they come.
 
         What came until an interruption stays in the conversation; where nothing came, the question is forgotten too.
+        What the model thought before it answered is given too, but not kept: models are not shown it again.
         """
         self.messages.append({"role": "user", "content": text})
         head = [{"role": "system", "content": self.system}] if self.system else []
         pieces: list[str] = []
+        thinking = False
         try:
             async for event in client.stream(self.opened, self.target, [*head, *self.messages], self.options):
+                if event.thought:
+                    thinking = True
+                    yield event.thought
                 if event.text:
                     pieces.append(event.text)
-                    yield event.text
+                    yield f"\n\n{event.text}" if thinking else event.text
+                    thinking = False
         finally:
             if pieces:
                 self.messages.append({"role": "assistant", "content": "".join(pieces)})

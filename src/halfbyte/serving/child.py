@@ -69,7 +69,7 @@ class Child:
         try:
             self._process = subprocess.Popen(
                 [python, "-c", TIED, str(os.getpid()), *arguments],
-                env=dict(environment),
+                env={**environment, "PYTHONSAFEPATH": "1"},  # no module of the current folder
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

@@ -43,10 +43,14 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """A piece of a streamed answer: its time on :func:`time.monotonic`'s clock, its text, and what came with it."""
+    """A piece of a streamed answer: its time on :func:`time.monotonic`'s clock, its text, and what came with it.
+
+    ``thought`` is text too, of a model that thinks before it answers: written, and no part of the answer.
+    """
 
     at: float
     text: str
+    thought: str
     finish: str | None
     usage: dict[str, Any] | None
 
@@ -123,7 +127,10 @@ async def continue_text(opened: aiohttp.ClientSession, target: Target, prompt: s
 def unreachable(url: str, error: BaseException) -> EngineError:
     """A server that does not answer."""
     return EngineError(
-        "does not answer", where=url, why=f"{type(error).__name__}: {error}", remedy="Is the server running?"
+        "does not answer",
+        where=url,
+        why=f"{type(error).__name__}: {error}".rstrip(": "),
+        remedy="Is the server running?",
     )
 
 
@@ -133,8 +140,13 @@ def _event(chunk: dict[str, Any], url: str) -> Event:
         raise EngineError(str(error.get("message", error) if isinstance(error, dict) else error), where=url)
     choice = (chunk.get("choices") or [{}])[0]
     delta = choice.get("delta") or {}
-    text = (delta.get("reasoning_content") or "") + (delta.get("content") or "")
-    return Event(at=time.monotonic(), text=text, finish=choice.get("finish_reason"), usage=chunk.get("usage"))
+    return Event(
+        at=time.monotonic(),
+        text=delta.get("content") or "",
+        thought=delta.get("reasoning_content") or delta.get("reasoning") or "",
+        finish=choice.get("finish_reason"),
+        usage=chunk.get("usage"),
+    )
 
 
 async def _refuse(reply: aiohttp.ClientResponse, url: str) -> None:

@@ -17,12 +17,13 @@ import contextlib
 import hmac
 import ipaddress
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import aiohttp
 from aiohttp import web
@@ -31,6 +32,7 @@ from halfbyte.serving import api
 from halfbyte.serving.api import CHAT, TEXT, ApiError
 from halfbyte.serving.metrics import CANCELLED, Metrics
 
+LOG = logging.getLogger(__name__)
 MAX_BODY_BYTES = 64 << 20
 MOST_REQUESTS = 256  # at a time; more are told to come later
 METRICS_TIMEOUT_S = 5
@@ -147,22 +149,25 @@ class Front:
             response = await handler(request)
         except ApiError as e:
             response = _told(e)
-        except web.HTTPRequestEntityTooLarge:
-            response = _told(ApiError(413, f"The body is larger than {MAX_BODY_BYTES >> 20} MiB."))
         except web.HTTPException as e:
             response = _told(_of_route(request, e))
+        except Exception:
+            if request.writer.output_size:  # an answer has begun, and cannot become another
+                raise
+            LOG.exception("%s %s", request.method, request.path)
+            response = _told(ApiError(500, "The server failed; its own output says why."))
         if not response.prepared:
             self._add_headers(request, response)
         return response
 
     def _check_caller(self, request: web.Request) -> None:
-        host = urlsplit(f"//{request.headers.get('Host', '')}").hostname or ""
+        host = _split(f"//{request.headers.get('Host', '')}").hostname or ""
         if self._access.loopback and not is_loopback(host):
             raise ApiError(403, f"This server is for its own machine and is not called {host!r}.", code="host")
         origin = request.headers.get("Origin")
         if origin is None or origin in self._access.origins:
             return
-        if urlsplit(origin).netloc != request.headers.get("Host"):
+        if _split(origin).netloc != request.headers.get("Host"):
             raise ApiError(
                 403, f"Pages of {origin} may not ask here; --allow-origin names those that may.", code="origin"
             )
@@ -188,7 +193,8 @@ class Front:
         if kind.lower() != "bearer" or not given:
             raise ApiError(401, "Give the API key as 'Authorization: Bearer KEY'.", code="missing_api_key")
         # All keys are compared, each in constant time.
-        if not any([hmac.compare_digest(given.strip().encode(), key.encode()) for key in self._access.keys]):  # noqa: C419
+        said = given.strip().encode("utf-8", "surrogateescape")  # aiohttp reads headers so
+        if not any([hmac.compare_digest(said, key.encode()) for key in self._access.keys]):  # noqa: C419
             raise ApiError(401, "The API key is wrong.", code="invalid_api_key")
 
     # Routes
@@ -258,6 +264,9 @@ class Front:
             except ApiError as e:
                 watched.status = e.status
                 raise
+            except Exception:
+                watched.status = 500
+                raise
             finally:
                 self.running -= 1
 
@@ -265,7 +274,10 @@ class Front:
         """The engine's answer, given on; and whether the client was there to the end."""
         if request.content_type != "application/json":
             raise ApiError(415, "The body has to be sent with 'Content-Type: application/json'.", code="content_type")
-        raw = await request.read()
+        try:
+            raw = await request.read()
+        except web.HTTPRequestEntityTooLarge:
+            raise ApiError(413, f"The body is larger than {MAX_BODY_BYTES >> 20} MiB.") from None
         body = api.parse(raw)
         api.check(request.path, body, self._backend.model)
         if "model" not in body:
@@ -304,6 +316,13 @@ class Front:
         headers = {"Authorization": f"Bearer {self._backend.key}", "Content-Type": "application/json"}
         limit = aiohttp.ClientTimeout(total=timeout, sock_connect=10)
         return self._session.request(method, self._backend.url + path, data=data, headers=headers, timeout=limit)
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:
+        raise ApiError(403, f"{url!r} names no host.", code="host") from None
 
 
 def _told(error: ApiError) -> web.Response:

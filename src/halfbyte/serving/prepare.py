@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from halfbyte.errors import (
     HalfbyteError,
     MissingDependencyError,
     OutputError,
+    ResumeError,
     UsageError,
 )
 from halfbyte.progress import Reporter
@@ -32,6 +34,7 @@ from halfbyte.serving.machine import Machine, look, need
 
 CACHE_NAME = ".halfbyte"
 MODEL_FILE, VISION_FILE = "model.gguf", "mmproj.gguf"
+STOP_GRACE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,22 +69,34 @@ def prepare_apart(
     """
     asked = pickle.dumps((checkpoint, engine, wishes, cache, reporter))
     answering = ("-c", "from halfbyte.serving.prepare import answer_parent; answer_parent()")
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-c", TIED, str(os.getpid()), *answering],
-        input=asked,
+        # It imports what this process would: -c and -m alone put the current folder first.
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C reaches this process alone, which then kills the other
-        check=False,
-    )
-    if done.returncode < 0:
+        start_new_session=True,  # Ctrl-C reaches this process alone, which then stops the other
+    ) as process:
+        try:
+            answer, _ = process.communicate(asked)
+        except BaseException:
+            process.terminate()
+            try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(STOP_GRACE_S)
+            finally:
+                process.kill()
+            raise
+    if process.returncode < 0:
+        name = signal.Signals(-process.returncode).name
         raise EngineError(
-            f"the process that reads it was killed by signal {-done.returncode}",
+            f"the process that reads it was killed by {name}",
             where=str(checkpoint),
-            why="the system may have run out of memory",
+            why="the system may have run out of memory" if name == "SIGKILL" else "",
         )
-    if done.returncode:  # an error that is none of ours, whose traceback has been printed
-        raise EngineError("the process that reads it failed", where=str(checkpoint), remedy="See above.")
-    found = pickle.loads(done.stdout)
+    if process.returncode:
+        raise RuntimeError(f"preparing ended with status {process.returncode}; its own traceback is above")
+    found = pickle.loads(answer)
     if isinstance(found, HalfbyteError):
         raise found
     assert isinstance(found, Prepared)
@@ -89,17 +104,28 @@ def prepare_apart(
 
 
 def answer_parent() -> None:
-    """The other end of :func:`prepare_apart`: what it asked on standard input, answered on standard output."""
-    checkpoint, engine, wishes, cache, reporter = pickle.load(sys.stdin.buffer)
-    out = sys.stdout.buffer
+    """The other end of :func:`prepare_apart`: what it asked on standard input, answered on standard output.
+
+    SIGTERM removes what is unfinished and ends it.
+    """
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print, those in C too, must not get into the answer
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     found: Prepared | HalfbyteError
-    with contextlib.redirect_stdout(sys.stderr):
+    try:
+        checkpoint, engine, wishes, cache, reporter = pickle.load(sys.stdin.buffer)
+        progress = reporter()
         try:
-            found = prepare(checkpoint, engine=engine, wishes=wishes, cache=cache, reporter=reporter())
+            found = prepare(checkpoint, engine=engine, wishes=wishes, cache=cache, reporter=progress)
         except HalfbyteError as e:
             found = e
-    out.write(pickle.dumps(found))
-    out.flush()
+        finally:
+            progress.finish()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+    with answers:
+        answers.write(pickle.dumps(found))
 
 
 def prepare(checkpoint: str | Path, *, engine: str, wishes: Wishes, cache: Path | None, reporter: Reporter) -> Prepared:
@@ -123,7 +149,7 @@ def prepare(checkpoint: str | Path, *, engine: str, wishes: Wishes, cache: Path 
         try:
             return _llamacpp(choice, served, wishes, machine, cache, reporter)
         except (UsageError, CheckpointError, MissingDependencyError) as e:
-            if engine != "auto" or served.method == "gguf":
+            if engine != "auto" or served.method == "gguf" or isinstance(e, ResumeError):
                 raise
             choice = choose(engine, served, machine, gguf_obstacle=f"it cannot become GGUF: {e}")
             engines.check_wishes(choice.engine, wishes, served, machine)
@@ -179,17 +205,17 @@ def _gguf_files(path: Path) -> tuple[Path, Path | None]:
 
 def _readable(served: Served, cache: Path | None, reporter: Reporter) -> tuple[Path, list[str]]:
     """A folder that halfbyte.load reads: the checkpoint itself, or a dense copy of formats that it does not."""
+    from halfbyte.conversion.gguf_cache import folder_for
     from halfbyte.conversion.run import convert
 
     if served.method in ("none", "compressed-tensors"):
         return served.path, []
-    folder = cache_folder(served.path, cache)
-    dense = folder / f"{served.path.stem}-dense"
+    source, folder = served.path.resolve(), cache_folder(served.path, cache)
+    dense = folder_for(source, folder, "dense")
     if not dense.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        convert(
-            served.path, dense, to="dense", resume=dense.with_name(dense.name + ".partial").exists(), reporter=reporter
-        )
+        unfinished = dense.with_name(dense.name + ".partial").exists()
+        convert(source, dense, to="dense", resume=unfinished, reporter=reporter)
     return dense, [f"transformers reads a dense copy: {dense}"]
 
 

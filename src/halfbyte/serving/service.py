@@ -3,7 +3,7 @@
     bind the address -> start the engine -> wait until it answers -> front -> test prompt -> announce
     -> until a signal: drain, stop the front, stop the engine; or until the engine ends by itself: say so
 
-The address is bound first, so that one already in use is found before the long start.
+The address is bound first, before the checkpoint is prepared too, so that one already in use is found before long work.
 """
 
 from __future__ import annotations
@@ -119,10 +119,14 @@ def bind(host: str, port: int) -> socket.socket:
         bound.bind(place)
     except OSError as e:
         bound.close()
-        raise UsageError(
-            f"{host}:{port} cannot be used: {e.strerror}", where="--port", remedy="Take another, or 0 for any."
-        ) from None
+        raise _unusable(host, port, e) from None
     return bound
+
+
+def _unusable(host: str, port: int, error: OSError) -> UsageError:
+    return UsageError(
+        f"{host}:{port} cannot be used: {error.strerror}", where="--port", remedy="Take another, or 0 for any."
+    )
 
 
 class Interrupted(Exception):
@@ -230,6 +234,7 @@ async def serve(
     prepared: Prepared,
     model: str,
     address: Address,
+    bound: socket.socket,
     *,
     announce: Callable[[ServeRecord], None],
     reporter: Reporter,
@@ -241,7 +246,7 @@ async def serve(
 
     Args:
         prepared: the engine; model: its name in the API.
-        address: where to listen.
+        address: where to listen; bound: the socket that :func:`bind` made there.
         announce: called once, when a test prompt has been answered.
         reporter: for progress.
         drain_s: for answers that run when a signal comes.
@@ -253,11 +258,7 @@ async def serve(
         EngineError: the engine did not start, gave no answer to the test prompt, or ended.
     """
     access, began = address.access(), time.monotonic()
-    with (
-        contextlib.closing(bind(address.host, address.port)) as bound,
-        signals() as stops,
-        contextlib.ExitStack() as end,
-    ):
+    with signals() as stops, contextlib.ExitStack() as end:
         end.enter_context(contextlib.suppress(Interrupted))
         launch = prepared.launch
         async with engine(launch, prepared.name, log=log, reporter=reporter, stops=stops) as child:
@@ -322,7 +323,11 @@ async def _listening(front: Front, bound: socket.socket) -> AsyncIterator[None]:
     runner = web.AppRunner(front.app(), handler_cancellation=True, access_log=None, shutdown_timeout=0.5)
     await runner.setup()
     try:
-        await web.SockSite(runner, bound).start()
+        try:
+            await web.SockSite(runner, bound).start()
+        except OSError as e:  # bound twice, which is allowed until somebody listens
+            host, port = bound.getsockname()[:2]
+            raise _unusable(host, port, e) from None
         yield
     finally:
         await runner.cleanup()
@@ -347,8 +352,9 @@ async def first_answer(target: Target) -> tuple[str, float]:
         try:
             messages = [{"role": "user", "content": QUESTION}]
             async for event in client.stream(opened, target, messages, {"max_tokens": ANSWER_TOKENS, "temperature": 0}):
-                text += event.text
-                first = event.at if first is None and event.text else first
+                piece = event.thought + event.text
+                text += piece
+                first = event.at if first is None and piece else first
         except client.Refused as e:
             if e.status != 400:
                 raise

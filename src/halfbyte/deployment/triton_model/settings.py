@@ -139,7 +139,7 @@ def conversation(text: str) -> list[dict[str, Any]] | None:
     """
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(found, list) or not any(isinstance(m, dict) and "role" in m for m in found):
         return None

@@ -106,6 +106,7 @@ function request() {
 async function answer() {
   const article = show("assistant", "");
   const text = article.querySelector(".text");
+  const thoughts = element("div", "thoughts");
   const began = performance.now();
   let first = null, tokens = 0, finish = null;
   running = new AbortController();
@@ -122,13 +123,17 @@ async function answer() {
       const choice = event.choices && event.choices[0];
       if (!choice) continue;
       finish = choice.finish_reason || finish;
-      const piece = choice.delta && choice.delta.content;
-      if (piece) {
-        if (first === null) first = performance.now();
-        const follow = atEnd();
-        text.append(piece);
-        if (follow) toEnd();
+      const delta = choice.delta || {};
+      const thought = delta.reasoning_content || delta.reasoning; // shown, and no part of the answer
+      if (!thought && !delta.content) continue;
+      if (first === null) first = performance.now();
+      const follow = atEnd();
+      if (thought) {
+        if (!thoughts.isConnected) text.before(thoughts);
+        thoughts.append(thought);
       }
+      if (delta.content) text.append(delta.content);
+      if (follow) toEnd();
     }
     const seconds = (performance.now() - (first || began)) / 1000;
     if (finish === "length") note = "cut at the longest length; ";
@@ -143,9 +148,9 @@ async function answer() {
   if (!article.isConnected) return; // a new conversation has begun meanwhile
   const said = text.textContent;
   if (said) messages.push({ role: "assistant", content: said });
-  else if (isError) { // the question was not answered: it goes back, to be sent again
+  else { // not answered, so not asked: templates refuse two questions in a row
     const asked = messages.pop();
-    if (asked && !$("text").value) {
+    if (isError && asked && !$("text").value) {
       $("text").value = typeof asked.content === "string" ? asked.content : asked.content.at(-1).text;
       grow();
     }
