@@ -111,6 +111,27 @@ def test_chat_answers_a_pipe_turn_by_turn(made: Path, tmp_path: Path) -> None:
     assert done.stdout.strip()
 
 
+def test_an_engine_that_is_killed_ends_a_chat_with_its_last_lines(made: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-u", "-m", "halfbyte", "chat", str(made), "--engine", "llamacpp", "--max-tokens", "5"]
+    command += ["--cache", str(tmp_path), "--", "--threads", "1"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as chat:
+        assert chat.stdin is not None
+        assert chat.stdout is not None
+        assert chat.stderr is not None
+        chat.stdin.write("The ferry\n")
+        chat.stdin.flush()
+        assert chat.stdout.readline()
+        (engine,) = Path(f"/proc/{chat.pid}/task/{chat.pid}/children").read_text().split()
+        os.kill(int(engine), signal.SIGKILL)
+        chat.stdin.write("And then?\n")
+        chat.stdin.close()
+        said = chat.stderr.read()
+        assert chat.wait(LIMIT_S) == 2
+    assert "The last lines of llama.cpp:" in said
+    assert "llama.cpp: was killed by SIGKILL: the system may have run out of memory while it answered" in said
+
+
 def test_files_that_cannot_be_written_are_said_first(tmp_path: Path) -> None:
     nowhere = str(tmp_path / "no" / "file")
     for name, option, value, words in (

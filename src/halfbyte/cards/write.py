@@ -18,7 +18,7 @@ from halfbyte.cards.facts import CARRIED, HUB_ID, Facts, public_name, public_spe
 from halfbyte.cards.files import RESULTS_FOLDER, RESULTS_MARK, write_card
 from halfbyte.cards.tables import rows_of
 from halfbyte.errors import UsageError
-from halfbyte.evaluation_records import EvalRecord
+from halfbyte.evaluation_records import EvalRecord, score_text
 
 CARD_NAME = "README.md"
 LANGUAGES = ("en", "zh", "ko")
@@ -146,7 +146,7 @@ def _index_entries(record: EvalRecord | None, task: str) -> list[Any]:
                 dataset_config=where.get("config"),
                 metric_type=t.metric.split(",")[0],
                 metric_name=t.metric,
-                metric_value=round(100 * t.value, 2),
+                metric_value=float(score_text(t.value, share=t.is_share)),
                 dataset_args={"num_few_shot": t.shots} if t.shots is not None else None,
             )
         )
@@ -169,7 +169,7 @@ def result_files(record: EvalRecord | None) -> dict[str, str]:
             entry = EvalResultEntry(
                 dataset_id=where["id"],
                 task_id=where.get("config", "default"),
-                value=round(100 * t.value, 2),
+                value=float(score_text(t.value, share=t.is_share)),
                 date=record.run.get("date"),
                 notes=", ".join(notes),
             )

@@ -26,7 +26,7 @@ from halfbyte.errors import HalfbyteError, UsageError, raise_all
 from halfbyte.evaluation import coding, suites
 from halfbyte.evaluation.backends import Backend, require
 from halfbyte.evaluation.gates import Gate, failures, needs_divergence
-from halfbyte.evaluation.harness import Cuts, Harness, TaskScores
+from halfbyte.evaluation.harness import Answered, Cuts, Harness, TaskScores
 from halfbyte.evaluation.identity import checkpoint_digest, plain
 from halfbyte.evaluation.obstacles import obstacle, require_same_template
 from halfbyte.evaluation.results import (
@@ -341,6 +341,8 @@ def _measure(
                 found[number] = scores
                 shown = score_text(scores.value, share=is_share(scores.value, scores.higher_is_better))
                 reporter.say(f"{side} {p.task.label}: {shown} ({len(scores.answers)} documents)")
+                if lacking := sorted({m for a in scores.answers for m in unprotected(a)}):
+                    reporter.say(f"{side} {p.task.label}: programs ran without {', '.join(lacking)}")
                 if scores.cut:
                     reporter.say(f"{side} {p.task.label}: {CUT} (--backend-args max_length=N raises it)")
             reporter.advance()
@@ -355,6 +357,12 @@ def _ask(lm: Any, p: Prepared, harness: Harness, responses: Path) -> TaskScores:
         responses.parent.mkdir(parents=True, exist_ok=True)
         return coding.run_task(CachingLM(lm, str(responses)), p.task.task, p.loaded, p.digest)
     return harness.run(lm, p.loaded, p.task, p.settings, p.digest, responses)
+
+
+def unprotected(answer: Answered) -> list[str]:
+    """What a program of the model ran without."""
+    found = answer.response.get("unprotected", []) if isinstance(answer.response, dict) else []
+    return list(found)
 
 
 def _divergence(
