@@ -42,11 +42,10 @@ def test_llama_cpp_answers_as_transformers_does(family: str, tiny_model: Models,
     pytest.importorskip("lm_eval")
     pytest.importorskip("xllamacpp")
     from halfbyte.evaluation.backends import Backend
-    from halfbyte.evaluation.llamacpp import LlamaCppLM, gguf_of
+    from halfbyte.evaluation.llamacpp import LlamaCppLM
 
     folder = tiny_model(family, hidden_size=64, intermediate_size=128)
     convert(folder, tmp_path / "kept", to="gguf", dtype="float32")
-    assert gguf_of(folder, tmp_path / "kept", Silent()) == tmp_path / "kept/model.gguf"
     opened = Backend(device="cpu").open(folder, baseline=False, pictures=False, kept=tmp_path / "x", reporter=Silent())
     options = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
     prompts = [(q, dict(options)) for q, _ in QUESTIONS[:3]]
@@ -59,6 +58,37 @@ def test_llama_cpp_answers_as_transformers_does(family: str, tiny_model: Models,
     for (value, greedy), (right, right_greedy) in zip(found, expected, strict=True):
         assert value == pytest.approx(right, abs=2e-2)
         assert greedy == right_greedy
+
+
+@pytest.mark.evaluation
+@pytest.mark.llamacpp
+@pytest.mark.filterwarnings("ignore")
+def test_llama_cpp_scores_a_quantised_checkpoint_that_it_converts_and_keeps(tiny_model: Models, tmp_path: Path) -> None:
+    """From nothing, as a user starts it: both are converted, the checkpoint's codes stay packed, and both are kept."""
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("xllamacpp")
+    import halfbyte
+    from halfbyte.evaluation.backends import Backend
+    from halfbyte.evaluation.run import evaluate
+
+    base, small = tiny_model("llama", hidden_size=64, intermediate_size=128), tmp_path / "small"
+    halfbyte.quantize(base, small, scheme="W4A16", group_size=32, method="rtn")
+    options = {"baseline": base, "suite": ["halfbyte_opposites"], "limit": 8, "cache": tmp_path / "cache"}
+    packed = evaluate(small, backend=Backend(name="llamacpp", arguments={"max_length": 128}), **options)
+    kept = {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").rglob("model.gguf")}
+    assert len(kept) == 2
+    dense = evaluate(small, backend=Backend(device="cpu"), out=tmp_path / "dense", **options)
+    (one,), (other,) = packed.tasks, dense.tasks
+    sides = [
+        [json.loads(line)["response"] for line in (folder / row.samples["checkpoint"]).read_text().splitlines()]
+        for folder, row in ((small, one), (tmp_path / "dense", other))
+    ]
+    assert len(sides[0]) == 8
+    for packed_answer, dense_answer in zip(*sides, strict=True):
+        for (value, _), (right, _) in zip(packed_answer, dense_answer, strict=True):
+            assert value == pytest.approx(right, abs=0.02 * abs(right) + 0.05)  # inputs of Q4_0 products have 8 bits
+    evaluate(small, backend=Backend(name="llamacpp", arguments={"max_length": 128}), resume=False, **options)
+    assert kept == {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").rglob("model.gguf")}
 
 
 @pytest.mark.engine

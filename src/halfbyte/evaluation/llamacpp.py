@@ -18,12 +18,11 @@ from typing import Any
 from lm_eval.api.model import TemplateLM
 from transformers import AutoTokenizer
 
-from halfbyte.conversion.run import convert
+from halfbyte.conversion.gguf_cache import to_gguf
 from halfbyte.errors import CheckpointError, HalfbyteError, UsageError
 from halfbyte.evaluation.harness import MODELS_LOG
 from halfbyte.progress import Reporter
 
-MODEL_FILE = "model.gguf"
 TIMEOUT_S = 1800
 
 
@@ -33,14 +32,8 @@ def own_gguf(folder: Path) -> Path | None:
 
 
 def gguf_of(folder: Path, kept: Path, reporter: Reporter) -> Path:
-    """The GGUF of a checkpoint: the one in its folder, or one that is converted now and kept."""
-    own = own_gguf(folder)
-    if own is not None:
-        return own
-    if not (kept / MODEL_FILE).exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        convert(folder, kept, to="gguf", resume=True, reporter=reporter)
-    return kept / MODEL_FILE
+    """The GGUF of a checkpoint: the one in its folder, or one that is converted into the folder ``kept``."""
+    return own_gguf(folder) or to_gguf(folder, kept, reporter=reporter).model
 
 
 class LlamaCppLM(TemplateLM):  # type: ignore[misc]
