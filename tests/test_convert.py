@@ -22,6 +22,7 @@ from compressed_tensors.compressors import pack_to_int32
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 import coded
 import halfbyte
@@ -29,6 +30,7 @@ import tiny
 from coded import LAYER, Coded, random_coded
 from halfbyte.conversion.awq import pack_columns, unpack_columns
 from halfbyte.conversion.bits import pack_rows, unpack_rows
+from halfbyte.conversion.gguf_file import open_gguf
 from halfbyte.errors import CheckpointError, NumericsError, OutputError, ResumeError, UsageError
 
 UP = f"{LAYER}.mlp.up_proj"
@@ -260,6 +262,25 @@ def test_companions_arrive_and_stale_configs_do_not(tiny_model: Any, tmp_path: P
         assert (out / name).read_bytes() == (first / name).read_bytes()
     assert {p.name for p in out.iterdir()} == travelled | {"config.json", "model.safetensors", "convert.json"}
     assert all(p.stat().st_mode & 0o777 == 0o644 for p in out.iterdir())
+
+
+def test_further_chat_templates_travel_all_the_way(tiny_model: Any, tmp_path: Path) -> None:
+    source, name = tmp_path / "source", "additional_chat_templates/tool_use.jinja"
+    shutil.copytree(tiny_model("llama"), source)
+    (source / name).parent.mkdir()
+    (source / name).write_text("{{ messages[0].content }} with tools")
+    halfbyte.quantize(source, tmp_path / "small", scheme="W4A16", group_size=32, method="rtn", device="cpu")
+    halfbyte.convert(tmp_path / "small", tmp_path / "awq", to="awq")
+    halfbyte.convert(tmp_path / "awq", tmp_path / "gguf", to="gguf")
+    for folder in ("small", "awq", "gguf"):
+        assert (tmp_path / folder / name).read_bytes() == (source / name).read_bytes()
+        assert (tmp_path / folder / name).stat().st_mode & 0o777 == 0o644
+    told = open_gguf(tmp_path / "gguf/model.gguf").metadata
+    assert told["tokenizer.chat_template.tool_use"] == (source / name).read_text()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "awq")
+    asked = [{"role": "user", "content": "How deep?"}]
+    said = tokenizer.apply_chat_template(asked, tokenize=False, chat_template="tool_use")
+    assert said == "How deep? with tools"
 
 
 # --- what cannot be carried over

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoint.layout import write_error
+from halfbyte.checkpoint.layout import copy_companions, write_error
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.mixing import groups_of
 from halfbyte.planner import WorkPlan
@@ -46,9 +44,7 @@ def finish_checkpoint(
 ) -> Manifest:
     """Write ``config.json`` with its ``quantization_config``, copy companion files and write the manifest."""
     try:
-        for file in companions:
-            shutil.copyfile(file, folder / file.name)
-            os.chmod(folder / file.name, 0o644)
+        copy_companions(companions, folder)
         config = dict(checkpoint.config)
         # Several groups are spelt so that every loader reads them alike: where vLLM has fused Linears into one, it
         # prefers the target Linear to the names of the parts.

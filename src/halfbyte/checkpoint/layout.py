@@ -12,8 +12,9 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from halfbyte.checkpoint.reader import (
     Checkpoint,
     TensorInfo,
     bytes_of,
+    companion_name,
     digest_of,
     element_bytes,
 )
@@ -195,6 +197,15 @@ def allocate(descriptor: int, size: int) -> None:
         if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
         os.ftruncate(descriptor, size)
+
+
+def copy_companions(files: Iterable[Path], folder: Path) -> None:
+    """Copy companions into a checkpoint, for everybody to read."""
+    for file in files:
+        target = folder / companion_name(file)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+        target.chmod(0o644)
 
 
 def write_error(error: OSError, path: Path, needed_bytes: int) -> OutputError:

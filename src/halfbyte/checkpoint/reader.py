@@ -345,6 +345,9 @@ def header_tensors(header: Mapping[str, Any], file: str, *, data_start: int) -> 
     return sorted(infos, key=lambda t: t.offset)
 
 
+TEMPLATES_FOLDER = "additional_chat_templates"  # transformers' name
+
+
 def licence_files(path: Path) -> list[Path]:
     """Files with the terms that a model comes under."""
     names = ("LICENSE", "LICENCE", "NOTICE", "TERMS")
@@ -354,8 +357,8 @@ def licence_files(path: Path) -> list[Path]:
 def companion_files(path: Path) -> Iterable[Path]:
     """Files that travel with the weights unchanged: tokenizer, chat template, processor, generation config, licence.
 
-    Weights, the index, ``config.json`` and earlier records of halfbyte are left out; so are pickles, code, folders and
-    hidden files.
+    Weights, the index, ``config.json`` and earlier records of halfbyte are left out; so are pickles, code, hidden
+    files, and folders other than that of further chat templates.
     """
     records = {f"{n}.json" for n in ("halfbyte", "verify", "compare", "convert", "plan", "eval", "bench")}
     skipped = {"config.json", INDEX_NAME, "README.md"} | records
@@ -365,3 +368,9 @@ def companion_files(path: Path) -> Iterable[Path]:
             continue
         if entry.suffix.lower() in suffixes:
             yield entry
+    yield from sorted((path / TEMPLATES_FOLDER).glob("*.jinja"))
+
+
+def companion_name(file: Path) -> str:
+    """A companion's name in its checkpoint: ``tokenizer.json``, ``additional_chat_templates/tool_use.jinja``."""
+    return f"{TEMPLATES_FOLDER}/{file.name}" if file.parent.name == TEMPLATES_FOLDER else file.name

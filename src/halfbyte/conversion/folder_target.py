@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from halfbyte.checkpoint.layout import Layout, TensorSpec, write_error
+from halfbyte.checkpoint.layout import Layout, TensorSpec, copy_companions, write_error
 from halfbyte.conversion.coded import CodedWeight
 from halfbyte.conversion.source import Entry, Source
 from halfbyte.conversion.target import Facts, Obstacle
@@ -96,9 +95,7 @@ class FolderTarget:
 def write_companions(folder: Path, source: Source, config: Mapping[str, Any]) -> None:
     """Write config.json, and the files that travel unchanged: tokenizer, chat template, processor, licence."""
     try:
-        for file in source.companions:
-            shutil.copyfile(file, folder / file.name)
-            os.chmod(folder / file.name, 0o644)
+        copy_companions(source.companions, folder)
         for name, content in source.extra_files.items():
             (folder / name).write_bytes(content)
             os.chmod(folder / name, 0o644)

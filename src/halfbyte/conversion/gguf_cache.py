@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from halfbyte.checkpoint.reader import TEMPLATES_FOLDER, companion_name
 from halfbyte.conversion.formats import open_source
 from halfbyte.conversion.gguf_out import MODEL_NAME, VISION_NAME
 from halfbyte.conversion.run import convert
@@ -23,6 +24,7 @@ DESCRIBING = (
     "vocab",
     "merges",
     "chat_template",
+    TEMPLATES_FOLDER,
     "generation_config",
     "preprocessor_config",
     "processor_config",
@@ -99,7 +101,8 @@ def folder_for(source: Path, cache: Path, *options: Any) -> Path:
     checkpoint is converted anew and no two share a folder. Records and licences may change.
     """
     opened = open_source(source, "auto")
-    told = [(f.name, f.stat()) for f in opened.companions if f.name.startswith(DESCRIBING)]
+    named = {companion_name(f): f.stat() for f in opened.companions}
+    told = [(n, stat) for n, stat in named.items() if n.startswith(DESCRIBING)]
     beside = sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in told)
     key = json.dumps([opened.fingerprint(), beside, options, version("halfbyte")])
     return cache / f"{source.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from halfbyte.checkpoint.reader import TEMPLATES_FOLDER, companion_name
 from halfbyte.conversion.coded import FLOATS, CodedWeight, Grid
 from halfbyte.conversion.folder_target import write_companions
 from halfbyte.conversion.gguf_blocks import BLOCK, BlockType, block_type, encode, from_words, has_words
@@ -389,7 +390,8 @@ def _files(source: Source) -> dict[str, bytes]:
         "preprocessor_config.json",
         "processor_config.json",
     }
-    found = {p.name: p.read_bytes() for p in source.companions if p.name in wanted}
+    named = {companion_name(p): p for p in source.companions}
+    found = {n: p.read_bytes() for n, p in named.items() if n in wanted or n.startswith(f"{TEMPLATES_FOLDER}/")}
     return found | {n: c for n, c in source.extra_files.items() if n in wanted}
 
 

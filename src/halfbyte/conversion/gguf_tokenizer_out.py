@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from halfbyte.checkpoint.reader import TEMPLATES_FOLDER
 from halfbyte.conversion.gguf_families import Metadata
 from halfbyte.conversion.gguf_splitting import SPLITTINGS, expressions_of, name_of
 from halfbyte.records import parse_object
@@ -60,7 +61,7 @@ def read_tokenizer_files(files: Mapping[str, bytes]) -> TokenizerFiles | None:
         elif name == "chat_template.json":
             template = parse_object(files, name).get("chat_template")
             templates |= {"default": template} if isinstance(template, str) and "default" not in templates else {}
-        elif name.startswith("additional_chat_templates/"):
+        elif name.startswith(f"{TEMPLATES_FOLDER}/"):
             templates[name.split("/")[1].removesuffix(".jinja")] = content.decode("utf-8")
     tokenizer = parse_object(files, "tokenizer.json")
     return TokenizerFiles(tokenizer=tokenizer, tokenizer_config=config, templates=templates)

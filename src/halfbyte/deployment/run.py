@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from halfbyte.checkpoint.layout import write_error
-from halfbyte.checkpoint.reader import companion_files
+from halfbyte.checkpoint.reader import companion_files, companion_name
 from halfbyte.checkpoint.source import resolve
 from halfbyte.deployment import compose, kserve, kubernetes, podman, rhel_ai, triton
 from halfbyte.deployment.memory import check_fits, estimates
@@ -131,7 +131,9 @@ def place_weights(folder: Path, subject: Subject, options: Options, reporter: Re
     extra = [origin / "generation_config.json"] if subject.gguf is not None else []
     reporter.start("placing the weights", len(chosen))
     for file in dict.fromkeys([*chosen, *(p for p in extra if p.exists())]):
-        _place(file.resolve(), folder / file.name, options.weights)
+        target = folder / companion_name(file)
+        target.parent.mkdir(exist_ok=True)
+        _place(file.resolve(), target, options.weights)
         reporter.advance()
     reporter.finish()
     return []
