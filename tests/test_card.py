@@ -225,7 +225,7 @@ def test_what_no_record_knows_is_left_out(tmp_path: Path, tiny_model: Models) ->
 
 
 def test_programs_in_the_card_run(made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """As they stand, in the folder that holds the checkpoint; vLLM's are compiled."""
+    """As they stand, in the folder that holds the checkpoint; vLLM's in tests/engines/test_card_programs.py."""
     source, out = made
     text = card(out, source=source, write=False).text
     monkeypatch.chdir(out.parent)
