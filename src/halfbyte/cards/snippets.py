@@ -1,4 +1,4 @@
-"""Programs that a card shows, each whole. Tests run them as they stand, vLLM's in its own environment (`make test-vllm`)."""
+"""Programs that a card shows, each whole. Tests run them as they stand (vLLM's: `make test-vllm`)."""
 
 from __future__ import annotations
 
