@@ -67,7 +67,7 @@ def client(running: Server) -> Iterator[OpenAI]:
 def test_it_says_what_runs(running: Server, client: OpenAI) -> None:
     said = running.out.read_text()
     assert f"curl {running.record['url']}/chat/completions" in said
-    assert "Authorization: Bearer KEY" in said
+    assert "Authorization: Bearer $HALFBYTE_API_KEY" in said
     assert KEY not in said + running.errors.read_text()
     assert [m.id for m in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").owned_by == "halfbyte"
