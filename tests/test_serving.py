@@ -6,6 +6,7 @@ Real engines are asked in ``tests/serving``.
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
 import json
 import os
@@ -313,8 +314,9 @@ def test_preparing_ends_in_order_with_who_waits_for_it(
     halfbyte.convert(tmp_path / "w4", tmp_path / "gptq", to="gptq")
     sign = tmp_path / "sign"
     program = [sys.executable, "-c", INTERRUPTED, tmp_path / "gptq", tmp_path / "cache", sign]
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    with subprocess.Popen(program, env={**os.environ, "PYTHONPATH": paths}, stderr=subprocess.PIPE) as waiting:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # shells let what they background ignore it
+    with subprocess.Popen(program, env=environment, stderr=subprocess.PIPE, preexec_fn=heard) as waiting:
         wait_until(sign.exists)
         (pid,) = Path(f"/proc/{waiting.pid}/task/{waiting.pid}/children").read_text().split()
         waiting.send_signal(number)
