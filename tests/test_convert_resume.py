@@ -128,6 +128,32 @@ def test_an_error_in_one_thread_ends_the_run_which_can_be_resumed(
     assert contents(tmp_path / "out") == contents(whole)
 
 
+def test_a_write_that_fails_behind_a_sync_in_mid_run_is_told(
+    source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files are synced beside the writing, over and over; the kernel tells only one of these calls that it failed."""
+    calls, fails, sync = 0, 0, Layout.sync
+
+    def failing(self: Layout, folder: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == fails:
+            raise OutputError("the disk lost a page")
+        sync(self, folder)
+
+    options = {key: OPTIONS[key] for key in ("to", "max_shard_bytes")}
+    with monkeypatch.context() as patched:
+        patched.setattr(Layout, "sync", failing)
+        halfbyte.convert(source, tmp_path / "counted", **options)
+        assert calls > 6, "the first is of empty files, the last two are a stage's end, and the second must be neither"
+        calls, fails = 0, 2
+        with pytest.raises(OutputError, match="lost a page"):
+            halfbyte.convert(source, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+    halfbyte.convert(source, tmp_path / "out", resume=True, **options)
+    assert contents(tmp_path / "out") == contents(whole)
+
+
 def test_killed_again_and_again(source: Path, whole: Path, tmp_path: Path) -> None:
     out, kills = tmp_path / "out", 0
     while finish(start(source, out, resume=kills > 0, trap=("kill", 25), **OPTIONS)) == KILLED:

@@ -291,6 +291,8 @@ class _Conversion:
                 held, written = held - cost, written + future.result()
                 self.reporter.advance()
                 if synced is None or synced.done():  # the disk works meanwhile, and has less to do at the end
+                    if synced is not None:
+                        synced.result()  # the kernel tells of a failed write once
                     synced = syncer.submit(self.files.sync, self.run.checkpoint)
         if synced is not None:
             synced.result()
