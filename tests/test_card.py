@@ -22,11 +22,11 @@ from conftest import Models
 from halfbyte.cards.facts import public_spec, read_facts
 from halfbyte.cards.files import push
 from halfbyte.cards.tables import discrepancies, recovery_of
-from halfbyte.cards.write import LANGUAGES, card, words
+from halfbyte.cards.write import LANGUAGES, _index_entries, card, evaluation_text, words
 from halfbyte.checkpoint.reader import companion_files
 from halfbyte.cli.main import cli
 from halfbyte.errors import CheckpointError, HalfbyteError, UsageError
-from halfbyte.evaluation_records import Estimated, EvalRecord, TaskResult
+from halfbyte.evaluation_records import Estimated, EvalRecord, Measured, TaskResult
 from halfbyte.recipe.load import load_recipe
 from halfbyte.records import ConvertRecord, Manifest, read_record, write_json
 
@@ -141,6 +141,35 @@ def test_every_language_has_every_word_with_its_blanks(lang: str) -> None:
     for key, text in words("en").items():
         assert sorted(blanks.findall(words(lang)[key])) == sorted(blanks.findall(text)), key
     assert words(lang).keys() == words("en").keys()
+
+
+@pytest.mark.parametrize("lang", LANGUAGES)
+def test_engine_and_limit_are_told_of_the_rows_that_they_are_of(lang: str) -> None:
+    """Rows of several commands: what is true of all is said once, else with the rows' names."""
+
+    def row(task: str, measured: Measured | None = None) -> TaskResult:
+        return TaskResult(
+            suite="s", category="c", task=task, title=task, metric="m", base=1, value=1, measured=measured
+        )
+
+    def record(*rows: TaskResult) -> EvalRecord:
+        return EvalRecord(
+            format_version=1, base="b", checkpoint="c", base_sha256=None, checkpoint_sha256=None, suites=[],
+            backend={"backend": "vllm"}, limit=None, versions={"vllm": "9.8"}, tasks=list(rows), averages=[],
+        )  # fmt: skip
+
+    w = words(lang)
+    earlier = Measured(backend={"backend": "llamacpp"}, limit=40, versions={"xllamacpp": "7.6"})
+    mixed = record(row("A", earlier), row("B"), row("C", earlier))
+    text = evaluation_text(mixed, w)
+    assert w["engine_some"].format(titles="A, C", engine="llama.cpp 7.6") in text
+    assert w["engine_some"].format(titles="B", engine="vLLM 9.8") in text
+    assert w["limit_some"].format(titles="A, C", limit=40) in text
+    plain = evaluation_text(record(row("A"), row("B")), w)
+    assert w["engine"].format(engine="vLLM 9.8") in plain
+    assert "40" not in plain
+    names = [e.dataset_name for e in _index_entries(mixed, "text-generation")]
+    assert names == ["A, first 40 documents", "B", "C, first 40 documents"]
 
 
 # Cards of real checkpoints

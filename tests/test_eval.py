@@ -13,8 +13,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from conftest import Models
@@ -23,12 +25,15 @@ from pictures import encoded, picture
 pytest.importorskip("lm_eval", reason='needs lm-eval: pip install "halfbyte[eval]"')
 
 from halfbyte.checkpoint.reader import open_checkpoint
+from halfbyte.cli.eval import render
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluation import harness as harness_module
 from halfbyte.evaluation import results
 from halfbyte.evaluation.backends import Backend, parse_arguments
 from halfbyte.evaluation.gates import parse_gates
 from halfbyte.evaluation.identity import checkpoint_digest
+from halfbyte.evaluation.recovery import Stratum
+from halfbyte.evaluation.recovery import average as average_of
 from halfbyte.evaluation.run import evaluate
 from halfbyte.evaluation.suites import SuiteTask
 from halfbyte.evaluation_records import EvalRecord
@@ -135,11 +140,88 @@ def test_the_baseline_is_measured_once_and_identity_is_by_content(
     assert again.checkpoint_sha256 == first.checkpoint_sha256
     # Another chat template is another model; another limit is another task.
     (moved / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    measure(moved)
+    with pytest.raises(UsageError, match=r"eval.json: it holds scores of other models .its checkpoint, .*--out"):
+        measure(moved)
+    assert opened == []
+    measure(moved, out=tmp_path / "out")
     assert opened == ["elsewhere"]
     measure(limit=5)
     assert opened == ["elsewhere", "base", "other"]
     # Another document under the same name is another task, too.
+
+
+def test_a_record_grows_by_what_each_command_measures(
+    pair: tuple[Path, Path], tasks: Path, measure: Callable[..., EvalRecord], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three commands with other limits and engine options give the averages that one command gives."""
+    (tasks / "pier.yaml").write_text((tasks / "quiz.yaml").read_text().replace("ferry_quiz", "pier_quiz"))
+    (tasks / "dock.yaml").write_text((tasks / "quiz.yaml").read_text().replace("ferry_quiz", "dock_quiz"))
+    (tasks / "mine.yml").write_text("category: Mine\ntasks:\n- {task: ferry_quiz, metric: acc_norm}\n")
+    first = measure(gates=parse_gates("recovery>=1000"))
+    assert first.averages == []
+    measure(suite=str(tasks / "mine.yml"), limit=7)
+    record = measure(suite=["pier_quiz", "dock_quiz"], backend=Backend(device="cpu", batch_size=2), limit=9)
+    assert read_record(EvalRecord, pair[1] / "eval.json") == record
+    assert [(t.suite, t.task) for t in record.tasks] == [
+        ("ferry_quiz", "ferry_quiz"), ("mine", "ferry_quiz"), ("pier_quiz", "pier_quiz"), ("dock_quiz", "dock_quiz"),
+    ]  # fmt: skip
+    assert replace(record.tasks[0], measured=None) == first.tasks[0]
+    assert [record.measured(t).limit for t in record.tasks] == [None, 7, 9, 9]
+    assert [record.measured(t).backend["batch_size"] for t in record.tasks] == [4, 4, 2, 2]
+    assert record.measured(record.tasks[0]).date == first.run["date"]
+    assert (record.gates, record.gate_failures) == ([], [])
+
+    (average,) = record.averages  # of lm-eval's tasks, two of them of the last command
+    assert average.tasks == ["ferry_quiz", "pier_quiz", "dock_quiz"]
+    assert average.value == pytest.approx(sum(t.value for t in record.tasks if t.suite != "mine") / 3)
+    strata = [
+        [
+            Stratum(
+                base=np.array([json.loads(x)["score"] for x in (pair[1] / t.samples["base"]).read_text().splitlines()]),
+                value=np.array(
+                    [json.loads(x)["score"] for x in (pair[1] / t.samples["checkpoint"]).read_text().splitlines()]
+                ),
+                weight=1.0,
+            )
+        ]
+        for t in record.tasks
+        if t.suite != "mine"
+    ]
+    expected = average_of(strata).ratio_of_averages
+    assert expected is not None
+    assert average.ratio_of_averages == results.estimated(expected)
+
+    # What is measured again replaces its row where it stands.
+    again = measure(limit=5)
+    assert [t.documents for t in again.tasks] == [5, 7, 9, 9]
+    assert [t.measured is None for t in again.tasks] == [True, False, False, False]
+    console = Console(width=200)
+    render(console, again)
+    shown = capsys.readouterr().out
+    assert "pier_quiz *" in shown
+    assert "ferry_quiz *" in shown
+    assert "* measured by an earlier command (engine hf)" in shown
+
+    # Without its samples a row stays, but is in no average.
+    (pair[1] / again.tasks[2].samples["base"]).unlink()
+    fewer = measure(suite="dock_quiz", limit=9)
+    assert len(fewer.tasks) == 4
+    assert fewer.averages[0].tasks == ["ferry_quiz", "dock_quiz"]
+
+
+def test_scores_of_another_baseline_are_not_mixed_in(
+    pair: tuple[Path, Path], measure: Callable[..., EvalRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure()
+    kept = (pair[1] / "eval.json").read_bytes()
+    monkeypatch.setattr(Backend, "_transformers", lambda *a: pytest.fail("a model was loaded"))
+    with pytest.raises(UsageError, match=r"it holds scores of other models .its baseline, .*base, had other bytes"):
+        measure(baseline=pair[1])
+    (pair[1] / "eval.json").write_text("{}")
+    with pytest.raises(HalfbyteError, match=r"eval\.json: is not a EvalRecord record"):
+        measure()
+    assert (pair[1] / "eval.json").read_text() == "{}"
+    (pair[1] / "eval.json").write_bytes(kept)
 
 
 def test_changed_documents_are_asked_again(

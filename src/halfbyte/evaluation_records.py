@@ -34,6 +34,22 @@ class Estimated:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """How and when a row was measured.
+
+    Attributes:
+        backend: what ran the models, with its options; versions: of packages.
+        limit: documents a task, at most; ``None`` for all.
+        date: ISO 8601, UTC; ``None`` where it is not known.
+    """
+
+    backend: dict[str, Any]
+    limit: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    date: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TaskResult:
     """One row of a table.
 
@@ -51,6 +67,7 @@ class TaskResult:
         command: what reproduces the checkpoint's score.
         samples: files with every document's score, relative to the record's folder: ``base`` and ``checkpoint``.
         note: why something is missing.
+        measured: of rows that an earlier command left, how that measured them; ``None``: as the record says.
     """
 
     suite: str
@@ -78,6 +95,7 @@ class TaskResult:
     command: str | None = None
     samples: dict[str, str] = field(default_factory=dict)
     note: str | None = None
+    measured: Measured | None = None
 
     @property
     def is_share(self) -> bool:
@@ -114,13 +132,14 @@ class PublishedTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalRecord:
-    """``eval.json``.
+    """``eval.json``: rows of the last command, and of earlier ones on the same two models what it did not measure.
 
     Attributes:
         base, checkpoint: as they were named; base_sha256, checkpoint_sha256: of tensors, tokenizer and configuration.
-        backend: what ran the models, with its options.
+        suites: all that were asked for.
+        backend: what ran the models in the last command, with its options.
         limit: documents a task, at most; ``None`` for all.
-        gates: those that were asked for; gate_failures: what was said of those that failed.
+        gates: those that the last command asked for; gate_failures: what was said of those that failed.
         divergence: metrics of ``compare``, where a suite has it; divergence_text: what they were measured on.
         published: tables carried over from the base model's card.
         run: seconds, date; differs between equal runs.
@@ -143,3 +162,9 @@ class EvalRecord:
     published: list[PublishedTable] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
+
+    def measured(self, row: TaskResult) -> Measured:
+        """How one of its rows was measured."""
+        return row.measured or Measured(
+            backend=self.backend, limit=self.limit, versions=self.versions, date=self.run.get("date")
+        )

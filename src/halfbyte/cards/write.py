@@ -23,6 +23,7 @@ from halfbyte.evaluation_records import EvalRecord, score_text
 CARD_NAME = "README.md"
 LANGUAGES = ("en", "zh", "ko")
 ENGINES = {"hf": "transformers", "vllm": "vLLM", "llamacpp": "llama.cpp", "openai-url": "OpenAI API"}
+PACKAGES = {"transformers": "transformers", "vLLM": "vllm", "llama.cpp": "xllamacpp"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,13 +137,13 @@ def _index_entries(record: EvalRecord | None, task: str) -> list[Any]:
     known = datasets()
     entries = []
     for t in record.tasks:
-        where = known.get(t.task, {})
+        where, limit = known.get(t.task, {}), record.measured(t).limit
         entries.append(
             EvalResult(
                 task_type=task,
                 task_name="Image-text to text" if task == "image-text-to-text" else "Text generation",
                 dataset_type=where.get("id", t.task),
-                dataset_name=f"{t.title}, first {record.limit} documents" if record.limit else t.title,
+                dataset_name=f"{t.title}, first {limit} documents" if limit else t.title,
                 dataset_config=where.get("config"),
                 metric_type=t.metric.split(",")[0],
                 metric_name=t.metric,
@@ -163,14 +164,14 @@ def result_files(record: EvalRecord | None) -> dict[str, str]:
     by_file: dict[str, list[EvalResultEntry]] = {}
     for t in record.tasks:
         if t.task in known:
-            where = known[t.task]
+            where, measured = known[t.task], record.measured(t)
             notes = [f"metric {t.metric}", *([] if t.shots is None else [f"{t.shots}-shot"])]
-            notes += [f"first {record.limit} documents"] if record.limit else []
+            notes += [f"first {measured.limit} documents"] if measured.limit else []
             entry = EvalResultEntry(
                 dataset_id=where["id"],
                 task_id=where.get("config", "default"),
                 value=float(score_text(t.value, share=t.is_share)),
-                date=record.run.get("date"),
+                date=measured.date,
                 notes=", ".join(notes),
             )
             by_file.setdefault(where["id"].split("/")[-1].lower(), []).append(entry)
@@ -338,12 +339,21 @@ def evaluation_text(record: EvalRecord, w: Mapping[str, str]) -> str:
     """What the table's numbers are."""
     any_interval = any(t.recovery is not None and t.recovery.low is not None for t in record.tasks)
     parts = [w["interval_text"] if any_interval else w["no_interval_text"]]
-    engine = ENGINES.get(str(record.backend.get("backend")))
-    if engine:
-        package = {"transformers": "transformers", "vLLM": "vllm", "llama.cpp": "xllamacpp"}.get(engine, "")
-        parts.append(w["engine"].format(engine=f"{engine} {record.versions.get(package, '')}".strip()))
-    if record.limit:
-        parts.append(w["limited"].format(limit=record.limit))
+    by_engine: dict[str, list[str]] = {}
+    by_limit: dict[int, list[str]] = {}
+    for t in record.tasks:
+        measured = record.measured(t)
+        engine = ENGINES.get(str(measured.backend.get("backend")))
+        if engine:
+            version = measured.versions.get(PACKAGES.get(engine, ""), "")
+            by_engine.setdefault(f"{engine} {version}".strip(), []).append(t.title)
+        if measured.limit:
+            by_limit.setdefault(measured.limit, []).append(t.title)
+    # Which rows are meant is said only where not all are.
+    for words, found in (("engine", by_engine), ("limit", by_limit)):
+        for value, titles in found.items():
+            given = {words: value, "titles": ", ".join(titles)}
+            parts.append(w[words if len(titles) == len(record.tasks) else f"{words}_some"].format(**given))
     return " ".join(parts)
 
 
@@ -352,6 +362,8 @@ def versions_of(facts: Facts) -> dict[str, str]:
     found: dict[str, str] = {}
     for record in (facts.convert, facts.manifest, facts.evaluation):
         found |= record.versions if record else {}
+    for row in facts.evaluation.tasks if facts.evaluation else ():
+        found |= {k: v for k, v in (row.measured.versions if row.measured else {}).items() if k not in found}
     return found
 
 

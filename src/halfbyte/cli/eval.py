@@ -136,11 +136,12 @@ def render(console: Console, record: EvalRecord) -> None:
     table = Table(box=None, pad_edge=False)
     for name in ("", "documents", "baseline", "this", "recovery, %", "95 %", "lost/won", "p", ""):
         table.add_column(name, justify="left" if not name else "right")
+    earlier = [row for row in record.tasks if row.measured]
     for row in record.tasks:
         flips = "" if row.right_to_wrong is None else f"{row.right_to_wrong}/{row.wrong_to_right}"
         p = "" if row.mcnemar_p is None else f"{row.mcnemar_p:.3f}"
         table.add_row(
-            row.title,
+            f"{row.title} *" if row.measured else row.title,
             str(row.documents),
             score_text(row.base, share=row.is_share),
             score_text(row.value, share=row.is_share),
@@ -157,6 +158,9 @@ def render(console: Console, record: EvalRecord) -> None:
         )  # fmt: skip
         table.add_row("", "", "", "", *recovery_cells(mean.average_of_ratios), "", "", "(average of ratios)")
     console.print(table)
+    if earlier:
+        engines = dict.fromkeys(str(record.measured(row).backend.get("backend")) for row in earlier)
+        console.print(f"* measured by an earlier command (engine {', '.join(engines)})")
     if record.divergence:
         d = record.divergence
         console.print(

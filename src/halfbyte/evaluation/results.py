@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,14 @@ def strata_of(base: TaskScores, value: TaskScores, where: str) -> list[Stratum]:
     """
     if not base.weights or not value.weights:
         return []
-    sides: list[dict[tuple[str, int], Answered]] = [{(a.task, a.document): a for a in s.answers} for s in (base, value)]
+    return pairs_of(base.answers, value.answers, base.weights, where)
+
+
+def pairs_of(
+    base: Sequence[Answered], value: Sequence[Answered], weights: Mapping[str, float], where: str
+) -> list[Stratum]:
+    """Pair two models' answers, a stratum for each subtask; see :func:`strata_of`."""
+    sides: list[dict[tuple[str, int], Answered]] = [{(a.task, a.document): a for a in s} for s in (base, value)]
     one, other = sides
     if one.keys() != other.keys() or any(one[k].sha256 != other[k].sha256 for k in one):
         raise HalfbyteError(
@@ -50,7 +58,7 @@ def strata_of(base: TaskScores, value: TaskScores, where: str) -> list[Stratum]:
             remedy="Compare a checkpoint with the model that it was made from, or pass --no-chat-template.",
         )
     strata = []
-    for task, weight in base.weights.items():
+    for task, weight in weights.items():
         keys = sorted(k for k in one if k[0] == task)
         scores = [np.array([side[k].score for k in keys], dtype=np.float64) for side in sides]
         strata.append(Stratum(base=scores[0], value=scores[1], weight=weight))

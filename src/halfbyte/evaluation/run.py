@@ -25,6 +25,7 @@ from halfbyte.checkpoint.source import resolve
 from halfbyte.errors import HalfbyteError, UsageError, raise_all
 from halfbyte.evaluation import coding, suites
 from halfbyte.evaluation.backends import Backend, require
+from halfbyte.evaluation.earlier import earlier, joined
 from halfbyte.evaluation.gates import Gate, failures, needs_divergence
 from halfbyte.evaluation.harness import Answered, Cuts, Harness, TaskScores
 from halfbyte.evaluation.identity import checkpoint_digest, plain
@@ -78,6 +79,8 @@ def evaluate(
 ) -> EvalRecord:
     """Measure what a checkpoint keeps of its baseline's abilities.
 
+    What earlier calls measured on the same two models, and this one does not, stays in the record.
+
     Args:
         checkpoint, baseline: folders or hub ids.
         suite: names of suites (see :mod:`halfbyte.evaluation.suites`), files with suites, lm-eval's tasks.
@@ -96,9 +99,8 @@ def evaluate(
         The record, also in ``eval.json``.
 
     Raises:
-        UsageError: an option or a name is wrong; MissingDependencyError: a package is missing; HalfbyteError: a data
-        set
-            cannot be had; all of these before any model is loaded.
+        UsageError: an option or a name is wrong, or ``out`` holds scores of other models; MissingDependencyError: a
+            package is missing; HalfbyteError: a data set cannot be had; all of these before any model is loaded.
     """
     begun = time.monotonic()
     reporter, backend, gates = reporter or Silent(), backend or Backend(), gates or []
@@ -114,6 +116,7 @@ def evaluate(
         require_same_template(folders)
     opened = {side: open_checkpoint(folder, str(folder)) for side, folder in folders.items()}
     digests = {side: checkpoint_digest(c) for side, c in opened.items()}
+    earlier(out, digests)
     store = _Store(cache or cache_folder(), resume=resume)
     engines = {side: backend.identity(folder, baseline=side == "base") for side, folder in folders.items()}
     keys = {side: store.key(digests[side], backend.name, engines[side]) for side in folders}
@@ -152,7 +155,7 @@ def evaluate(
     if any(s.divergence for s in chosen) or needs_divergence(gates):
         divergence = _divergence(baseline, checkpoint, backend.device, out, reporter)
     averages = averages_of(rows, pairs)
-    record = EvalRecord(
+    own = EvalRecord(
         format_version=FORMAT_VERSION,
         base=str(baseline),
         checkpoint=str(checkpoint),
@@ -172,6 +175,7 @@ def evaluate(
         versions=_versions(),
         run={"seconds": round(time.monotonic() - begun, 1), "date": datetime.now(UTC).strftime("%Y-%m-%d")},
     )
+    record = joined(earlier(out, digests), own, pairs, out, reporter)
     write_json(out / EVAL_NAME, record)
     return record
 
