@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -505,20 +506,23 @@ def test_what_an_engine_cannot_answer_is_told_before_a_model_is_loaded(
     pytest.importorskip("tenacity")
     for method in ("_transformers", "_served"):
         monkeypatch.setattr(Backend, method, lambda *a: pytest.fail("a model was loaded"))
-    server = Backend(name="openai-url", url="http://127.0.0.1:9/v1", base_url="http://127.0.0.1:9/v1")
-    chat = replace(server, chat=True)
-    with pytest.raises(UsageError, match="ferry_quiz: it compares probabilities"):
-        measure(backend=chat)
-    (tasks / "mine.yml").write_text("tasks: [{task: ferry_quiz, pictures: true}]\n")
-    with pytest.raises(UsageError, match="--backend openai-url: ferry_quiz: pictures are not shown to this engine"):
-        measure(suite=str(tasks / "mine.yml"), backend=server)
-    text = (tasks / "quiz.yaml").read_text().replace("multiple_choice", "generate_until").replace("acc_norm", "bleu")
-    text = text.replace("{metric: acc}", "{metric: exact_match}").replace("doc_to_choice: choices\n", "")
-    (tasks / "quiz.yaml").write_text(text + "generation_kwargs: {until: [x], max_gen_toks: 64}\n")
-    with pytest.raises(UsageError, match="its prompts are plain texts"):
-        measure(backend=chat)
-    with pytest.raises(UsageError, match="may have 64 tokens, which leaves nothing of a context of 64"):
-        measure(backend=Backend(device="cpu", arguments={"max_length": 64}))
+    with listing({"id": "a"}) as url:
+        server = Backend(name="openai-url", url=url, base_url=url)
+        chat = replace(server, chat=True)
+        with pytest.raises(UsageError, match="ferry_quiz: it compares probabilities"):
+            measure(backend=chat)
+        (tasks / "mine.yml").write_text("tasks: [{task: ferry_quiz, pictures: true}]\n")
+        with pytest.raises(UsageError, match="--backend openai-url: ferry_quiz: pictures are not shown to this engine"):
+            measure(suite=str(tasks / "mine.yml"), backend=server)
+        text = (
+            (tasks / "quiz.yaml").read_text().replace("multiple_choice", "generate_until").replace("acc_norm", "bleu")
+        )
+        text = text.replace("{metric: acc}", "{metric: exact_match}").replace("doc_to_choice: choices\n", "")
+        (tasks / "quiz.yaml").write_text(text + "generation_kwargs: {until: [x], max_gen_toks: 64}\n")
+        with pytest.raises(UsageError, match="its prompts are plain texts"):
+            measure(backend=chat)
+        with pytest.raises(UsageError, match="may have 64 tokens, which leaves nothing of a context of 64"):
+            measure(backend=Backend(device="cpu", arguments={"max_length": 64}))
 
 
 def test_prompts_that_were_cut_are_told(measure: Callable[..., EvalRecord]) -> None:
@@ -563,21 +567,50 @@ def test_results_belong_to_what_the_engine_runs(tiny_model: Models, tmp_path: Pa
     (folder / "tekken.json").write_text("{}")
     assert checkpoint_digest(open_checkpoint(folder, "model")) != first
 
+    with listing({"id": "small-v2"}) as url:
+        found = Backend(name="openai-url", url=url).identity(folder, baseline=False)
+    assert (found["url"], found["model"]) == (url, "small-v2")
+
+
+@contextlib.contextmanager
+def listing(model: dict[str, Any]) -> Iterator[str]:
+    """The address of what lists one model, as servers do. It stands for real ones only in what a listing holds."""
+
     class Listing(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(json.dumps({"data": [{"id": "small-v2"}]}).encode())
+            self.wfile.write(json.dumps({"data": [model]}).encode())
 
         def log_message(self, *args: Any) -> None:
             pass
 
     with HTTPServer(("127.0.0.1", 0), Listing) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/v1"
-        found = Backend(name="openai-url", url=url).identity(folder, baseline=False)
-        server.shutdown()
-    assert (found["url"], found["model"]) == (url, "small-v2")
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/v1"
+        finally:
+            server.shutdown()
+
+
+def test_servers_are_asked_as_much_as_both_can_hold(tiny_model: Models) -> None:
+    folder = tiny_model("llama")
+    with (
+        listing({"id": "a", "max_model_len": 4096}) as longer,
+        listing({"id": "b", "max_model_len": 3000}) as shorter,
+        listing({"id": "c"}) as silent,
+    ):
+
+        def context(url: str, base_url: str, **arguments: Any) -> int | None:
+            return Backend(name="openai-url", url=url, base_url=base_url, arguments=arguments).context(folder)
+
+        assert context(longer, shorter) == context(shorter, longer) == 3000
+        assert context(longer, longer) == 4096
+        assert context(longer, silent) == 2048
+        assert context(longer, shorter, max_length=100) == 100
+        lm = Backend(name="openai-url", url=longer, base_url=shorter)
+        with lm.open(folder, baseline=False, pictures=False, kept=folder, reporter=Silent()) as asked:
+            assert (asked.model, asked.max_length) == ("a", 3000 - 1), "lm-eval keeps one for the first answered token"
 
 
 def test_a_checkpoint_that_llama_cpp_cannot_run_is_told_before_the_baseline_is_measured(

@@ -27,7 +27,8 @@ from halfbyte.serving.machine import find_vllm, look
 
 NAMES = ("hf", "vllm", "llamacpp", "openai-url")
 BATCH_SIZE = 4
-# Of a sequence, where --backend-args has no max_length: what vLLM is served with at most, llama.cpp's, lm-eval's API's.
+# Of a sequence, where --backend-args has no max_length: what vLLM is served with at most, llama.cpp's, and that of a
+# server that does not tell its own.
 SERVED_TOKENS = 8192
 LLAMACPP_TOKENS = 4096
 API_TOKENS = 2048
@@ -63,7 +64,7 @@ class Backend:
         found = {"backend": self.name, "chat": self.chat, "arguments": self.arguments}
         url = self.base_url if baseline else self.url
         if self.name == "openai-url" and url is not None:
-            found |= {"url": url, "model": served_name(url)}
+            found |= {"url": url, "model": served_model(url)[0], "max_length": self.context(folder)}
         elif self.name == "llamacpp":
             from halfbyte.evaluation.llamacpp import own_gguf
 
@@ -81,7 +82,9 @@ class Backend:
     def context(self, folder: Path) -> int | None:
         """Tokens of prompt and answer together, at most; ``None`` where it is not known."""
         own = read_served(folder).context
-        default = {"llamacpp": LLAMACPP_TOKENS, "openai-url": API_TOKENS}.get(self.name, own)
+        default = LLAMACPP_TOKENS if self.name == "llamacpp" else own
+        if self.name == "openai-url":  # the same of both, or one would answer prompts that the other sees cut
+            default = min(served_model(url)[1] or API_TOKENS for url in (self.url, self.base_url) if url)
         if self.serves_vllm:
             default = min(own or SERVED_TOKENS, SERVED_TOKENS)
         given: Any = self.arguments.get("max_length", default)
@@ -170,7 +173,7 @@ class Backend:
         elif self.name == "openai-url":
             url = self.base_url if baseline else self.url
             assert url is not None
-            yield self._served(url, folder, None)
+            yield self._served(url, folder, served_model(url)[0], max_length=self.context(folder))
         elif not self.serves_vllm:
             from lm_eval.api.registry import get_model
 
@@ -203,7 +206,7 @@ class Backend:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", device=device, **options)
 
-    def _served(self, url: str, folder: Path, model: str | None, **options: Any) -> Any:
+    def _served(self, url: str, folder: Path, model: str, **options: Any) -> Any:
         from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
         kind, path = (LocalChatCompletion, "chat/completions") if self.chat else (LocalCompletionsAPI, "completions")
@@ -211,10 +214,9 @@ class Backend:
         usual = {"num_concurrent": self.batch_size, "max_retries": 3, "add_bos_token": opens_with_bos(folder)}
         options = usual | self.arguments | options
         backend = None if self.chat else "huggingface"
-        name = model or served_name(url)
         lm = kind(
             base_url=f"{url.rstrip('/')}/{path}",
-            model=name,
+            model=model,
             tokenizer=str(folder),
             tokenizer_backend=backend,
             **options,
@@ -250,21 +252,29 @@ def require(package: str, extra: str, where: str) -> None:
         )
 
 
-def served_name(url: str) -> str:
-    """The first model that an OpenAI-compatible server lists."""
+def served_model(url: str) -> tuple[str, int | None]:
+    """The first model that an OpenAI-compatible server lists, and the tokens of a sequence where it says so.
+
+    vLLM and ``halfbyte serve`` say ``max_model_len``.
+
+    Raises:
+        UsageError: no such server answers.
+    """
     import requests
 
     try:
         reply = requests.get(f"{url.rstrip('/')}/models", timeout=30)
         reply.raise_for_status()
-        return str(reply.json()["data"][0]["id"])
-    except (requests.RequestException, ValueError, KeyError, IndexError) as e:
+        first = reply.json()["data"][0]
+        name, context = str(first["id"]), first.get("max_model_len")
+    except (requests.RequestException, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
         raise UsageError(
             "no OpenAI-compatible server answers there",
             where=url,
             why=str(e).splitlines()[0][:200],
             remedy="Give the address up to /v1, of a server that is running.",
         ) from None
+    return name, context if isinstance(context, int) and context > 0 else None
 
 
 def parse_arguments(text: str | None) -> dict[str, Any]:
