@@ -450,11 +450,11 @@ class StreamedModel:
             return kwargs
         return kwargs | {"attention_mask": None} if is_plain_causal(mask) else kwargs
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, *, gradient: bool = False) -> torch.Tensor:
         """Logits ``[batch, tokens, vocabulary]`` in float32 from the last block's output, by the model's own head.
 
         Final norm, projection, soft-capping and scaling are the model's: its blocks are made to return ``hidden``.
-        Needs :meth:`head`.
+        Needs :meth:`head`. With ``gradient``, they can be differentiated by ``hidden``.
         """
 
         def inject(index: int) -> Callable[..., Any]:
@@ -463,7 +463,7 @@ class StreamedModel:
 
             return forward
 
-        with self._forwards(inject), torch.no_grad():
+        with self._forwards(inject), torch.set_grad_enabled(gradient):
             placeholder = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
             output = self.model(input_ids=placeholder, use_cache=False)
         logits: torch.Tensor = output.logits
@@ -482,7 +482,8 @@ class StreamedModel:
 
     @contextlib.contextmanager
     def _quantized_inputs(self, index: int, block: nn.Module) -> Iterator[None]:
-        """Where the checkpoint's scheme quantises activations, Linears see them as an engine would make them."""
+        """Where the checkpoint's scheme quantises activations, Linears see them as an engine would make them. Gradients
+        go straight through."""
         handles = []
         for path, module in block.named_modules():
             fmt = None
@@ -491,7 +492,9 @@ class StreamedModel:
             if fmt is not None:
 
                 def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], fmt: Any = fmt) -> tuple[torch.Tensor, ...]:
-                    return (fake_quantize_activations(inputs[0], fmt), *inputs[1:])
+                    x = inputs[0]
+                    made = fake_quantize_activations(x.detach(), fmt)
+                    return (x + (made - x.detach()) if x.requires_grad else made, *inputs[1:])
 
                 handles.append(module.register_forward_pre_hook(hook))
         try:

@@ -36,7 +36,7 @@ from halfbyte.calibration import (
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint
 from halfbyte.methods.refine import STRIP
 from halfbyte.methods.scales import CANDIDATES_PER_CALL, SHRINK_FEW_BITS
-from halfbyte.methods.tuning import TuningOptions, samples_wanted
+from halfbyte.methods.tuning import EndToEndOptions, TuningOptions, samples_wanted
 from halfbyte.records import Estimate, TensorPlan
 
 # What measured peaks hold besides tensors: imports, the module tree, compiled kernels, the C library's heap.
@@ -78,6 +78,7 @@ class CalibrationWork:
         offload: hidden states stay on disk; ``None`` until it is known whether they fit.
         dtype: what blocks compute in.
         tuning: how blocks are tuned; ``None`` where they are not.
+        end_to_end: how all scales are tuned together at the end; ``None`` where they are not.
         units, measured_tokens: whose sensitivities are measured, and on how many tokens; 0 where that is not wanted.
         reason: why the spec is not the one that would be taken where memory is plenty; empty mostly.
     """
@@ -89,6 +90,7 @@ class CalibrationWork:
     offload: bool | None = None
     dtype: torch.dtype = torch.float32
     tuning: TuningOptions | None = None
+    end_to_end: EndToEndOptions | None = None
     units: int = 0
     measured_tokens: int = 0
     reason: str = ""
@@ -220,6 +222,8 @@ def _memory(checkpoint: Checkpoint, blocks: list[list[Shared]], size: Calibratio
         moments.append(("the model writes its calibration text", parts))
     if size.units:
         moments += _measuring_moments(checkpoint, blocks, size)
+    if size.end_to_end:
+        moments.append(("all scales are tuned together", _predicting_parts(checkpoint, size, size.end_to_end)))
     if size.spec is not None and may_have_pictures(size.spec):
         tower = sum(t.numel for n, t in checkpoint.tensors.items() if NOT_LANGUAGE.search(n))
         if tower:
@@ -354,6 +358,18 @@ def _measuring_moments(
     ]
 
 
+def _predicting_parts(checkpoint: Checkpoint, size: CalibrationWork, options: EndToEndOptions) -> dict[str, float]:
+    """What is held while the predictions of both models are compared to tune all scales by them."""
+    hidden, vocabulary = (int(checkpoint.text_config.get(key) or 0) for key in ("hidden_size", "vocab_size"))
+    item = size.dtype.itemsize
+    return {
+        f"output head, {size.compute}": float(item * hidden * vocabulary),
+        "logits of both models and what is made of them": (5.0 + item / 2) * options.chunk_bytes,
+        "hidden states": 0.0 if size.offload else item * size.taught_tokens * hidden,
+        "one step's gradients": float(item * options.batches_per_step * size.batch_tokens * hidden),
+    }
+
+
 def _unit_states_bytes(size: CalibrationWork, hidden: int) -> float:
     return 4.0 * (size.units + 1) * size.measured_tokens * hidden
 
@@ -387,6 +403,13 @@ def _time(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationW
         taught = size.tuning.steps * size.tuning.samples_per_step * size.batch_tokens
         passes = size.tokens + size.taught_tokens * (1 + 2 / size.tuning.held_out)
         parts["tuning"] = (6.0 * taught + 2.0 * passes) * weights / rate
+    if size.end_to_end:
+        # Forward, forward again and back through blocks; both heads and one of them back; what is held out, forward.
+        options, head = size.end_to_end, _hidden(checkpoint) * int(checkpoint.text_config.get("vocab_size") or 0)
+        taught = options.steps * options.batches_per_step * size.batch_tokens
+        judged = 2 * size.taught_tokens / options.held_out
+        flops = (8.0 * taught + 2.0 * judged) * weights + (6.0 * taught + 4.0 * judged) * head
+        parts["tuning all scales together"] = flops / rate + 2 * options.steps * after / DISK_BYTES_PER_S
     if size.units:
         head = int(checkpoint.text_config.get("hidden_size") or 0) * int(checkpoint.text_config.get("vocab_size") or 0)
         passes = size.units / 2 + 1
@@ -409,6 +432,12 @@ def _disk(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationW
         parts["hidden states, kept for --resume until the end"] = (
             2.0 * size.dtype.itemsize * (size.tokens + size.taught_tokens) * hidden
         )
+        if size.end_to_end:
+            own = size.end_to_end.batches_per_step * size.batch_tokens * (len(blocks) + 1)
+            scales = sum(s.scales * len(s.shapes) for block in blocks for s in block)
+            parts["what all scales are tuned together by"] = (
+                size.dtype.itemsize * hidden * (size.taught_tokens + own) + 28.0 * scales
+            )
         kept = _kept_on_disk(blocks, size, hidden)
         parts |= {"inputs and outputs kept between stages": kept} if kept else {}
     if size.units and size.offload:

@@ -14,6 +14,7 @@ from halfbyte.recipe import Recipe
 from halfbyte.records import (
     MANIFEST_NAME,
     CalibrationRecord,
+    EndToEndRecord,
     LinearRecord,
     Manifest,
     PairRecord,
@@ -23,6 +24,20 @@ from halfbyte.records import (
     write_json,
 )
 from halfbyte.schemes import quantization_config
+
+
+def write_config(folder: Path, checkpoint: Checkpoint, work: WorkPlan, recipe: Recipe) -> None:
+    """Write ``config.json`` with its ``quantization_config``, which says how the weights are to be read."""
+    config = dict(checkpoint.config)
+    # Several groups are spelt so that every loader reads them alike: where vLLM has fused Linears into one, it
+    # prefers the target Linear to the names of the parts.
+    groups = recipe.groups if len(recipe.groups) == 1 else groups_of(work.blocks, work.schemes)
+    targets = [(g.scheme, list(g.targets)) for g in groups]
+    config["quantization_config"] = quantization_config(targets, work.ignore_patterns)
+    try:
+        write_json(folder / "config.json", config)
+    except OSError as e:
+        raise write_error(e, folder, 0) from None
 
 
 def finish_checkpoint(
@@ -38,20 +53,15 @@ def finish_checkpoint(
     pairs: list[PairRecord],
     tuning: list[TuningRecord],
     sensitivity: Sensitivity | None,
+    end_to_end: EndToEndRecord | None,
     source_sha256: str,
     companions: list[Path],
     run: dict[str, Any],
 ) -> Manifest:
-    """Write ``config.json`` with its ``quantization_config``, copy companion files and write the manifest."""
+    """Copy companion files and write ``config.json`` and the manifest."""
     try:
         copy_companions(companions, folder)
-        config = dict(checkpoint.config)
-        # Several groups are spelt so that every loader reads them alike: where vLLM has fused Linears into one, it
-        # prefers the target Linear to the names of the parts.
-        groups = recipe.groups if len(recipe.groups) == 1 else groups_of(work.blocks, work.schemes)
-        targets = [(g.scheme, list(g.targets)) for g in groups]
-        config["quantization_config"] = quantization_config(targets, work.ignore_patterns)
-        write_json(folder / "config.json", config)
+        write_config(folder, checkpoint, work, recipe)
         manifest = Manifest(
             format_version=1,
             source={
@@ -73,6 +83,7 @@ def finish_checkpoint(
             tuning=tuning,
             rare_experts=list(dict.fromkeys(r.name.rpartition(".")[0] for r in linears if r.rare)),
             sensitivity=sensitivity,
+            end_to_end=end_to_end,
             run={**run, "threads": options["threads"]},
         )
         write_json(folder / MANIFEST_NAME, manifest)

@@ -47,6 +47,7 @@ from halfbyte.checkpoint.reader import (
     open_checkpoint,
 )
 from halfbyte.checkpoint.source import resolve
+from halfbyte.end_to_end import EndToEnd, Lessons
 from halfbyte.errors import (
     ArchitectureError,
     HalfbyteError,
@@ -65,9 +66,9 @@ from halfbyte.kernels.dispatch import gpu_problem
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.rtn import quantize_rtn
 from halfbyte.methods.tuned_parts import TunedLinear
-from halfbyte.methods.tuning import Sample, TuningOptions, norm_gain, samples_chosen, tune_block
+from halfbyte.methods.tuning import EndToEndOptions, Sample, TuningOptions, norm_gain, samples_chosen, tune_block
 from halfbyte.mixing import Budget, groups_of
-from halfbyte.output import finish_checkpoint
+from halfbyte.output import finish_checkpoint, write_config
 from halfbyte.packing import pack
 from halfbyte.pairs import Pair, find_pairs
 from halfbyte.planner import (
@@ -83,6 +84,7 @@ from halfbyte.ranks import Ranks
 from halfbyte.recipe import WIDER, Effort, Recipe, wider
 from halfbyte.records import (
     CalibrationRecord,
+    EndToEndRecord,
     LinearRecord,
     Manifest,
     PairRecord,
@@ -308,6 +310,7 @@ class Job:
                 self.ranks,
                 offload=bool(self.work.calibration.offload),
                 tuning=self.work.calibration.tuning,
+                end_to_end=self.work.calibration.end_to_end,
             )
         if self.run.fresh:
             self._save(layout, stream, 0, digests, linears=[], blocks=[])
@@ -350,7 +353,41 @@ class Job:
                 self._saving = saver.submit(self._save, layout, stream, index + 1, written, write, **stage)
             self._await_save()
         self.reporter.finish()
-        return self.ranks.decide(lambda: self._finish(calibration, records, smoothing, pairs, tuning, digests, timings))
+        together = None if stream is None else self._tune_together(stream)
+        return self.ranks.decide(
+            lambda: self._finish(calibration, records, smoothing, pairs, tuning, together, digests, timings)
+        )
+
+    def _tune_together(self, stream: Stream) -> EndToEndRecord | None:
+        """Tune the scales of all blocks that are written, and write those that are better."""
+        options = self.work.calibration.end_to_end
+        if options is None or len(stream.taught) < 2:  # one is to judge by
+            return None
+        folder = self.run.checkpoint
+        if self.ranks.first:
+            write_config(folder, self.checkpoint, self.work, self.recipe)
+        self.ranks.agree()
+        stream.states.release()
+        weights = Weights.of(open_checkpoint(folder, str(folder)))
+        model = replace(StreamedModel.of(weights, self.device, stream.model.dtype), ahead=None)
+        model.in_tuples = stream.model.in_tuples
+        own, none = stream.own, HiddenStates(self.run.state, [], stream.states.width, model.dtype, offload=True)
+        lessons = Lessons(
+            count=len(stream.taught),
+            shapes=[stream.states.shapes[i] for i in own],
+            rows=[stream.rows[i] for i in own],
+            arguments=[stream.arguments[i] for i in own],
+            entering=stream.entering or none,
+            leaving=stream.originals or none,
+        )
+        work = EndToEnd(model, lessons, options, self.run, self.reporter, self.ranks)
+        record = work.tune()
+        if record.kept and self.ranks.first:
+            for index in range(model.num_blocks):
+                self._layout.write(folder, work.scales(index))
+            self._layout.sync(folder)
+        self.ranks.agree()
+        return record
 
     def _choose_solver(self) -> torch.device:
         """The GPU, where its kernels work; what keeps them from it is said."""
@@ -368,6 +405,7 @@ class Job:
         smoothing: list[SmoothingRecord],
         pairs: list[PairRecord],
         tuning: list[TuningRecord],
+        together: EndToEndRecord | None,
         digests: dict[str, str],
         timings: list[dict[str, Any]],
     ) -> Manifest:
@@ -384,6 +422,7 @@ class Job:
             pairs=pairs,
             tuning=tuning,
             sensitivity=self.sensitivity,
+            end_to_end=together,
             source_sha256=combined_digest(digests),
             companions=list(companion_files(self.checkpoint.path)),
             run={
@@ -632,7 +671,7 @@ class Job:
                 write()
             if ranks.first:
                 layout.sync(self.run.checkpoint)
-            if stream is not None and stage < len(stream.arguments[0]):
+            if stream is not None:
                 stream.save(stage)
             ranks.agree()
             self.run.record(stage, digests=dict(digests), **facts)
@@ -668,7 +707,8 @@ class Stream:
 
     ``states`` is what the quantised model makes of it. Where blocks are tuned, on the batches ``taught`` (numbers among
     those of all ranks), ``originals`` is what the original model makes of this rank's part of them, one block ahead
-    while a block is worked on: the block's target.
+    while a block is worked on: the block's target. ``entering`` is what these enter the first block with, on disk,
+    where all scales are tuned together in the end.
     """
 
     model: StreamedModel
@@ -681,6 +721,7 @@ class Stream:
     tuning: TuningOptions | None = None
     taught: list[int] = field(default_factory=list)
     originals: HiddenStates | None = None
+    entering: HiddenStates | None = None
     routes: dict[tuple[type, tuple[str, ...]], Route | None] = field(default_factory=dict)
     pairs: dict[tuple[type, tuple[str, ...]], dict[int, Pair]] = field(default_factory=dict)
 
@@ -694,6 +735,7 @@ class Stream:
         *,
         offload: bool,
         tuning: TuningOptions | None,
+        end_to_end: EndToEndOptions | None,
     ) -> Stream:
         """Embed every batch and record how blocks are called; on resume the hidden states come from disk."""
         tokens = tokens_per_batch(model.device, tuned=tuning is not None)
@@ -706,10 +748,12 @@ class Stream:
         states = HiddenStates(run.state_of(ranks.rank), shapes, width, dtype, offload)
         taught = [] if tuning is None else samples_chosen(tuning, len(everything))
         own = [g // ranks.world for g in taught if g % ranks.world == ranks.rank]
-        originals = None
+        originals = entering = None
         if own:
             kept_shapes = [shapes[i] for i in own]
             originals = HiddenStates(run.state_of(ranks.rank), kept_shapes, width, dtype, offload, "original")
+            if end_to_end is not None:
+                entering = HiddenStates(run.state_of(ranks.rank), kept_shapes, width, dtype, True, "entering")
         vocabulary = torch.unique(torch.cat([b.token_ids.flatten() for b in batches]))
         interner = Interner()
         arguments = []
@@ -721,15 +765,12 @@ class Stream:
                 arguments.append(calls)
                 if run.fresh:
                     states.write(i, hidden, stage=0)
-                    if originals is not None and i in own:
-                        originals.write(own.index(i), hidden, stage=0)
+                    for kept in (originals, entering) if i in own else ():
+                        if kept is not None:
+                            kept.write(own.index(i), hidden, stage=0)
                 reporter.advance()
-        if not run.fresh and int(run.journal["stage"]) < model.num_blocks:
-            for kept in (states, originals):
-                if kept is not None:
-                    kept.resume(int(run.journal["stage"]))
         batches = [replace(b, inputs=None) for b in batches]  # pictures have done their part
-        return Stream(
+        stream = Stream(
             model,
             batches,
             [real_rows(b) for b in batches],
@@ -740,12 +781,24 @@ class Stream:
             tuning,
             taught,
             originals,
+            entering,
         )
+        if not run.fresh:
+            for kept in stream._needed(int(run.journal["stage"])):
+                kept.resume(int(run.journal["stage"]))
+        return stream
+
+    def _needed(self, stage: int) -> list[HiddenStates]:
+        """What a run that goes on at a stage has to find: behind the last block only what all scales are tuned by."""
+        behind = stage == self.model.num_blocks
+        found = [None if behind else self.states, None if behind and self.entering is None else self.originals]
+        return [kept for kept in found if kept is not None]
 
     def save(self, stage: int) -> None:
-        for kept in (self.states, self.originals):
-            if kept is not None:
-                kept.save(stage)
+        for kept in self._needed(stage):
+            kept.save(stage)
+        if stage == 0 and self.entering is not None:
+            self.entering.save(0)
 
     def forget(self, stage: int) -> None:
         for kept in (self.states, self.originals):
@@ -758,7 +811,7 @@ class Stream:
                 kept.turn(stage)
 
     @property
-    def _own(self) -> list[int]:
+    def own(self) -> list[int]:
         """This rank's batches among those taught, as it numbers them."""
         return [g // self.ranks.world for g in self.taught if g % self.ranks.world == self.ranks.rank]
 
@@ -766,14 +819,14 @@ class Stream:
         """Move the original model's hidden states past a block that still has its own weights."""
         if self.originals is None:
             return
-        for j, i in enumerate(self._own):
+        for j, i in enumerate(self.own):
             hidden = self.originals.read(j).to(self.model.device, self.model.dtype, non_blocking=True)
             self.originals.write(j, run_block(block, hidden, self.arguments[i][index]), stage=index + 1)
         self.originals.turn(index + 1)
 
     def samples_of(self, index: int) -> list[Sample]:
         """What a block is tuned on: its inputs in the quantised model, its outputs in the original one."""
-        device, dtype, own = self.model.device, self.model.dtype, self._own
+        device, dtype, own = self.model.device, self.model.dtype, self.own
 
         def sample(number: int) -> Sample:
             i, owner = divmod(number, self.ranks.world)

@@ -33,7 +33,7 @@ from halfbyte.checkpoint.source import open_headers
 from halfbyte.checkpoint.stacks import stack_of, unstacked
 from halfbyte.errors import ArchitectureError, CheckpointError, HalfbyteError, RecipeError, UsageError
 from halfbyte.estimates import RESIDENT_EXPERTS, CalibrationWork, estimate, largest_experts, settle_offload
-from halfbyte.methods.tuning import tuning_of
+from halfbyte.methods.tuning import end_to_end_of, tuning_of
 from halfbyte.mixing import MEASURED_SEQ_LEN, MEASURED_SEQUENCES, Budget, budget_of, measured_sequences
 from halfbyte.packing import stored_tensors
 from halfbyte.recipe import EFFORTS, WIDER, Effort, Recipe, load_recipe, mixing_problem, wider
@@ -214,6 +214,7 @@ def calibration_work(
         offload=offload,
         dtype=compute_dtype(dtype, stored_dtype(checkpoint, device), device, max(s.weights.num_bits for s in schemes)),
         tuning=tuning_of(recipe),
+        end_to_end=end_to_end_of(recipe),
         reason=reason,
     )
 
@@ -317,7 +318,7 @@ def make_plan(
             + ("" if size.observed else "; for this alone, rounding to nearest needs calibration text")
         )
     if size.tuning is not None and largest_experts(tensors) * size.dtype.itemsize > RESIDENT_EXPERTS:
-        size = replace(size, tuning=None)
+        size = replace(size, tuning=None, end_to_end=None)
         notes.append("blocks are not tuned after GPTQ: their experts are too many to be in memory together")
     size = settle_offload(checkpoint, tensors, size)
     summary = _summary(checkpoint, blocks, recipe, tensors, size, problems, notes, budget)

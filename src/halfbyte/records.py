@@ -211,6 +211,23 @@ class TuningRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EndToEndRecord:
+    """How the tuning of all scales together went (effort high), see :mod:`halfbyte.end_to_end`.
+
+    Attributes:
+        steps: updates of all scales.
+        kl_before, kl_after: mean KL(original || quantised) of next-token distributions, in nats, on calibration samples
+            that it was not tuned on; logits were computed in the dtype of the run.
+        kept: whether the tuned scales are the ones written.
+    """
+
+    steps: int
+    kl_before: float
+    kl_after: float
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnitSensitivity:
     """What one unit of mixed precision does to the model's predictions, and what it got.
 
@@ -278,8 +295,8 @@ class Manifest:
     ``files`` maps each written safetensors file to its sha256. ``smoothing`` lists the norms that are not the source's:
     a Linear behind one holds ``W diag(s)``, with ``s`` the old gain over the new. ``pairs`` lists Linears that took
     such factors from a Linear before them, which holds ``diag(1/s) W``. ``rare_experts`` names experts that few
-    calibration tokens reached. ``sensitivity`` says how bits were dealt out
-    where the recipe has ``target_bits``. ``run`` alone varies between equal runs.
+    calibration tokens reached. ``sensitivity`` says how bits were dealt out where the recipe has ``target_bits``,
+    ``end_to_end`` how all scales were tuned together. ``run`` alone varies between equal runs.
     """
 
     format_version: int
@@ -297,6 +314,7 @@ class Manifest:
     tuning: list[TuningRecord] = field(default_factory=list)
     rare_experts: list[str] = field(default_factory=list)
     sensitivity: Sensitivity | None = None
+    end_to_end: EndToEndRecord | None = None
     run: dict[str, Any] = field(default_factory=dict)
 
 

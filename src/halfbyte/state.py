@@ -7,6 +7,8 @@
       state/sensitivity.json  which Linears get how many bits, where that is measured; measured once
       state/hidden-0007.bin   what enters block 7; written before the journal says that blocks 0 to 6 are finished
       state/original-0007.bin likewise in the original model, where blocks are tuned
+      state/entering-0000.bin what enters block 0, until all scales have been tuned together, see ``end_to_end``
+      state/scales-0007-0003.safetensors  block 7's scales after three steps of that
       state/lock              held by the running process; of several (see ``ranks``), by the first
       state/rank-1/           what belongs to the second of them: its own hidden states
 
@@ -276,6 +278,10 @@ class HiddenStates:
     def turn(self, stage: int) -> None:
         """From now on the current block is ``stage``."""
         self._stage = stage
+
+    def release(self) -> None:
+        """Keep none of it in memory any more; it cannot be read after that, but for what is on disk."""
+        self._held = []
 
     def forget(self, stage: int) -> None:
         """Remove a stage that is no longer needed."""

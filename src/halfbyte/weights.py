@@ -75,14 +75,18 @@ class Weights:
     def dense(self, name: str) -> torch.Tensor:
         """The tensor in float: as stored when dense, dequantised to float32 when stored as codes."""
         module, _, leaf = name.rpartition(".")
-        if leaf != "weight" or f"{module}.weight_scale" not in self.checkpoint.tensors:
-            return self.checkpoint.read(name)
+        coded = self.coded(module) if leaf == "weight" else None
+        return self.checkpoint.read(name) if coded is None else dequantize(*coded[1:])
+
+    def coded(self, module: str) -> tuple[WeightFormat, torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        """A Linear's format, codes ``[out, in]``, scales ``[out, groups]`` and zero points; ``None`` where
+        its weight is dense."""
+        if f"{module}.weight_scale" not in self.checkpoint.tensors:
+            return None
         group = self._group_of(module)
         present = {leaf: f"{module}.{leaf}" for leaf in LEAVES if f"{module}.{leaf}" in self.checkpoint.tensors}
-        codes, scales, zero_points = unpack(
-            group.weights, {leaf: self.checkpoint.read(full) for leaf, full in present.items()}
-        )
-        return dequantize(codes, scales, zero_points)
+        stored = {leaf: self.checkpoint.read(full) for leaf, full in present.items()}
+        return group.weights, *unpack(group.weights, stored)
 
     def activation_format(self, module: str) -> ActivationFormat | None:
         """How an engine quantises that module's input, ``None`` when it does not."""

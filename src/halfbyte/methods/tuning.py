@@ -97,6 +97,26 @@ class TuningOptions:
     seed: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndToEndOptions:
+    """How all scales are tuned together, see :mod:`halfbyte.end_to_end`. The rate falls linearly to 0 over the steps.
+
+    Attributes:
+        steps: updates; batches_per_step: calibration batches whose gradients are summed for one.
+        scale_rate: Adam's rate, relative to the scale.
+        held_out: one batch of so many is kept for the verdict.
+        seed: orders the batches.
+        chunk_bytes: of one set of logits in float32, at most: enough rows at a time for the head's product to be fast.
+    """
+
+    steps: int = 16
+    batches_per_step: int = 2
+    scale_rate: float = 5e-3
+    held_out: int = 8
+    seed: int = 0
+    chunk_bytes: int = 32 << 20
+
+
 STANDARD = TuningOptions(steps=12, scale_rate=1e-2)
 HIGH = TuningOptions(steps=100)
 
@@ -111,6 +131,11 @@ def tuning_of(recipe: Recipe) -> TuningOptions | None:
     if recipe.effort == "high":
         return HIGH
     return STANDARD if any(group.scheme.weights.num_bits < 8 for group in recipe.groups) else None
+
+
+def end_to_end_of(recipe: Recipe) -> EndToEndOptions | None:
+    """How all scales are tuned together at the end; ``None``: not at all."""
+    return EndToEndOptions() if recipe.effort == "high" and tuning_of(recipe) and recipe.gptq.end_to_end else None
 
 
 def samples_wanted(options: TuningOptions, available: int) -> int:
@@ -221,9 +246,24 @@ def norm_gain(norm: nn.Module, width: int) -> torch.Tensor:
 
 def divide(samples: Sequence[Sample], held_out: int) -> tuple[list[Sample], list[Sample]]:
     """Samples to learn from and samples to judge by: every ``held_out``-th, spread evenly, at least one of two."""
-    first = min(held_out // 2, len(samples) - 1)
-    judges = set(range(first, len(samples), held_out)) if len(samples) > 1 else set()
-    return [s for i, s in enumerate(samples) if i not in judges], [samples[i] for i in sorted(judges)]
+    taught, judges = split_numbers(len(samples), held_out)
+    return [samples[i] for i in taught], [samples[i] for i in judges]
+
+
+def split_numbers(count: int, held_out: int) -> tuple[list[int], list[int]]:
+    """Numbers of samples to learn from, and of those to judge by; see :func:`divide`."""
+    first = min(held_out // 2, count - 1)
+    judges = list(range(first, count, held_out)) if count > 1 else []
+    return sorted(set(range(count)) - set(judges)), judges
+
+
+def schedule(numbers: Sequence[int], count: int, seed: int) -> list[int]:
+    """So many of some numbers, in a random order: each once before one comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < count:
+        order += [numbers[i] for i in torch.randperm(len(numbers), generator=generator).tolist()]
+    return order[:count]
 
 
 def loss_of(block: nn.Module, sample: Sample, gain: torch.Tensor | None = None) -> torch.Tensor:

@@ -62,6 +62,7 @@ class GptqSteps:
         shrinkage: each input's own second moment is raised by so many times its share ``sqrt(inputs / tokens)``, which
             draws correlations towards 0 the more, the fewer tokens vouch for them; 0 takes them as counted. See
             ``methods.pooled``.
+        end_to_end: at effort high, all scales are tuned together at the end, see ``end_to_end``.
     """
 
     static_order: bool = True
@@ -72,6 +73,7 @@ class GptqSteps:
     true_sequential: bool = True
     smoothing: bool = True
     shrinkage: float = 1.0
+    end_to_end: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
