@@ -166,6 +166,13 @@ def test_two_tune_as_one_does(
     assert b[0].loss_before == pytest.approx(a[0].loss_before, rel=1e-2)
     assert b[0].loss_after == pytest.approx(a[0].loss_after, rel=2e-2)
     assert [r.loss_after for r in b] == pytest.approx([r.loss_after for r in a], rel=0.1)
+    both = [read_record(Manifest, o / "halfbyte.json").end_to_end for o in (one, out)]
+    if effort == "standard":
+        assert both == [None, None]
+    else:
+        assert all(r is not None and r.steps == 56 for r in both)
+        assert both[1].kl_before == pytest.approx(both[0].kl_before, rel=0.1)  # type: ignore[union-attr]
+        assert both[1].kl_after == pytest.approx(both[0].kl_after, rel=0.1)  # type: ignore[union-attr]
     text = Path(calibration.removeprefix("text:"))
     apart = halfbyte.compare(one, out, text=text, tokens=720, window=240, device="cpu").metrics["kl_mean"]
     original = halfbyte.compare(source, one, text=text, tokens=720, window=240, device="cpu").metrics["kl_mean"]

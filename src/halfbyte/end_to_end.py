@@ -37,6 +37,7 @@ from halfbyte.arithmetic import bfloat16_products
 from halfbyte.blocks import Arguments, StreamedModel, run_block
 from halfbyte.checkpoint.layout import write_error
 from halfbyte.distributions import kl_rows
+from halfbyte.heap import release_freed_memory
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.tuned_parts import LinearState, TunedLinear, differentiated
 from halfbyte.methods.tuning import EndToEndOptions, schedule, split_numbers
@@ -175,6 +176,7 @@ class EndToEnd:
                     hidden = states.read(slot).to(self.model.device)
                     states.write(slot, run_block(block, hidden, self.lessons.arguments[b][index]), stage=index + 1)
         states.turn(self.model.num_blocks)
+        release_freed_memory()  # the head takes much, and blocks do not need it
         return states
 
     def _forget(self, states: HiddenStates) -> None:
@@ -219,6 +221,7 @@ class EndToEnd:
                     (gradient,) = torch.autograd.grad(z, hidden, towards)
                     total.flatten(0, 1)[chunk] = gradient.to(total)
                 found.append(total)
+        release_freed_memory()
         return found
 
     def _step(self, numbers: Sequence[int], step: int) -> None:

@@ -109,9 +109,9 @@ class EndToEndOptions:
         chunk_bytes: of one set of logits in float32, at most: enough rows at a time for the head's product to be fast.
     """
 
-    steps: int = 16
-    batches_per_step: int = 2
-    scale_rate: float = 5e-3
+    steps: int = 56
+    batches_per_step: int = 1
+    scale_rate: float = 2e-3
     held_out: int = 8
     seed: int = 0
     chunk_bytes: int = 32 << 20
