@@ -61,7 +61,8 @@ def assignments(values: Mapping[str, Any]) -> list[str]:
 
 RTN = Variant(what="round to nearest", keys={"method": "rtn"})
 AS_IT_IS = Variant(what="the default")
-HIGH = Variant(what="blocks tuned longer", keys={"effort": "high"})
+HIGH = Variant(what="blocks tuned longer, then all scales together", keys={"effort": "high"})
+HIGH_BY_BLOCK = Variant(what="blocks tuned longer", keys={"effort": "high"}, steps={"end_to_end": False})
 UNSEQUENTIAL = Variant(what="each block observed before it is quantised", steps={"true_sequential": False})
 UNSHRUNK = Variant(what="correlations of inputs taken as counted", steps={"shrinkage": 0.0})
 VARIANTS: dict[str, dict[str, Variant]] = {
@@ -70,6 +71,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         DEFAULT: AS_IT_IS,
         "effort=low": Variant(what="blocks not tuned", keys={"effort": "low"}),
         "effort=high": HIGH,
+        "effort=high, end_to_end=off": HIGH_BY_BLOCK,
         "static_order=off": Variant(what="columns in file order", steps={"static_order": False}),
         "scale_search=off": Variant(what="scales from the range", steps={"scale_search": False}),
         "scale_refit=off": Variant(what="scales not refitted", steps={"scale_refit": False}),
@@ -85,6 +87,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "shrinkage=off": UNSHRUNK,
         "true_sequential=off": UNSEQUENTIAL,
         "effort=high": HIGH,
+        "effort=high, end_to_end=off": HIGH_BY_BLOCK,
     },
 }
 
