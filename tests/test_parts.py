@@ -38,6 +38,9 @@ def test_a_variant_differs_from_the_default_in_what_its_name_says(scheme: str, n
         assert [g.scheme.weights.group_size for g in usual.groups] == [64 if scheme == "W4A16" else None]
     elif name == "rtn":
         assert recipe == replace(usual, method="rtn")
+    elif "," in name:  # what only --effort high does
+        assert name == "effort=high, end_to_end=off"
+        assert recipe == replace(usual, effort="high", gptq=GptqSteps(end_to_end=False))
     elif key == "effort":
         assert recipe == replace(usual, effort=value)  # type: ignore[arg-type]
     elif key == "dtype":
