@@ -15,7 +15,7 @@ PAGE = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
 
 def test_the_demonstration_is_what_the_records_say() -> None:
     names = re.findall(r"\(\.\./(benchmarks/results/[\w.-]+\.json)\)", PAGE)
-    quick, real, *tuned = (read_record(EvalRecord, ROOT / n) for n in names)
+    quick, real, *tuned, gemma = (read_record(EvalRecord, ROOT / n) for n in names)
     assert quick.divergence is not None
     d = quick.divergence
     shown = [
@@ -40,6 +40,13 @@ def test_the_demonstration_is_what_the_records_say() -> None:
             kept = f"{r.value:.1f} %" + (", no bounds" if r.low is None else f" ({r.low:.1f} to {r.high:.1f})")
         flips = f"{task.right_to_wrong}/{task.wrong_to_right}, {task.mcnemar_p:.2f} |"
         shown.append(f"{task.documents} documents | {100 * task.base:.2f} | {100 * task.value:.2f} | {kept} | {flips}")
+    (row,) = gemma.tasks
+    assert row.documents is not None
+    solved = [round(row.documents * score) for score in (row.base, row.value)]
+    flat = " ".join(PAGE.split())
+    assert (
+        f"solves {solved[0]} of HumanEval's {row.documents} problems, its W4A16 (groups of 128) {solved[1]} (" in flat
+    )
     for text in shown:
         assert text in PAGE, text
     assert len({t.checkpoint_sha256 for t in tuned}) == 1
