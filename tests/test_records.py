@@ -19,6 +19,7 @@ from halfbyte.records import (
     CompareRecord,
     ConvertRecord,
     DeployRecord,
+    EndToEndRecord,
     Estimate,
     LinearRecord,
     Manifest,
@@ -75,6 +76,7 @@ SMOOTHED = SmoothingRecord(norm="a.norm.weight", offset=1.0, linears=["a.q", "a.
 PAIR = PairRecord(source="a.up", linears=["a.down"], strength=0.5, channels="0-1", factors="AACAPwAAAEA=")
 REQUANTIZED = RequantizedRecord(name="a.b", grid="int4", relative_error=0.125)
 TUNED = TuningRecord(block=3, loss_before=0.25, loss_after=0.125, kept=True)
+TOGETHER = EndToEndRecord(steps=56, kl_before=0.125, kl_after=0.0625, kept=True)
 MIXED = MixedPlan(
     target_bits=4.5, lowest_bits=4.125, highest_bits=8.125, wider="W8A16", units=4, sequences=4, tokens=1024
 )
@@ -93,6 +95,7 @@ EVERY: list[Any] = [
     SMOOTHED,
     PAIR,
     TUNED,
+    TOGETHER,
     MIXED,
     UNIT,
     SENSITIVITY,
@@ -130,6 +133,7 @@ EVERY: list[Any] = [
         smoothing=[SMOOTHED],
         pairs=[PAIR],
         tuning=[TUNED],
+        end_to_end=TOGETHER,
         sensitivity=SENSITIVITY,
         run={"seconds": 1.5, "hosts": ["a"]},
     ),
