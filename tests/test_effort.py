@@ -58,7 +58,7 @@ def test_the_recorded_loss_is_that_of_the_written_block(
     group = None if scheme == "W8A8" else 32
     manifest = run(source, tmp_path / "out", text_file, scheme=scheme, group_size=group)
     dense = tiny.decoded(tmp_path / "out")
-    ids = windows(source, 8)
+    ids = tiny.windows(source, 8)
     outputs = []
     for weights in (None, {n: w for n, w in dense.items() if n.startswith("model.layers.0.")}):
         model = tiny.load(source)
@@ -72,19 +72,12 @@ def test_the_recorded_loss_is_that_of_the_written_block(
                             lambda _, a, fmt=activations: (fake_quantize_activations(a[0], fmt),)
                         )
         with torch.no_grad():
-            outputs.append(model(torch.stack(ids), output_hidden_states=True).hidden_states[1])
+            outputs.append(model(ids, output_hidden_states=True).hidden_states[1])
     gain = tiny.stored(source)["model.layers.1.input_layernorm.weight"].float()
     shares = ((outputs[1] - outputs[0]) * gain).square().sum(-1) / outputs[0].square().sum(-1)
     batches = shares.reshape(4, -1).mean(1)  # two sequences in each of four batches
     wanted = manifest.tuning[0].loss_after if manifest.tuning[0].kept else manifest.tuning[0].loss_before
     assert min(abs(float(b) / wanted - 1) for b in batches) < 2e-2
-
-
-def windows(source: Path, count: int) -> list[torch.Tensor]:
-    import transformers
-
-    ids = transformers.AutoTokenizer.from_pretrained(source)(tiny.TEXT, add_special_tokens=False).input_ids
-    return [torch.tensor([1, *ids[i * 39 : (i + 1) * 39]]) for i in range(count)]
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -176,10 +169,10 @@ def test_a_short_tuning_looks_at_some_batches_only(
     monkeypatch.setattr(pipeline, "tune_block", looks)
     source = tiny_model("llama")
     run(source, tmp_path / "out", text_file, samples=12, effort="standard", dtype="float32")
-    ids = windows(source, 12)
+    ids = tiny.windows(source, 12)
     model = tiny.load(source)
     with torch.no_grad():
-        states = model(torch.stack(ids), output_hidden_states=True).hidden_states
+        states = model(ids, output_hidden_states=True).hidden_states
     for batch, (hidden, target) in zip((0, 1, 3, 4), seen[0], strict=True):
         rows = slice(2 * batch, 2 * batch + 2)
         assert torch.equal(hidden, states[0][rows])

@@ -42,13 +42,6 @@ def run(source: Path, out: Path, text: Path, **options: Any) -> Manifest:
     return halfbyte.quantize(source, out, **(settings | options))
 
 
-def windows(source: Path, count: int) -> torch.Tensor:
-    import transformers
-
-    ids = transformers.AutoTokenizer.from_pretrained(source)(tiny.TEXT, add_special_tokens=False).input_ids
-    return torch.tensor([[1, *ids[i * 39 : (i + 1) * 39]] for i in range(count)])
-
-
 def divergence(source: Path, weights: Mapping[str, torch.Tensor], ids: torch.Tensor, scheme: str) -> torch.Tensor:
     """D by transformers' own model, of the sequences given; differentiable by the weights."""
     original, model = tiny.load(source), tiny.load(source)
@@ -84,7 +77,7 @@ def test_gradients_are_those_of_the_whole_model(
         run(source, tmp_path / "out", text_file, scheme=scheme, group_size=None if scheme == "W8A8" else 32)
     taught, _ = split_numbers(8, 4)
     batches = schedule(taught, STEPS * 2, 0)[:2]
-    ids = windows(source, 16)[[2 * b + i for b in batches for i in (0, 1)]]
+    ids = tiny.windows(source, 16)[[2 * b + i for b in batches for i in (0, 1)]]
     ratios = {n: torch.zeros_like(q.scales, dtype=torch.float32, requires_grad=True) for n, (q, _) in found.items()}
     weights = {}
     for name, (quantized, _) in found.items():
@@ -115,7 +108,7 @@ def test_the_verdict_is_about_predictions_that_were_not_tuned_on(
     assert made.steps == STEPS
     assert made.kept == (made.kl_after < made.kl_before)
     _, judges = split_numbers(8, 4)
-    ids = windows(source, 16)[[2 * b + i for b in judges for i in (0, 1)]]
+    ids = tiny.windows(source, 16)[[2 * b + i for b in judges for i in (0, 1)]]
     dense = {n: t for n, t in tiny.decoded(tmp_path / "out").items() if "_proj" in n or "norm" in n}
     with torch.no_grad():
         written = float(divergence(source, dense, ids, scheme))
@@ -276,3 +269,16 @@ def test_the_scales_that_are_kept_are_those_of_the_file(
     for name, value in written.items():
         assert torch.equal(stored[name], value.to(stored[name].dtype)), name
         assert bool((stored[name].float() > 0).all())
+
+
+@pytest.mark.parametrize("estimate", ["time", "disk"])
+def test_the_plan_knows_of_it(estimate: str, tiny_model: Models, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    parts = []
+    for wanted in ("true", "false"):
+        recipe.write_text(f'scheme = "W4A16"\ngroup_size = 32\neffort = "high"\n[gptq]\nend_to_end = {wanted}\n')
+        made = halfbyte.plan(tiny_model("llama"), recipe=recipe, calibration="random-tokens")
+        parts.append(made.estimates[estimate].parts)
+    (extra,) = parts[0].keys() - parts[1].keys()
+    assert "together" in extra
+    assert parts[0][extra] > 0

@@ -51,7 +51,6 @@ def test_the_demonstration_is_what_the_records_say() -> None:
     (row,) = gemma.tasks
     assert row.documents is not None
     solved = [round(row.documents * score) for score in (row.base, row.value)]
-    flat = " ".join(PAGE.split())
     assert (
         f"solves {solved[0]} of HumanEval's {row.documents} problems, its W4A16 (groups of 128) {solved[1]} (" in flat
     )

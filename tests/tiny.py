@@ -140,6 +140,14 @@ def token_ids(folder: Path, count: int = 48) -> torch.Tensor:
     return torch.tensor([tokenizer(TEXT).input_ids[:count]])
 
 
+def windows(folder: Path, count: int) -> torch.Tensor:
+    """What ``text:FILE`` of :data:`TEXT` makes with 40 tokens in a sequence, ``[count, 40]``: BOS and the next 39."""
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(folder)(TEXT, add_special_tokens=False).input_ids
+    return torch.tensor([[1, *ids[i * 39 : (i + 1) * 39]] for i in range(count)])
+
+
 def decoded(out: Path) -> dict[str, torch.Tensor]:
     """Dense float32 weights by the independent decoder."""
     tensors = {t.name: t for f in sorted(out.glob("*.safetensors")) for t in reference.read_header(f).tensors}

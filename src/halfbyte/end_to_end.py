@@ -40,13 +40,12 @@ from halfbyte.distributions import kl_rows
 from halfbyte.heap import release_freed_memory
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.tuned_parts import LinearState, TunedLinear, differentiated
-from halfbyte.methods.tuning import EndToEndOptions, schedule, split_numbers
+from halfbyte.methods.tuning import BETAS, EndToEndOptions, schedule, split_numbers
 from halfbyte.progress import Reporter
 from halfbyte.ranks import Ranks
 from halfbyte.records import EndToEndRecord, fsync_folder
 from halfbyte.state import HiddenStates, RunFolder
 
-BETAS = (0.9, 0.99)
 EPSILON = 1e-12
 
 
