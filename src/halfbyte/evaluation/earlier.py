@@ -49,13 +49,13 @@ def earlier(out: Path, digests: Mapping[str, str]) -> EvalRecord | None:
 def joined(
     before: EvalRecord | None, record: EvalRecord, pairs: list[list[Stratum]], out: Path, reporter: Reporter
 ) -> EvalRecord:
-    """A command's record with what earlier ones measured and it did not.
+    """A command's record with what earlier ones measured and it did not, and with averages over both.
 
     Args:
-        before: what lies in ``out``; record: the command's own; pairs: of its tasks.
+        before: what lies in ``out``; record: the command's own, without averages; pairs: of its tasks.
     """
     if before is None:
-        return record
+        return dataclasses.replace(record, averages=averages_of(record.tasks, pairs))
     fresh = {(r.suite, r.task): (r, p) for r, p in zip(record.tasks, pairs, strict=True)}
     touched = {r.category for r in record.tasks} | {r.category for r in before.tasks if (r.suite, r.task) in fresh}
     rows, strata = [], []

@@ -148,9 +148,7 @@ def averages_of(rows: list[TaskResult], pairs: list[list[Stratum]]) -> list[Aver
     return results
 
 
-def measured(
-    rows: list[TaskResult], averages: list[AverageResult], divergence: CompareRecord | None, pairs: list[list[Stratum]]
-) -> dict[str, float]:
+def measured(rows: list[TaskResult], divergence: CompareRecord | None, pairs: list[list[Stratum]]) -> dict[str, float]:
     """What gates may ask for. ``recovery`` is over all tasks of the run."""
     found: dict[str, float] = dict(divergence.metrics) if divergence else {}
     for row in rows:

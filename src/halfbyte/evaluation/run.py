@@ -33,7 +33,6 @@ from halfbyte.evaluation.obstacles import obstacle, require_same_template
 from halfbyte.evaluation.results import (
     CUT,
     Prepared,
-    averages_of,
     halfbyte_command,
     lm_eval_command,
     measured,
@@ -154,7 +153,6 @@ def evaluate(
     divergence = None
     if any(s.divergence for s in chosen) or needs_divergence(gates):
         divergence = _divergence(baseline, checkpoint, backend.device, out, reporter)
-    averages = averages_of(rows, pairs)
     own = EvalRecord(
         format_version=FORMAT_VERSION,
         base=str(baseline),
@@ -167,11 +165,11 @@ def evaluate(
         | ({} if rounded else {"activations": "not rounded"}),
         limit=limit,
         tasks=rows,
-        averages=averages,
+        averages=[],
         divergence=None if divergence is None else divergence.metrics,
         divergence_text=None if divergence is None else f"{divergence.text} ({divergence.tokens} tokens)",
         gates=[str(g) for g in gates],
-        gate_failures=failures(gates, measured(rows, averages, divergence, pairs)),
+        gate_failures=failures(gates, measured(rows, divergence, pairs)),
         versions=_versions(),
         run={"seconds": round(time.monotonic() - begun, 1), "date": datetime.now(UTC).strftime("%Y-%m-%d")},
     )
