@@ -173,7 +173,7 @@ def test_a_batch_that_overflows_in_one_place_goes_on_in_the_others() -> None:
 MEASURED = """
 import sys
 import torch
-from halfbyte.heap import mapped, release_freed_memory
+from halfbyte import heap
 from halfbyte.methods.gptq import factor_hessians, quantize_gptq_batch
 from halfbyte.schemes import WeightFormat
 
@@ -195,10 +195,13 @@ def solve(batch, rows, n, damping):
     return peaks
 
 torch.set_num_threads(1)
-with mapped():
+# Small tensors too, which in use come from the heap: how much of it is holes differs by 10 MiB from run to run, even of
+# the same arithmetic on one thread.
+heap.LEAST_MAPPED = 16 << 10
+with heap.mapped():
     damping = float(sys.argv[4])
     solve(2, 32, 512, damping)  # loads what of the libraries this damping's arithmetic needs
-    release_freed_memory()
+    heap.release_freed_memory()
     before = status("VmRSS")
     print(*(peak - before for peak in solve(*map(int, sys.argv[1:4]), damping)))
 """
@@ -217,7 +220,7 @@ def test_peaks_are_those_foretold(batch: int, rows: int, width: int, damping: fl
     factoring, solving = map(int, done.stdout.split())
     weights = 4 * batch * rows * width
     expected = solving_bytes(batch, rows, width, WeightFormat(num_bits=4, group_size=128))
-    room = 12 << 20  # the heap's and the kernels' own
+    room = 8 << 20  # the kernels' own
     assert 0.85 * factoring_bytes(batch, width, damping) < factoring - weights
     assert factoring - weights < factoring_bytes(batch, width, damping) + room
     assert 0.85 * expected < solving < expected + room
