@@ -34,6 +34,7 @@ from halfbyte.calibration import (
     writes_itself,
 )
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint
+from halfbyte.methods.batching import worthwhile
 from halfbyte.methods.refine import STRIP
 from halfbyte.methods.scales import CANDIDATES_PER_CALL, SHRINK_FEW_BITS
 from halfbyte.methods.tuning import EndToEndOptions, TuningOptions, samples_wanted
@@ -306,7 +307,8 @@ def _block_moments(
     if experts:
         width = max(s.width for s in experts)
         tokens = 0.0 if size.offload else float(size.tokens)
-        at_once = min(group, max(1, BATCH_BYTES // (8 * width**2 + 14 * max(s.weights for s in experts))))
+        fit = max(1, BATCH_BYTES // (8 * width**2 + 14 * max(s.weights for s in experts)))
+        at_once = min(group, fit, worthwhile(torch.device("cpu"), torch.get_num_threads()))
         rest = always | {
             "what enters the experts, and what leaves them": 2 * item * tokens * hidden,
             f"second moments of {group} experts and of all": 4.0 * (group + 2) * width**2,

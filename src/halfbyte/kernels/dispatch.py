@@ -12,11 +12,12 @@ from types import ModuleType
 
 import torch
 
-from halfbyte.kernels import gptq_numba, refine_numba
+from halfbyte.kernels import gptq_numba, order_numba, refine_numba
 
 PANEL = gptq_numba.PANEL
 # Share of codes that may differ in the trial: ties, and what follows them in the same row.
 MOST_DIFFERENT = 0.02
+STRIP = 1024
 
 
 def solve_columns(
@@ -69,6 +70,44 @@ def descend(
     from halfbyte.kernels import refine_triton
 
     refine_triton.descend(gradient, hessian, codes, scales, zeros, q_min, q_max, steps)
+
+
+def take_square(x: torch.Tensor, order: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows and columns of square matrices in an order, see :func:`halfbyte.kernels.order_numba.take_square`."""
+    if x.device.type == "cpu":
+        return order_numba.take_square(x, order, dtype)
+    return x[torch.arange(len(x), device=x.device)[:, None, None], order[:, :, None], order[:, None, :]].to(dtype)
+
+
+def take_columns(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Columns of a batch in an order, see :func:`halfbyte.kernels.order_numba.take_columns`."""
+    if x.device.type == "cpu":
+        return order_numba.take_columns(x, order)
+    return x.gather(2, order.unsqueeze(1).expand_as(x))
+
+
+def put_columns(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Columns of a batch back where they were, see :func:`halfbyte.kernels.order_numba.put_columns`."""
+    if x.device.type == "cpu":
+        return order_numba.put_columns(x, order)
+    return torch.empty_like(x).scatter_(2, order.unsqueeze(1).expand_as(x), x)
+
+
+def rounding_error(
+    weights: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What rounding did to a batch, see :func:`halfbyte.kernels.refine_numba.rounding_error`."""
+    if weights.device.type == "cpu":
+        return refine_numba.rounding_error(weights, codes, scales, zeros)
+    batch, rows, n = weights.shape
+    error = torch.empty_like(weights)
+    for start in range(0, rows, STRIP):
+        part = slice(start, start + STRIP)
+        dense = codes[:, part].float().reshape(batch, -1, scales.shape[2], n // scales.shape[2])
+        dense = dense.sub_(zeros[:, part, :, None]).mul_(scales[:, part, :, None])
+        torch.sub(weights[:, part], dense.reshape(batch, -1, n), out=error[:, part])
+    lowest, highest = error.flatten(1).aminmax(dim=1)
+    return error, torch.maximum(-lowest, highest)
 
 
 @cache

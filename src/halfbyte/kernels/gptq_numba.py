@@ -51,34 +51,48 @@ def _panel(
     q_max: float,
     codes: npt.NDArray[np.int8],
     errors: Array,
+    loss: Array,
 ) -> None:
-    """Quantise columns ``start .. start + width`` of all rows; fills ``codes`` and ``errors``."""
+    """Quantise columns ``start .. start + width`` of all rows; fills ``codes`` and ``errors``, adds to ``loss``."""
     rows = weight.shape[1]
+    groups = scales.shape[2]
     chunks = (rows + ROWS - 1) // ROWS
     for task in numba.prange(weight.shape[0] * chunks):
         b = task // chunks
         first = task % chunks * ROWS
         count = min(ROWS, rows - first)
-        open_columns = np.zeros((PANEL, ROWS), dtype=np.float32)
-        error = np.zeros(ROWS, dtype=np.float32)
+        open_columns = np.zeros((PANEL, ROWS), dtype=np.float32)  # a column that is done holds its error
+        rounded = np.empty((PANEL, ROWS), dtype=np.int8)
+        scale = np.ones((groups, ROWS), dtype=np.float32)
+        zero = np.zeros((groups, ROWS), dtype=np.float32)
         for r in range(count):
             for j in range(width):
                 open_columns[j, r] = weight[b, first + r, start + j]
+            for g in range(groups):
+                scale[g, r] = scales[b, first + r, g]
+                zero[g, r] = zeros[b, first + r, g]
         for j in range(width):
-            group = group_of[b, start + j]
+            g = group_of[b, start + j]
             reciprocal = np.float32(1.0) / factor[b, start + j, start + j]
-            for r in range(count):
-                s = scales[b, first + r, group]
-                z = zeros[b, first + r, group]
+            for r in range(ROWS):
+                s = scale[g, r]
+                z = zero[g, r]
                 w = open_columns[j, r]
                 q = min(max(np.rint(w / s) + z, q_min), q_max)
-                codes[b, first + r, start + j] = np.int8(q)
-                error[r] = (w - (q - z) * s) * reciprocal
-                errors[b, first + r, j] = error[r]
+                rounded[j, r] = np.int8(q)
+                open_columns[j, r] = (w - (q - z) * s) * reciprocal
             for k in range(j + 1, width):
                 f = factor[b, start + j, start + k]
                 for r in range(ROWS):
-                    open_columns[k, r] -= error[r] * f
+                    open_columns[k, r] -= open_columns[j, r] * f
+        for r in range(count):
+            total = np.float32(0.0)
+            for j in range(width):
+                error = open_columns[j, r]
+                codes[b, first + r, start + j] = rounded[j, r]
+                errors[b, first + r, j] = error
+                total += error * error
+            loss[b, first + r] += total
 
 
 def solve_columns(
@@ -121,9 +135,9 @@ def solve_columns(
                 np.float32(q_max),
                 codes.numpy(),
                 errors.numpy(),
+                loss.numpy(),
             )
         e = errors[:, :, :width]
-        loss += e.square().sum(dim=2)
         if start + width < n:
             later = factor[:, start : start + width, start + width :]
             weight[:, :, start + width :].baddbmm_(e, later, alpha=-1.0)

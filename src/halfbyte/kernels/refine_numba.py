@@ -28,29 +28,78 @@ def _descend(
         first = task % chunks * ROWS
         count = min(ROWS, rows - first)
         slope = np.zeros((PANEL, ROWS), dtype=np.float32)
-        step = np.zeros(ROWS, dtype=np.float32)
+        code = np.zeros((PANEL, ROWS), dtype=np.float32)
+        moved = np.zeros((PANEL, ROWS), dtype=np.float32)
+        scale = np.ones(ROWS, dtype=np.float32)
+        zero = np.zeros(ROWS, dtype=np.float32)
         for r in range(count):
+            scale[r] = scales[b, first + r]
+            zero[r] = zeros[b, first + r]
             for j in range(width):
                 slope[j, r] = gradient[b, first + r, j]
+                code[j, r] = codes[b, first + r, j]
         for j in range(width):
             if not hessian[b, j, j] > 0:
                 continue
             reciprocal = np.float32(1.0) / hessian[b, j, j]
-            moved = False
-            for r in range(count):
-                s = scales[b, first + r]
-                z = zeros[b, first + r]
-                q = np.float32(codes[b, first + r, j])
+            most = np.float32(0.0)
+            for r in range(ROWS):
+                s = scale[r]
+                z = zero[r]
+                q = code[j, r]
                 nearest = min(max(np.rint((q - z) + slope[j, r] * reciprocal / s) + z, q_min), q_max)
-                codes[b, first + r, j] = np.int8(nearest)
-                step[r] = (nearest - q) * s
-                steps[b, first + r, j] += step[r]
-                moved = moved or nearest != q
-            if moved:
+                code[j, r] = nearest
+                moved[j, r] = (nearest - q) * s
+                most = max(most, abs(nearest - q))
+            if most > 0:
                 for k in range(j + 1, width):
                     h = hessian[b, j, k]
                     for r in range(ROWS):
-                        slope[k, r] -= step[r] * h
+                        slope[k, r] -= moved[j, r] * h
+        for r in range(count):
+            for j in range(width):
+                codes[b, first + r, j] = np.int8(code[j, r])
+                steps[b, first + r, j] += moved[j, r]
+
+
+@numba.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]
+def _rounding_error(
+    weight: Array, codes: npt.NDArray[np.int8], scales: Array, zeros: Array, error: Array, most: Array
+) -> None:
+    batch, rows, n = weight.shape
+    groups = scales.shape[2]
+    width = n // groups
+    for task in numba.prange(batch * rows):
+        b, r = task // rows, task % rows
+        largest = np.float32(0.0)
+        known = np.float32(0.0)  # NaN once an error is
+        for g in range(groups):
+            s, z = scales[b, r, g], zeros[b, r, g]
+            for j in range(g * width, (g + 1) * width):
+                e = weight[b, r, j] - (np.float32(codes[b, r, j]) - z) * s
+                error[b, r, j] = e
+                largest = max(largest, abs(e))
+                known += e - e
+        most[b, r] = largest + known
+
+
+def rounding_error(
+    weights: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``W - (q - z) s``, each operation rounded by itself, and the largest absolute value of each in the batch.
+
+    Args:
+        weights: ``[batch, rows, n]`` float32; codes: the same, int8.
+        scales, zeros: ``[batch, rows, groups]`` float32, contiguous.
+
+    Returns:
+        the error ``[batch, rows, n]``, and ``[batch]``, NaN where an error is NaN or infinite; float32 both.
+    """
+    error = torch.empty(weights.shape, dtype=torch.float32)
+    most = torch.empty(weights.shape[:2], dtype=torch.float32)
+    with torchs_threads():
+        _rounding_error(weights.numpy(), codes.numpy(), scales.numpy(), zeros.numpy(), error.numpy(), most.numpy())
+    return error, most.amax(dim=1)
 
 
 def descend(

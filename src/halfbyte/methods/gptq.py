@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 
 from halfbyte.errors import NumericsError
-from halfbyte.kernels.dispatch import solve_columns
+from halfbyte.kernels.dispatch import put_columns, solve_columns, take_columns, take_square
 from halfbyte.methods.refine import output_energy, refine
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.scales import minmax, searched
@@ -110,9 +110,9 @@ def factor_hessians(
     dead = diagonals == 0
     own = diagonals * torch.tensor(shrinkage or [0.0] * batch, device=device).unsqueeze(1)
     means = [float(d.mean(dtype=torch.float64)) or 1.0 for d in diagonals.cpu()]
-    finite = torch.ones(batch, dtype=torch.bool, device=device)
-    for rows in torch.split(hessians, STRIP, dim=1):
-        finite &= torch.isfinite(rows).flatten(1).all(dim=1)
+    finite = torch.isfinite(hessians.sum(dim=(1, 2)))  # a sum may overflow that nothing in it does
+    for i in (~finite).nonzero().flatten().tolist():
+        finite[i] = all(bool(torch.isfinite(rows).all()) for rows in torch.split(hessians[i], STRIP))
     if not bool(finite.all()):
         raise NumericsError(
             "the Hessian holds NaN or infinity",
@@ -133,8 +133,7 @@ def factor_hessians(
         for i in left.tolist():
             fractions[i], raises[i] = fraction, raised
         dtype = torch.float64 if n <= DOUBLE_LIMIT and fraction < ENOUGH_FOR_SINGLE else torch.float32
-        visited = order[left]
-        matrices = hessians[left[:, None, None], visited[:, :, None], visited[:, None, :]].to(dtype)
+        matrices = take_square(hessians if len(left) == batch else hessians[left], order[left], dtype)
         for i, matrix in zip(left.tolist(), matrices, strict=True):
             matrix.diagonal().add_(torch.where(dead[i], means[i], fraction * means[i] + own[i])[order[i]])
         done = factor_upper(matrices)
@@ -280,11 +279,10 @@ def quantize_gptq_batch(
     scales, zeros = (torch.stack(tensors) for tensors in zip(*found, strict=True))
     columns = torch.arange(weights.shape[2], device=weights.device)
     group_of = (columns // (weights.shape[2] // scales.shape[2]))[factors.order]
-    order = factors.order.unsqueeze(1).expand_as(weights)
-    permuted_codes, _ = solve_columns(
-        alive.gather(2, order), factors.upper, scales, zeros, group_of, fmt.q_min, fmt.q_max
-    )
-    codes = torch.empty_like(permuted_codes).scatter_(2, order, permuted_codes)
+    visited = take_columns(alive, factors.order)
+    permuted_codes, _ = solve_columns(visited, factors.upper, scales, zeros, group_of, fmt.q_min, fmt.q_max)
+    del visited
+    codes = put_columns(permuted_codes, factors.order)
     del permuted_codes
     errors = refine(
         alive,

@@ -22,9 +22,8 @@ from collections.abc import Iterator
 
 import torch
 
-from halfbyte.kernels.dispatch import PANEL, descend
+from halfbyte.kernels.dispatch import PANEL, descend, rounding_error
 from halfbyte.methods.scales import LEAST_SCALE
-from halfbyte.packing import dequantize
 from halfbyte.schemes import WeightFormat
 
 STRIP = 1024
@@ -49,7 +48,7 @@ def output_energy(weights: torch.Tensor, hessians: torch.Tensor) -> torch.Tensor
         product = torch.bmm(weights[:, :, own], hessians[:, own, own])
         if own.stop < n:
             product.baddbmm_(weights[:, :, own.stop :], hessians[:, own.stop :, own], alpha=2.0)
-        total += product.mul_(weights[:, :, own]).sum(dim=2, dtype=torch.float64)
+        total += product.mul_(weights[:, :, own]).sum(dim=2)
     return total
 
 
@@ -84,13 +83,8 @@ def refine(
     """
     n = weights.shape[2]
     width = n // scales.shape[2]
-    error = torch.empty_like(weights)
-    for w, c, s, z, e in zip(weights, codes, scales, zeros, error, strict=True):
-        for start in range(0, weights.shape[1], STRIP):
-            rows = slice(start, start + STRIP)
-            torch.sub(w[rows], dequantize(c[rows], s[rows], None if fmt.symmetric else z[rows]), out=e[rows])
-    lowest, highest = error.flatten(1).aminmax(dim=1)
-    most = torch.maximum(-lowest, highest).double() * hessians.diagonal(dim1=1, dim2=2).amax(dim=1) * n
+    error, largest = rounding_error(weights, codes, scales, zeros)
+    most = largest.double() * hessians.diagonal(dim1=1, dim2=2).amax(dim=1) * n
     fits = most < torch.finfo(torch.float32).max  # what made it so is found in the activations
     if not bool(fits.all()):
         remaining = torch.full(weights.shape[:2], torch.inf, dtype=torch.float64, device=weights.device)
@@ -132,7 +126,7 @@ def refine(
             if sweep == sweeps - 1:
                 own = error[:, :, panel]
                 left.mul_(2.0).baddbmm_(own, hessians[:, panel, panel])
-                remaining += left.mul_(own).sum(dim=2, dtype=torch.float64)
+                remaining += left.mul_(own).sum(dim=2)
     return remaining
 
 

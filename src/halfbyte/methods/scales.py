@@ -56,7 +56,7 @@ def searched(
     step = max(1, CANDIDATES_PER_CALL // (groups * len(tried)))
     for first in range(0, rows, step):
         part = slice(first, first + step)
-        s, z = _from_range(lo[part, :, None] * tried, hi[part, :, None] * tried, fmt, dtype)
+        s, z = _from_range(lo[part, :, None], hi[part, :, None], fmt, dtype, tried)
         best = search_scales(weight[part], importance, s, z, fmt.q_min, fmt.q_max).unsqueeze(-1)
         scales[part], zeros[part] = s.gather(2, best).squeeze(-1), z.gather(2, best).squeeze(-1)
     return scales, zeros
@@ -78,9 +78,13 @@ def _range(weight: torch.Tensor, fmt: WeightFormat) -> tuple[torch.Tensor, torch
 
 
 def _from_range(
-    lo: torch.Tensor, hi: torch.Tensor, fmt: WeightFormat, dtype: torch.dtype
+    lo: torch.Tensor, hi: torch.Tensor, fmt: WeightFormat, dtype: torch.dtype, tried: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """With ``tried``, for each of these shares of the range (in the last dimension)."""
     extreme = torch.maximum(-lo, hi)
+    empty = extreme == 0
+    if tried is not None:
+        extreme, lo, hi = (extreme * tried, lo, hi) if fmt.symmetric else (extreme * tried, lo * tried, hi * tried)
     if fmt.kind == "float":
         scales = extreme / FLOAT8_MAX
     elif fmt.symmetric:
@@ -88,7 +92,7 @@ def _from_range(
     else:
         scales = (hi - lo) / (fmt.q_max - fmt.q_min)
     scales = scales.to(dtype).to(torch.float32)
-    scales = torch.where(extreme == 0, torch.ones_like(scales), scales.clamp(min=LEAST_SCALE[dtype]))
+    scales = scales.clamp_(min=LEAST_SCALE[dtype]).masked_fill_(empty, 1.0)
     if fmt.symmetric:
         return scales, torch.zeros_like(scales)
     return scales, (fmt.q_min - torch.round(lo / scales)).clamp(fmt.q_min, fmt.q_max)
