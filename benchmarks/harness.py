@@ -148,19 +148,26 @@ def json_from(command: Sequence[str | Path]) -> Any:
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, usable cores, memory, kernel and, where there is one, the GPU."""
+    """CPU, usable cores, memory, kernel and, where there is one, the GPU.
+
+    Virtual CPUs may tell no more than their maker, so family and model, which tell the generation, are kept as well.
+    """
     model = platform.processor() or platform.machine()
+    generation: dict[str, int] = {}
     flags: set[str] = set()
     if Path("/proc/cpuinfo").exists():
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             key, _, value = line.partition(":")
             if key.strip() == "model name":
                 model = value.strip()
+            elif key.strip() in ("cpu family", "model"):
+                generation[key.strip()] = int(value)
             elif key.strip() == "flags":
                 flags = set(value.split())
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
     return {
         "cpu": model,
+        "cpu_generation": generation,
         "cpu_features": [f for f in wanted if f in flags],
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

@@ -85,38 +85,43 @@ def converting(result: dict[str, Any]) -> str:
 def beside(kind: str) -> str:
     """One table of all paired runs: every tool's divergence, and its cost as a share of the baseline tool's.
 
-    A tool that was run by itself on the same model, tokens and text stands beside them, without shares of time.
+    A tool that was run by itself on the same model, tokens and text stands beside them, without shares of time. What a
+    file's name says after model and scheme, as the processor, stands behind the tool.
     """
-    results = [json.loads(p.read_text(encoding="utf-8")) for p in newest(kind)]
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for r in results:
+    groups: dict[tuple[Any, ...], list[tuple[str, dict[str, Any]]]] = {}
+    for path in newest(kind):
+        r = json.loads(path.read_text(encoding="utf-8"))
         work = r["work"]
         score = next((s["halfbyte_compare"] for s in r["scores"].values() if "halfbyte_compare" in s), {})
         key = (work["model"], work["scheme"], work["group_size"], work["windows_sha256"])
-        groups.setdefault((*key, score.get("text_sha256"), score.get("tokens")), []).append(r)
+        where = path.stem.partition(f"-{work['model']}-{work['scheme']}")[2].strip("-")
+        groups.setdefault((*key, score.get("text_sha256"), score.get("tokens")), []).append((where, r))
     rows = [["model, scheme, tool", "KL (nats)", f"of {BASELINE}'s", "wall time", "CPU time", "peak memory"]]
     for (model, scheme, size, *_), members in groups.items():
-        paired = [r for r in members if BASELINE in r["summary"]["paired_ratios"]]
-        if not paired:
-            continue
-        metrics = {
-            name: s["halfbyte_compare"]["metrics"]
-            for r in [*paired, *members]
-            for name, s in r["scores"].items()
-            if "halfbyte_compare" in s
-        }
-        ratios = paired[0]["summary"]["paired_ratios"][BASELINE]
-        for name, m in metrics.items():
-            owner = next(r for r in [*paired, *members] if name in r["competitors"])
-            shares = [
-                f"{ratios[name][f]['median']:.2f}" if name in ratios else "1" if name == BASELINE else ""
-                for f in ("wall_s", "cpu_s", "peak_rss_bytes")
-            ]
-            of_baseline = f"{m['kl_mean'] / metrics[BASELINE]['kl_mean']:.2f}" if BASELINE in metrics else ""
-            scheme_size = f"{scheme} g{size}" if size else scheme
-            title = f"{model} {scheme_size}, {peers.title(owner, name)}"
-            rows.append([title, peers.plus_minus(m, "kl_mean", "kl_se"), of_baseline, *shares])
+        paired = [(where, r) for where, r in members if BASELINE in r["summary"]["paired_ratios"]]
+        alone = [("", r) for _, r in members if BASELINE not in r["summary"]["paired_ratios"]] if paired else []
+        baseline = next((_divergence(r, BASELINE) for _, r in paired if _divergence(r, BASELINE)), None)
+        for where, r in [*paired, *alone]:
+            ratios = r["summary"]["paired_ratios"].get(BASELINE, {})
+            for name in r["competitors"]:
+                m = _divergence(r, name)
+                if m is None:
+                    continue
+                shares = [
+                    f"{ratios[name][f]['median']:.2f}" if name in ratios else "1" if name == BASELINE else ""
+                    for f in ("wall_s", "cpu_s", "peak_rss_bytes")
+                ]
+                of_baseline = f"{m['kl_mean'] / baseline['kl_mean']:.2f}" if baseline else ""
+                words = [f"{model} {scheme} g{size}" if size else f"{model} {scheme}", peers.title(r, name), where]
+                rows.append(
+                    [", ".join(filter(None, words)), peers.plus_minus(m, "kl_mean", "kl_se"), of_baseline, *shares]
+                )
     return harness.table(rows) + "\n"
+
+
+def _divergence(result: dict[str, Any], name: str) -> dict[str, Any] | None:
+    metrics: dict[str, Any] | None = result["scores"].get(name, {}).get("halfbyte_compare", {}).get("metrics")
+    return metrics
 
 
 def page() -> str:

@@ -147,6 +147,14 @@ def test_a_hessian_that_is_not_finite_is_an_error(value: float, place: tuple[int
         factor_hessian(hessian, 0.01, where="layers.3.q")
 
 
+def test_a_hessian_whose_sum_alone_overflows_is_factored() -> None:
+    hessian = torch.full((64, 64), 2e37) + 2e37 * torch.eye(64)
+    assert not torch.isfinite(hessian.sum())
+    factors = factor_hessian(hessian, 0.01, where="layers.3.q")
+    small = factor_hessian(hessian * 2.0**-100, 0.01, where="layers.3.q")
+    assert torch.allclose(factors.upper * 2.0**50, small.upper, rtol=1e-5)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [None, 32])

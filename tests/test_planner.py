@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from halfbyte import estimates
 from halfbyte.checkpoint.reader import open_checkpoint
@@ -377,6 +378,19 @@ def test_stacked_experts_are_planned_one_by_one(tmp_path: Path) -> None:
     assert experts["model.layers.0.mlp.experts.7.up_proj.weight"] == ("quantize", [384, 256])
     assert not [t for t in made.tensors if t.name == "model.layers.0.mlp.experts.gate_up_proj"]
     assert made.bytes_before == sum(2 * math.prod(shape) for shape in STACKED.values())
+
+
+@pytest.mark.parametrize(("threads", "at_once"), [(2, 1), (8, 2), (64, 8)])
+def test_experts_are_reckoned_in_the_batches_that_threads_are_worth(
+    threads: int, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    source = open_checkpoint(write_checkpoint(tmp_path / "moe", STACKED, config(2, 256)))
+    linears = [t for t in plan(source.path).tensors if t.action == "quantize" and t.block == 0]
+    size = CalibrationWork(spec="random-tokens", samples=4, seq_len=64)
+    moments = dict(estimates._block_moments(source, estimates.shared_inputs(linears, 2), size))
+    parts = moments["experts are solved"]
+    assert parts[f"solving {at_once} experts"] == at_once * (8.0 * 384**2 + 14.0 * 2 * 384 * 256)
 
 
 def test_stacked_experts_that_are_ignored_stay_stacked(tmp_path: Path) -> None:
