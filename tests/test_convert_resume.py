@@ -131,24 +131,33 @@ def test_an_error_in_one_thread_ends_the_run_which_can_be_resumed(
 def test_a_write_that_fails_behind_a_sync_in_mid_run_is_told(
     source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files are synced beside the writing, over and over; the kernel tells only one of these calls that it failed."""
-    calls, fails, sync = 0, 0, Layout.sync
+    """Files are synced beside the writing, over and over; the kernel tells only one of these calls that it failed: here
+    the first that comes from the thread beside, while all but what each writer wrote first is still to be written."""
+    failed, local, later = threading.Event(), threading.local(), 0
+    sync, write = Layout.sync, Layout.write
 
     def failing(self: Layout, folder: Path) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == fails:
+        if threading.current_thread() is not threading.main_thread() and not failed.is_set():
+            failed.set()
             raise OutputError("the disk lost a page")
         sync(self, folder)
+
+    def waiting(self: Layout, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        nonlocal later
+        if getattr(local, "wrote", False):
+            assert failed.wait(60)
+            later += 1
+        local.wrote = True
+        write(self, folder, tensors)
 
     options = {key: OPTIONS[key] for key in ("to", "max_shard_bytes")}
     with monkeypatch.context() as patched:
         patched.setattr(Layout, "sync", failing)
-        halfbyte.convert(source, tmp_path / "counted", **options)
-        assert calls > 6, "the first is of empty files, the last two are a stage's end, and the second must be neither"
-        calls, fails = 0, 2
+        patched.setattr(Layout, "write", waiting)
         with pytest.raises(OutputError, match="lost a page"):
             halfbyte.convert(source, tmp_path / "out", **options)
+    assert failed.is_set()
+    assert later > 0
     assert not (tmp_path / "out").exists()
     halfbyte.convert(source, tmp_path / "out", resume=True, **options)
     assert contents(tmp_path / "out") == contents(whole)
