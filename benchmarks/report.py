@@ -100,7 +100,7 @@ def beside(kind: str) -> str:
     for (model, scheme, size, *_), members in groups.items():
         paired = [(where, r) for where, r in members if BASELINE in r["summary"]["paired_ratios"]]
         alone = [("", r) for _, r in members if BASELINE not in r["summary"]["paired_ratios"]] if paired else []
-        baseline = next((_divergence(r, BASELINE) for _, r in paired if _divergence(r, BASELINE)), None)
+        baseline = next(filter(None, (_divergence(r, BASELINE) for _, r in paired)), None)
         for where, r in [*paired, *alone]:
             ratios = r["summary"]["paired_ratios"].get(BASELINE, {})
             for name in r["competitors"]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 
-from halfbyte.kernels import dispatch, gptq_numba, gptq_reference, order_numba
+from halfbyte.kernels import general, gptq_numba, gptq_reference, order_numba, refine_numba
 from halfbyte.packing import dequantize
 
 Array = npt.NDArray[np.float64]
@@ -197,34 +198,39 @@ def test_the_first_of_equal_scales_wins() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [1, 7, 300])
-def test_columns_in_their_order_and_back(n: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("of", [order_numba, general])
+def test_columns_in_their_order_and_back(of: ModuleType, n: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(n)
     order = torch.stack([torch.randperm(n, generator=generator) for _ in range(3)])
     square = torch.randn(3, n, n, generator=generator)
     expected = torch.stack([h[o][:, o] for h, o in zip(square, order, strict=True)]).to(dtype)
-    assert torch.equal(order_numba.take_square(square, order, dtype), expected)
+    assert torch.equal(of.take_square(square, order, dtype), expected)
     for weights in (torch.randn(3, 5, n, generator=generator), torch.randint(-8, 8, (3, 5, n)).to(torch.int8)):
-        taken = order_numba.take_columns(weights, order)
+        taken = of.take_columns(weights, order)
         assert torch.equal(taken, torch.stack([w[:, o] for w, o in zip(weights, order, strict=True)]))
-        assert torch.equal(order_numba.put_columns(taken, order), weights)
+        assert torch.equal(of.put_columns(taken, order), weights)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("rows", "groups"), [(1, 1), (7, 3), (1030, 2)])
-def test_the_error_of_rounding_is_the_file_formats_to_the_bit(rows: int, groups: int, symmetric: bool) -> None:
+@pytest.mark.parametrize("of", [refine_numba, general])
+def test_the_error_of_rounding_is_the_file_formats_to_the_bit(
+    of: ModuleType, rows: int, groups: int, symmetric: bool
+) -> None:
     problems = [problem(rows, 96, bits=4, symmetric=symmetric, groups=groups, seed=seed) for seed in range(2)]
     weights, _, scales, zeros, _ = stacked(problems)
     codes = torch.randint(-8, 8, weights.shape, generator=torch.Generator().manual_seed(rows)).to(torch.int8)
-    error, most = dispatch.rounding_error(weights, codes, scales, zeros)
+    error, most = of.rounding_error(weights, codes, scales, zeros)
     expected = weights - torch.stack([dequantize(*of_one) for of_one in zip(codes, scales, zeros, strict=True)])
     assert torch.equal(error, expected)
     assert torch.equal(most, expected.abs().amax(dim=(1, 2)))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_an_error_that_is_not_finite_is_told_of_its_own_linear(value: float) -> None:
+@pytest.mark.parametrize("of", [refine_numba, general])
+def test_an_error_that_is_not_finite_is_told_of_its_own_linear(of: ModuleType, value: float) -> None:
     weights = torch.ones(3, 5, 8)
     weights[1, 2, 3] = value
     codes, ones = torch.ones(3, 5, 8, dtype=torch.int8), torch.ones(3, 5, 2)
-    _, most = dispatch.rounding_error(weights, codes, ones, torch.zeros(3, 5, 2))
+    _, most = of.rounding_error(weights, codes, ones, torch.zeros(3, 5, 2))
     assert torch.isfinite(most).tolist() == [True, False, True]

@@ -34,8 +34,8 @@ from halfbyte.calibration import (
     writes_itself,
 )
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint
+from halfbyte.kernels.general import STRIP
 from halfbyte.methods.batching import worthwhile
-from halfbyte.methods.refine import STRIP
 from halfbyte.methods.scales import CANDIDATES_PER_CALL, SHRINK_FEW_BITS
 from halfbyte.methods.tuning import EndToEndOptions, TuningOptions, samples_wanted
 from halfbyte.records import Estimate, TensorPlan

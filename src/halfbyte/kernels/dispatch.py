@@ -12,12 +12,11 @@ from types import ModuleType
 
 import torch
 
-from halfbyte.kernels import gptq_numba, order_numba, refine_numba
+from halfbyte.kernels import general, gptq_numba, order_numba, refine_numba
 
 PANEL = gptq_numba.PANEL
 # Share of codes that may differ in the trial: ties, and what follows them in the same row.
 MOST_DIFFERENT = 0.02
-STRIP = 1024
 
 
 def solve_columns(
@@ -76,21 +75,21 @@ def take_square(x: torch.Tensor, order: torch.Tensor, dtype: torch.dtype) -> tor
     """Rows and columns of square matrices in an order, see :func:`halfbyte.kernels.order_numba.take_square`."""
     if x.device.type == "cpu":
         return order_numba.take_square(x, order, dtype)
-    return x[torch.arange(len(x), device=x.device)[:, None, None], order[:, :, None], order[:, None, :]].to(dtype)
+    return general.take_square(x, order, dtype)
 
 
 def take_columns(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Columns of a batch in an order, see :func:`halfbyte.kernels.order_numba.take_columns`."""
     if x.device.type == "cpu":
         return order_numba.take_columns(x, order)
-    return x.gather(2, order.unsqueeze(1).expand_as(x))
+    return general.take_columns(x, order)
 
 
 def put_columns(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Columns of a batch back where they were, see :func:`halfbyte.kernels.order_numba.put_columns`."""
     if x.device.type == "cpu":
         return order_numba.put_columns(x, order)
-    return torch.empty_like(x).scatter_(2, order.unsqueeze(1).expand_as(x), x)
+    return general.put_columns(x, order)
 
 
 def rounding_error(
@@ -99,15 +98,7 @@ def rounding_error(
     """What rounding did to a batch, see :func:`halfbyte.kernels.refine_numba.rounding_error`."""
     if weights.device.type == "cpu":
         return refine_numba.rounding_error(weights, codes, scales, zeros)
-    batch, rows, n = weights.shape
-    error = torch.empty_like(weights)
-    for start in range(0, rows, STRIP):
-        part = slice(start, start + STRIP)
-        dense = codes[:, part].float().reshape(batch, -1, scales.shape[2], n // scales.shape[2])
-        dense = dense.sub_(zeros[:, part, :, None]).mul_(scales[:, part, :, None])
-        torch.sub(weights[:, part], dense.reshape(batch, -1, n), out=error[:, part])
-    lowest, highest = error.flatten(1).aminmax(dim=1)
-    return error, torch.maximum(-lowest, highest)
+    return general.rounding_error(weights, codes, scales, zeros)
 
 
 @cache

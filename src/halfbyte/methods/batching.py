@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from halfbyte.kernels.dispatch import PANEL
+from halfbyte.kernels.general import STRIP
 from halfbyte.methods.gptq import DOUBLE_LIMIT, ENOUGH_FOR_SINGLE
-from halfbyte.methods.refine import STRIP
 from halfbyte.methods.scales import CANDIDATES_PER_CALL, shares
 from halfbyte.schemes import WeightFormat
 

@@ -23,10 +23,9 @@ from collections.abc import Iterator
 import torch
 
 from halfbyte.kernels.dispatch import PANEL, descend, rounding_error
+from halfbyte.kernels.general import STRIP
 from halfbyte.methods.scales import LEAST_SCALE
 from halfbyte.schemes import WeightFormat
-
-STRIP = 1024
 
 
 def output_energy(weights: torch.Tensor, hessians: torch.Tensor) -> torch.Tensor:

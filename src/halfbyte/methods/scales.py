@@ -83,8 +83,10 @@ def _from_range(
     """With ``tried``, for each of these shares of the range (in the last dimension)."""
     extreme = torch.maximum(-lo, hi)
     empty = extreme == 0
-    if tried is not None:
-        extreme, lo, hi = (extreme * tried, lo, hi) if fmt.symmetric else (extreme * tried, lo * tried, hi * tried)
+    if tried is not None and fmt.symmetric:
+        extreme = extreme * tried
+    elif tried is not None:
+        lo, hi = lo * tried, hi * tried
     if fmt.kind == "float":
         scales = extreme / FLOAT8_MAX
     elif fmt.symmetric:
