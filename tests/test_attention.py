@@ -24,7 +24,7 @@ def tensors(tokens: int, heads: int, kv: int, seed: int = 0) -> tuple[torch.Tens
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 128, 129, 300])
-@pytest.mark.parametrize("kind", ["causal", "none", "bool", "added"])
+@pytest.mark.parametrize("kind", ["causal", "none", "bool", "added", "of each head"])
 def test_it_is_attention(kind: str, tokens: int) -> None:
     q, k, v = tensors(tokens, 4, 2)
     mask: torch.Tensor | None = None
@@ -33,7 +33,11 @@ def test_it_is_attention(kind: str, tokens: int) -> None:
         mask |= torch.eye(tokens, dtype=torch.bool)
     if kind == "added":
         mask = torch.randn(1, 1, tokens, tokens, generator=torch.Generator().manual_seed(3)).bfloat16()
+    if kind == "of each head":
+        mask = torch.randn(2, 4, tokens, tokens, generator=torch.Generator().manual_seed(3)).bfloat16()
     found = attend(q, k, v, mask, 0.3, causal=kind == "causal")
+    learnt = attend(q.clone().requires_grad_(True), k, v, mask, 0.3, causal=kind == "causal")
+    assert torch.equal(found, learnt.detach()), "the same whether or not there is a way back"
     exact = scaled_dot_product_attention(
         q.double(),
         k.double().repeat_interleave(2, 1),

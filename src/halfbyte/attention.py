@@ -5,13 +5,15 @@
 torch's CPU kernel for attention multiplies bfloat16 no faster than float32. Here scores are float32 (the products of
 two bfloat16 numbers are exact, see ``arithmetic.bfloat16_products``), the softmax is float32, and its probabilities are
 rounded to bfloat16 before they weigh the values, as that kernel does too. Queries go in strips, and a strip looks only
-at the keys that it may see: half of the work where all is causal.
+at the keys that it may see: half of the work where all is causal. Heads that share keys are one product.
 
 What is not plain attention (dropout, position biases, sinks, caches, masks that broadcast) is left to transformers.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,24 +90,63 @@ def attend(
     Returns:
         ``[batch, heads, tokens, d_v]`` in the queries' dtype. A query that may see no key gets the mean of all values.
     """
-    share = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
-    turned = key.transpose(2, 3).float()
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    least = torch.finfo(torch.float32).min
+    batch, heads, tokens, width = query.shape
+    key_heads, keys = key.shape[1:3]
+    share = heads // key_heads
+    grouped = query.reshape(batch * key_heads, share, tokens, width).float()
+    turned = key.reshape(batch * key_heads, keys, width).float().transpose(1, 2)
+    value = value.reshape(batch * key_heads, keys, -1)
+    scale = width**-0.5 if scaling is None else scaling
+    above = torch.ones(STRIP, STRIP, dtype=torch.bool, device=query.device).triu(1)
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    rooms = None if learning else _Rooms.of(batch * heads * min(STRIP, tokens) * keys, value)
     outputs = []
     with bfloat16_products():
-        for first in range(0, query.shape[2], STRIP):
-            rows = slice(first, min(first + STRIP, query.shape[2]))
-            seen = slice(0, rows.stop if causal else key.shape[2])
-            scores = torch.matmul(query[:, :, rows].float(), turned[..., seen]) * scale
+        for first in range(0, tokens, STRIP):
+            rows = slice(first, min(first + STRIP, tokens))
+            count, seen = rows.stop - rows.start, rows.stop if causal else keys
+            asked = grouped[:, :, rows].reshape(-1, share * count, width)
+            scores = _scores(asked, turned[..., :seen], scale, rooms)
+            by_head = scores.view(batch, key_heads, share, count, seen)
             if causal:
-                width = rows.stop - rows.start
-                above = torch.ones(width, width, dtype=torch.bool, device=scores.device).triu(1)
-                scores[..., rows].masked_fill_(above, least)
-            elif mask is not None and mask.dtype == torch.bool:
-                scores = scores.masked_fill(~mask[:, :, rows], least)
+                by_head[..., rows].masked_fill_(above[:count, :count], torch.finfo(torch.float32).min)
             elif mask is not None:
-                scores = scores + mask[:, :, rows].float()
-            outputs.append(torch.matmul(torch.softmax(scores, -1).to(value.dtype), value[:, :, seen]))
+                shared = share if mask.shape[1] > 1 else 1
+                by_group = mask[:, :, rows].reshape(mask.shape[0], -1, shared, count, keys)
+                if mask.dtype == torch.bool:
+                    by_head.masked_fill_(~by_group, torch.finfo(torch.float32).min)
+                else:
+                    by_head.add_(by_group.float())
+            answers = torch.bmm(_probabilities(scores, value.dtype, rooms), value[:, :seen])
+            outputs.append(answers.view(batch, heads, count, -1))
     return torch.cat(outputs, dim=2)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rooms:
+    """What a strip's scores and probabilities are written to where nothing is kept for the way back: the same memory
+    for all strips. Fresh memory is cleared page by page, which takes as long as the arithmetic."""
+
+    scores: torch.Tensor
+    probabilities: torch.Tensor
+    rounded: torch.Tensor
+
+    @staticmethod
+    def of(size: int, value: torch.Tensor) -> _Rooms:
+        scores = value.new_empty(size, dtype=torch.float32)
+        return _Rooms(scores, torch.empty_like(scores), value.new_empty(size))
+
+
+def _scores(query: torch.Tensor, turned: torch.Tensor, scale: float, rooms: _Rooms | None) -> torch.Tensor:
+    """``scale query turned``, ``[batch, queries, keys]`` float32."""
+    nothing, shape = query.new_empty(()), (query.shape[0], query.shape[1], turned.shape[2])
+    out = None if rooms is None else rooms.scores[: math.prod(shape)].view(shape)
+    scores: torch.Tensor = torch.baddbmm(nothing, query, turned, beta=0, alpha=scale, out=out)
+    return scores
+
+
+def _probabilities(scores: torch.Tensor, dtype: torch.dtype, rooms: _Rooms | None) -> torch.Tensor:
+    if rooms is None:
+        return torch.softmax(scores, -1).to(dtype)
+    torch.softmax(scores, -1, out=rooms.probabilities[: scores.numel()].view_as(scores))
+    return rooms.rounded[: scores.numel()].copy_(rooms.probabilities[: scores.numel()]).view_as(scores)
