@@ -25,6 +25,7 @@ from halfbyte.blocks import Interner, StreamedModel, run_block
 from halfbyte.calibration import calibrate
 from halfbyte.checkpoint.reader import open_checkpoint
 from halfbyte.methods.gptq import factor_hessian, quantize_gptq
+from halfbyte.methods.pooled import shrinkage
 from halfbyte.methods.rtn import quantize_rtn
 from halfbyte.progress import Silent
 from halfbyte.recipe import GptqSteps
@@ -32,7 +33,8 @@ from halfbyte.schemes import WeightFormat
 from halfbyte.statistics import Collector
 from halfbyte.weights import Weights
 
-NOTHING = GptqSteps(static_order=False, scale_search=False, scale_refit=False, code_descent=False)
+UNSHRUNK = replace(GptqSteps(), shrinkage=0.0)
+NOTHING = replace(UNSHRUNK, static_order=False, scale_search=False, scale_refit=False, code_descent=False)
 ORDER = replace(NOTHING, static_order=True)
 SEARCH = replace(ORDER, scale_search=True)
 VARIANTS: dict[str, tuple[str, GptqSteps | None]] = {
@@ -43,18 +45,20 @@ VARIANTS: dict[str, tuple[str, GptqSteps | None]] = {
     "+search 1/R^2": ("and scales searched with importance 1/R_jj^2 instead", SEARCH),
     "+refit": ("and scales refitted after the columns", replace(SEARCH, scale_refit=True)),
     "+descent": ("and coordinate descent on codes instead", replace(SEARCH, code_descent=True)),
-    "+both": ("and both in turn (the default)", GptqSteps()),
-    "+both, 2 sweeps": ("and both in turn, two sweeps", GptqSteps(sweeps=2)),
-    "+both, 8 sweeps": ("and both in turn, eight sweeps", GptqSteps(sweeps=8)),
+    "+both": ("and both in turn", UNSHRUNK),
+    "+both, 2 sweeps": ("and both in turn, two sweeps", replace(UNSHRUNK, sweeps=2)),
+    "+both, 8 sweeps": ("and both in turn, eight sweeps", replace(UNSHRUNK, sweeps=8)),
+    "+shrinkage": ("and one sweep of both, correlations shrunk by sqrt(inputs / tokens) (the default)", GptqSteps()),
 }
 
 
-def variant(name: str, weight: torch.Tensor, hessian: torch.Tensor, fmt: WeightFormat) -> torch.Tensor:
+def variant(name: str, weight: torch.Tensor, hessian: torch.Tensor, tokens: int, fmt: WeightFormat) -> torch.Tensor:
     """The dequantised weight that a variant gives."""
     steps = VARIANTS[name][1]
     if steps is None:
         return quantize_rtn(weight, fmt, torch.bfloat16).dense()
-    factor = factor_hessian(hessian, 0.01, where=name, static_order=steps.static_order)
+    shrunk = steps.shrinkage * shrinkage(hessian.shape[0], tokens)
+    factor = factor_hessian(hessian, 0.01, where=name, static_order=steps.static_order, shrinkage=shrunk)
     if name == "+search diag(H)":
         factor = replace(factor, importance=hessian.diagonal().contiguous()[None])
     return quantize_gptq(weight, hessian, factor, fmt, torch.bfloat16, steps).dense()
@@ -110,7 +114,7 @@ def main() -> None:
                     energy = float(((weight @ judge) * weight).sum(dtype=torch.float64))
                     errors = {}
                     for v in VARIANTS:
-                        e = variant(v, weight, h, fmt) - weight
+                        e = variant(v, weight, h, halves[0].numel(), fmt) - weight
                         errors[v] = float(((e @ judge) * e).sum(dtype=torch.float64)) / energy
                     rows.append({"linear": name, "relative_error": errors})
     means = {v: sum(r["relative_error"][v] / r["relative_error"]["rtn"] for r in rows) / len(rows) for v in VARIANTS}

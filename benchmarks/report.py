@@ -27,8 +27,9 @@ PAGE = HERE.parent / "docs" / "benchmarks.md"
 HEAD = """# Benchmarks
 
 Written by `benchmarks/report.py` from the files in [benchmarks/results](../benchmarks/results); do not edit.
-Absolute times belong to the machine and the hour; ratios from runs that alternated on one machine are the claim.
-[How to run each](../benchmarks/README.md).
+Absolute times belong to the machine and the hour; ratios between runs that took turns on one machine are the claim.
+Where a table says one run of each, a ratio's range is that of one pair. Rows with another commit are of other code,
+which [the log](log.md) tells of. [How to run each](../benchmarks/README.md).
 """
 
 
@@ -47,6 +48,8 @@ def block(text: str) -> str:
 def ablation(result: dict[str, Any]) -> str:
     rows = [f"{'held-out error, RTN = 1':28s} mean over {len(result['linears'])} Linears"]
     rows += [f"{v:28s} {m:.4f}  {result['what'][v]}" for v, m in result["mean_error_relative_to_rtn"].items()]
+    tokens = result["calibration"]["tokens_seen"]
+    rows += ["", f"{result['model']}, {tokens} tokens; {result['date']}, commit {result['commit'][:12]}"]
     return "\n".join(rows)
 
 
@@ -85,8 +88,8 @@ def converting(result: dict[str, Any]) -> str:
 def beside(kind: str) -> str:
     """One table of all paired runs: every tool's divergence, and its cost as a share of the baseline tool's.
 
-    A tool that was run by itself on the same model, tokens and text stands beside them, without shares of time. What a
-    file's name says after model and scheme, as the processor, stands behind the tool.
+    A tool that was run by itself on the same model, tokens and text stands beside them, without shares of time, and is
+    marked. What a file's name says after model and scheme, as the processor, stands behind the tool.
     """
     groups: dict[tuple[Any, ...], list[tuple[str, dict[str, Any]]]] = {}
     for path in newest(kind):
@@ -96,10 +99,12 @@ def beside(kind: str) -> str:
         key = (work["model"], work["scheme"], work["group_size"], work["windows_sha256"])
         where = path.stem.partition(f"-{work['model']}-{work['scheme']}")[2].strip("-")
         groups.setdefault((*key, score.get("text_sha256"), score.get("tokens")), []).append((where, r))
-    rows = [["model, scheme, tool", "KL (nats)", f"of {BASELINE}'s", "wall time", "CPU time", "peak memory"]]
+    head = ["model, scheme, tool", "KL (nats)", f"of {BASELINE}'s", "wall time", "CPU time", "peak memory", "commit"]
+    rows = [head]
     for (model, scheme, size, *_), members in groups.items():
         paired = [(where, r) for where, r in members if BASELINE in r["summary"]["paired_ratios"]]
-        alone = [("", r) for _, r in members if BASELINE not in r["summary"]["paired_ratios"]] if paired else []
+        alone = [("not in turns", r) for _, r in members if BASELINE not in r["summary"]["paired_ratios"]]
+        alone = alone if paired else []
         baseline = next(filter(None, (_divergence(r, BASELINE) for _, r in paired)), None)
         for where, r in [*paired, *alone]:
             ratios = r["summary"]["paired_ratios"].get(BASELINE, {})
@@ -113,9 +118,8 @@ def beside(kind: str) -> str:
                 ]
                 of_baseline = f"{m['kl_mean'] / baseline['kl_mean']:.2f}" if baseline else ""
                 words = [f"{model} {scheme} g{size}" if size else f"{model} {scheme}", peers.title(r, name), where]
-                rows.append(
-                    [", ".join(filter(None, words)), peers.plus_minus(m, "kl_mean", "kl_se"), of_baseline, *shares]
-                )
+                kl, commit = peers.plus_minus(m, "kl_mean", "kl_se"), str(r["commit"]["commit"])[:7]
+                rows.append([", ".join(filter(None, words)), kl, of_baseline, *shares, commit])
     return harness.table(rows) + "\n"
 
 

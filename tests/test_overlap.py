@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,32 @@ def test_what_fails_while_writing_behind_stops_the_run_and_it_resumes(
     quantize(source, out, resume=True, **WORK)
     quantize(source, tmp_path / "whole", **WORK)
     assert digest(out) == digest(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_stage_is_saved_while_the_next_block_is_worked_on(
+    offload: bool, tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, work = tiny_model("llama", num_hidden_layers=3), {**WORK, "samples": 64, "offload": offload}
+    plain = quantize(source, tmp_path / "plain", **work)
+    assert plain.tuning, "two batches are enough to tune by"
+    reached, found, sync, aim = threading.Event(), [], Layout.sync, pipeline.Stream.aim
+
+    def waiting(self: Layout, folder: Path) -> None:
+        found.append(len(found) != 1 or reached.wait(60))  # the second is that of block 0
+        sync(self, folder)
+
+    def reaching(self: pipeline.Stream, block: torch.nn.Module, index: int) -> None:
+        aim(self, block, index)
+        if index == 1:
+            reached.set()
+
+    monkeypatch.setattr(Layout, "sync", waiting)
+    monkeypatch.setattr(pipeline.Stream, "aim", reaching)
+    quantize(source, tmp_path / "out", **work)
+    assert len(found) == 4
+    assert all(found), "block 1 was not begun before block 0 was saved"
+    assert digest(tmp_path / "out") == digest(tmp_path / "plain")
 
 
 def test_a_block_read_ahead_is_the_block(tiny_model: Models) -> None:

@@ -313,7 +313,8 @@ class Job:
                 end_to_end=self.work.calibration.end_to_end,
             )
         if self.run.fresh:
-            self._save(layout, stream, 0, digests, linears=[], blocks=[])
+            keep = None if stream is None else stream.saver(0)
+            self._save(layout, stream, 0, digests, keep=keep, linears=[], blocks=[])
         self.reporter.start("blocks", blocks.num_blocks)
         self.reporter.advance(max(int(facts["stage"]), 0))
         with ThreadPoolExecutor(1) as saver:
@@ -350,7 +351,8 @@ class Job:
                 if stream is not None:
                     stream.turn(index + 1)
                 written = digests if write is not None else dict(digests)
-                self._saving = saver.submit(self._save, layout, stream, index + 1, written, write, **stage)
+                keep = None if stream is None else stream.saver(index + 1)
+                self._saving = saver.submit(self._save, layout, stream, index + 1, written, write, keep, **stage)
             self._await_save()
         self.reporter.finish()
         together = None if stream is None else self._tune_together(stream)
@@ -520,7 +522,6 @@ class Job:
             modules = {n: m for n, m in model.linears(index).items() if n in names}
             require_finite_weights(modules)
             if stream.tuning is not None:
-                self._await_save()
                 stream.aim(block, index)
             formats = self._activation_formats(names)
             smoother = self._smoother(model, block, modules, index)
@@ -542,12 +543,13 @@ class Job:
                         results |= {n: self._put_away(n, *results[n]) for m in moments for n in m.names}
                     release_freed_memory()
                 if not last and stream.tuning is None:
-                    self._await_save()
+                    self._await_save()  # before hidden states take memory a second time
                     stream.advance(block, index, walk)
             wait_for_copies(self.device)
             if stream.tuning is not None:
                 self._tune(block, index, modules, formats, stream, solved)
                 if not last:
+                    self._await_save()
                     stream.advance(block, index, stream.at_once(block, index, modules, formats, self.recipe))
         solved.linears = {n: results[n] for n in names}
         return solved
@@ -662,6 +664,7 @@ class Job:
         stage: int,
         digests: dict[str, str],
         write: Callable[[], None] | None = None,
+        keep: Callable[[], None] | None = None,
         **facts: Any,
     ) -> None:
         """Make a stage durable: tensors, then hidden states, then the journal that vouches for them."""
@@ -671,8 +674,8 @@ class Job:
                 write()
             if ranks.first:
                 layout.sync(self.run.checkpoint)
-            if stream is not None:
-                stream.save(stage)
+            if keep is not None:
+                keep()
             ranks.agree()
             self.run.record(stage, digests=dict(digests), **facts)
             ranks.agree()
@@ -794,11 +797,18 @@ class Stream:
         found = [None if behind else self.states, None if behind and self.entering is None else self.originals]
         return [kept for kept in found if kept is not None]
 
-    def save(self, stage: int) -> None:
-        for kept in self._needed(stage):
-            kept.save(stage)
+    def saver(self, stage: int) -> Callable[[], None]:
+        """What makes hidden states durable as they are now, called while the next block is worked on."""
+        savers = [kept.saver(stage) for kept in self._needed(stage)]
         if stage == 0 and self.entering is not None:
-            self.entering.save(0)
+            savers.append(self.entering.saver(0))
+
+        def save() -> None:
+            for each in savers:
+                each()
+            savers.clear()  # and let go of what they hold
+
+        return save
 
     def forget(self, stage: int) -> None:
         for kept in (self.states, self.originals):

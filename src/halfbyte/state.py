@@ -22,7 +22,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -263,17 +263,21 @@ class HiddenStates:
             return torch.empty(states.shape, dtype=self.dtype, pin_memory=True).copy_(states)
         return states.to("cpu", self.dtype)
 
-    def save(self, stage: int) -> None:
-        """Make ``stage`` complete and durable on disk."""
-        if not self.offload:
-            for b, states in enumerate(list(self._held)):
+    def saver(self, stage: int) -> Callable[[], None]:
+        """What makes ``stage``, as it is now, complete and durable on disk; it may be called while the next is made."""
+        held = list(self._held)
+
+        def save() -> None:
+            for b, states in enumerate(held):
                 self._store(b, states, stage)
-        descriptor = os.open(self._file(stage), os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        fsync_folder(self.folder)
+            descriptor = os.open(self._file(stage), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            fsync_folder(self.folder)
+
+        return save
 
     def turn(self, stage: int) -> None:
         """From now on the current block is ``stage``."""
