@@ -7,7 +7,8 @@ two bfloat16 numbers are exact, see ``arithmetic.bfloat16_products``), the softm
 rounded to bfloat16 before they weigh the values, as that kernel does too. Queries go in strips, and a strip looks only
 at the keys that it may see: half of the work where all is causal. Heads that share keys are one product.
 
-What is not plain attention (dropout, position biases, sinks, caches, masks that broadcast) is left to transformers.
+What is not plain attention in bfloat16 (dropout, position biases, sinks, caches, masks that broadcast, other dtypes) is
+left to transformers.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def attention_forward(
     """
     shape = (query.shape[2], key.shape[2])
     unusual = attention_mask is not None and (attention_mask.dim() != 4 or attention_mask.shape[2:] != shape)
-    if dropout or unusual or any(others.get(name) is not None for name in UNUSUAL):
+    rounded = any(x.dtype != torch.bfloat16 for x in (query, key, value))  # would be, by products of bfloat16
+    if dropout or unusual or rounded or any(others.get(name) is not None for name in UNUSUAL):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(  # type: ignore[no-any-return]
@@ -93,19 +95,19 @@ def attend(
     batch, heads, tokens, width = query.shape
     key_heads, keys = key.shape[1:3]
     share = heads // key_heads
-    grouped = query.reshape(batch * key_heads, share, tokens, width).float()
+    grouped = query.reshape(batch * key_heads, share, tokens, width)
     turned = key.reshape(batch * key_heads, keys, width).float().transpose(1, 2)
     value = value.reshape(batch * key_heads, keys, -1)
     scale = width**-0.5 if scaling is None else scaling
     above = torch.ones(STRIP, STRIP, dtype=torch.bool, device=query.device).triu(1)
-    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, mask))
     rooms = None if learning else _Rooms.of(batch * heads * min(STRIP, tokens) * keys, value)
     outputs = []
     with bfloat16_products():
         for first in range(0, tokens, STRIP):
             rows = slice(first, min(first + STRIP, tokens))
             count, seen = rows.stop - rows.start, rows.stop if causal else keys
-            asked = grouped[:, :, rows].reshape(-1, share * count, width)
+            asked = grouped[:, :, rows].float().reshape(-1, share * count, width)
             scores = _scores(asked, turned[..., :seen], scale, rooms)
             by_head = scores.view(batch, key_heads, share, count, seen)
             if causal:

@@ -1,7 +1,7 @@
-"""What an engine has to compute from a W8A8 checkpoint, written out with transformers and the independent decoder.
+"""What an engine has to compute from a checkpoint, written out with transformers and the independent decoder.
 
-The source model in float32 with the weights that the checkpoint stands for, and each quantised layer's input rounded as
-engines round it: ``x -> s round(x / s)``, ``s = absmax / 127`` for each token.
+The source model in float32 with the weights that the checkpoint stands for. In W8A8, each quantised layer's input is
+rounded as engines round it: ``x -> s round(x / s)``, ``s = absmax / 127`` for each token.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""Tiny W8A8 checkpoints in vLLM on this CPU: they load, generate, and predict what their codes and scales stand for.
+"""Tiny checkpoints in vLLM on this CPU: they load, generate, and predict what their codes and scales stand for. W8A8 of
+every family, packed 4 bits and mixed precision of one.
 
 One process of vLLM runs all models, since its start is what costs. ``-k NAME`` builds and runs the chosen ones alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ import tiny
 import zoo
 from halfbyte.calibration.processing import load_processor
 from halfbyte.errors import HalfbyteError
+from halfbyte.serving.choice import read_served, vllm_obstacle
+from halfbyte.serving.machine import Machine, Vllm, cpu_flags
 
 pytestmark = [
     pytest.mark.engine,
@@ -32,6 +36,26 @@ pytestmark = [
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS, TOP = 16, 6, 4, 5
 EVERY = pytest.mark.parametrize("family", cases.CASES)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How a llama with packed weights is made; ``wide``: vLLM gets :mod:`vllm_wide`."""
+
+    options: Mapping[str, Any]
+    wide: bool = False
+
+
+MIXED = {"scheme": "W4A16", "group_size": 32, "target_bits": 6.0}
+PACKED = {
+    "W4A16": Packed({"scheme": "W4A16", "group_size": 32}),
+    "W4A16 by rows": Packed({"scheme": "W4A16", "group_size": "channel"}),
+    "W4A16_ASYM": Packed({"scheme": "W4A16_ASYM", "group_size": 64}),
+    "mixed": Packed(MIXED, wide=True),
+    "mixed, vLLM alone": Packed(MIXED),
+}
+AVX512 = "avx512f" in cpu_flags(Path("/proc/cpuinfo"))
+needs_avx512 = pytest.mark.skipif(not AVX512, reason="vLLM's kernel for 4 bits on CPUs needs AVX512")
 
 
 @dataclass(frozen=True)
@@ -58,26 +82,31 @@ def pictured(source: Path, size: tuple[int, int]) -> tuple[str, Path]:
 
 @pytest.fixture(scope="module")
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
-    """Every chosen family quantised by halfbyte, and what vLLM answers for it."""
+    """Every chosen family and way of packing, quantised by halfbyte, and what vLLM answers for it."""
     root = tmp_path_factory.mktemp("vllm")
     text = root / "ferry.txt"
     text.write_text(tiny.TEXT, encoding="utf-8")
-    chosen = [i.callspec.params["family"] for i in request.session.items if "made" in getattr(i, "fixturenames", ())]
+    asking = [i.callspec.params for i in request.session.items if "made" in getattr(i, "fixturenames", ())]
+    chosen = [p["packed"] if "packed" in p else p["family"] for p in asking if AVX512 or "packed" not in p]
     folders, jobs, failed = {}, [], {}
-    for family in dict.fromkeys(chosen):
+    for name in dict.fromkeys(chosen):
+        packed = PACKED.get(name)
+        family = name if packed is None else "llama"
         case = cases.CASES[family]
-        source, out = case.build(family, root / family), root / f"{family}-W8A8"
+        source, out = case.build(family, root / name), root / f"{name}, quantised"
         options: dict[str, Any] = {"samples": 4, "seq_len": 40, "effort": "low", "device": "cpu"}
-        seen = None if case.picture is None else pictured(source, case.picture)
-        folders[family] = (source, out, seen)
+        options |= {"scheme": "W8A8"} if packed is None else packed.options
+        seen = None if packed is not None or case.picture is None else pictured(source, case.picture)
+        folders[name] = (source, out, seen)
         try:
-            halfbyte.quantize(source, out, scheme="W8A8", calibration=f"text:{text}", **options)
+            halfbyte.quantize(source, out, calibration=f"text:{text}", **options)
         except HalfbyteError as e:
-            failed[family] = {"error": f"halfbyte: {e}"}
+            failed[name] = {"error": f"halfbyte: {e}"}
             continue
         asked: list[Any] = list(prompts(source))
         asked += [] if seen is None else [{"text": seen[0], "images": [str(seen[1])]}]
-        jobs.append({"name": family, "folder": str(out), "prompts": asked, "new_tokens": NEW_TOKENS, "top": TOP})
+        job = {"name": name, "folder": str(out), "prompts": asked, "new_tokens": NEW_TOKENS, "top": TOP}
+        jobs.append(job | ({} if packed is None else {"options": {"dtype": "float16"}, "wide": packed.wide}))
     answers = failed | engine.ask("vllm_run.py", jobs, root)
     nothing = {"error": "vLLM ended before this model's turn"}
     return {name: Made(*folder, answers.get(name, nothing)) for name, folder in folders.items()}
@@ -143,6 +172,41 @@ def test_it_sees(made: dict[str, Made], family: str, tmp_path: Path) -> None:
     assert saw[: len(saw) // 4].max() < 1e-3 or saw.mean() < 0.5 * saw_another.mean()
     assert saw.mean() < saw_another.mean()
     model_records.passed(family, "W8A8", "vllm with pictures", engine=answer["versions"])
+
+
+@needs_avx512
+@pytest.mark.parametrize("packed", [name for name in PACKED if name != "mixed, vLLM alone"])
+def test_packed_weights_predict_what_they_stand_for(made: dict[str, Made], packed: str, tmp_path: Path) -> None:
+    """Inputs are not rounded, so there are no ties, and every prompt must be right.
+
+    vLLM's kernel takes no float32, so it computes in float16; symmetric 4 bits times a bfloat16 scale are exact in it.
+    """
+    answer, source, out = made[packed].answer, made[packed].source, made[packed].out
+    assert "error" not in answer, answer.get("traceback", answer["error"])
+    runs = answer["runs"]
+    assert [run["prompt_ids"] for run in runs] == prompts(source)
+    assert {len(run["ids"]) for run in runs} == {NEW_TOKENS}
+    groups = tiny.config_of(out)["quantization_config"]["config_groups"].values()
+    assert {g["weights"]["num_bits"] for g in groups} == ({4, 8} if PACKED[packed].wide else {4})
+    read = [{"input_ids": torch.tensor([run["prompt_ids"] + run["ids"]])} for run in runs]
+
+    def apart(folder: Path) -> torch.Tensor:
+        wanted = expected.predictions(folder, "llama", read, set())
+        return torch.cat([differences(run, logits) for run, logits in zip(runs, wanted, strict=True)])
+
+    errors, from_source = apart(expected.dense_copy(source, out, tmp_path / "dense")), apart(source)
+    assert errors.max() < 0.01
+    assert from_source.mean() > 50 * errors.mean()
+
+
+@needs_avx512
+@pytest.mark.parametrize("packed", ["mixed, vLLM alone"])
+def test_mixed_precision_finds_no_kernel_on_a_cpu_and_serving_knows(made: dict[str, Made], packed: str) -> None:
+    """Once vLLM has one, :mod:`vllm_wide`, the obstacle in ``serving.choice`` and README can go."""
+    assert "Failed to find a kernel that can implement the WNA16 linear layer" in made[packed].answer["traceback"]
+    vllm = Vllm(python="python", version="0.32.0", cpu=True)
+    machine = Machine(gpus=(), cpu_flags=frozenset({"avx512f"}), vllm=vllm, llamacpp=None, memory_bytes=1 << 34)
+    assert vllm_obstacle(read_served(made[packed].out), machine) == "vLLM has no kernel for W8A16 on CPUs"
 
 
 def exact(errors: torch.Tensor) -> bool:

@@ -4,17 +4,18 @@ Runs with the interpreter of vLLM's environment and imports nothing of halfbyte'
 
     python vllm_run.py JOBS.json ANSWERS.json
 
-JOBS: ``[{"name", "folder", "prompts": [[token id, ...], ...], "new_tokens", "top", "options": {...}}, ...]``.
-A prompt may also be ``{"text", "images": [file, ...]}``, for models that see. ANSWERS maps each name to
-``{"cpu", "versions", "runs": [run, ...]}`` or to ``{"error", "traceback"}``, and is written anew after each job, so
-that a crash costs only the jobs behind it. A run is ``{"prompt_ids", "prompt_logprobs": [{id: nats} or null, ...],
-"ids", "logprobs": [{id: nats}, ...]}``.
+JOBS: ``[{"name", "folder", "prompts": [[token id, ...], ...], "new_tokens", "top", "options": {...}, "wide"}, ...]``.
+A prompt may also be ``{"text", "images": [file, ...]}``, for models that see; ``wide`` asks for :mod:`vllm_wide`.
+ANSWERS maps each name to ``{"cpu", "versions", "runs": [run, ...]}`` or to ``{"error", "traceback"}``, and is written
+anew after each job, so that a crash costs only the jobs behind it. A run is ``{"prompt_ids", "prompt_logprobs":
+[{id: nats} or null, ...], "ids", "logprobs": [{id: nats}, ...]}``.
 
 A start of vLLM costs up to a minute on two cores, a further model in the same process a few seconds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import sys
@@ -26,6 +27,7 @@ from typing import Any
 import vllm_setup  # noqa: F401 -- before vLLM is imported
 import torch
 import vllm_experts
+import vllm_wide
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -89,7 +91,8 @@ def main(jobs: Path, answers: Path) -> None:
     found: dict[str, Any] = {}
     for job in json.loads(jobs.read_text()):
         try:
-            found[job["name"]] = run(job)
+            with vllm_wide.kernel() if job.get("wide") else contextlib.nullcontext():
+                found[job["name"]] = run(job)
         except Exception as e:
             found[job["name"]] = {"error": f"{type(e).__name__}: {e}", "traceback": traceback.format_exc()}
         answers.write_text(json.dumps(found))
