@@ -44,7 +44,7 @@ class Variant:
     """
 
     what: str
-    keys: Mapping[str, str] = field(default_factory=dict)
+    keys: Mapping[str, str | int | float] = field(default_factory=dict)
     steps: Mapping[str, bool | float] = field(default_factory=dict)
     words: tuple[str, ...] = ()
 
@@ -79,6 +79,8 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "shrinkage=off": UNSHRUNK,
         "true_sequential=off": UNSEQUENTIAL,
         "dtype=float32": Variant(what="blocks compute in float32", words=("--dtype", "float32")),
+        "group_size=32": Variant(what="groups of 32", keys={"group_size": 32}),
+        "target_bits=4.5": Variant(what="W8A16 where 4 bits hurt most, up to 4.5 bits", keys={"target_bits": 4.5}),
     },
     "W8A8": {
         "rtn": RTN,
@@ -90,6 +92,9 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "effort=high, end_to_end=off": HIGH_BY_BLOCK,
     },
 }
+
+# Take 4.5 bits, where groups of 128 take 4.125; groups of 32 take these bits themselves.
+IN_LARGER_GROUPS = ("group_size=32", "target_bits=4.5")
 
 
 def main() -> None:
@@ -144,7 +149,14 @@ def arguments() -> argparse.Namespace:
     absent += [] if (options.model / "config.json").is_file() else [str(options.model / "config.json")]
     if absent:
         parser.error(f"no such file: {', '.join(absent)}")
-    options.only = [name for name in known if not options.only or name in options.only]
+    if options.scheme == "W4A16":
+        config = json.loads((options.model / "config.json").read_text(encoding="utf-8"))
+        options.group_size = options.group_size or peers.default_group_size(config)
+    pointless = IN_LARGER_GROUPS if options.group_size == 32 else ()
+    asked = [name for name in pointless if name in (options.only or [])]
+    if asked:
+        parser.error(f"the default has groups of 32, beside which {' and '.join(asked)} cannot be measured")
+    options.only = [name for name in known if name in (options.only or known) and name not in pointless]
     file = f"{harness.today()}-parts-{options.model.name}-{options.scheme}.json"
     options.result = options.result or harness.RESULTS / file
     return options
@@ -152,15 +164,13 @@ def arguments() -> argparse.Namespace:
 
 def begun(options: argparse.Namespace) -> dict[str, Any]:
     """The result file where there is one that this call can go on with, or a new result without variants."""
-    config = json.loads((options.model / "config.json").read_text(encoding="utf-8"))
-    groups = options.scheme == "W4A16"
     asked: dict[str, Any] = {
         "work": {
             "model": options.model.name,
             "model_sha256": peers.file_digest(sorted(options.model.glob("*.safetensors"))),
             "halfbyte_sha256": peers.file_digest(sorted(halfbyte_folder().rglob("*.py"))),
             "scheme": options.scheme,
-            "group_size": (options.group_size or peers.default_group_size(config)) if groups else None,
+            "group_size": options.group_size,
             "calibration_text": options.calibration_text.name,
             "calibration_text_sha256": peers.file_digest([options.calibration_text]),
             "validation_text": options.validation_text.name,
@@ -215,6 +225,7 @@ def measured(options: argparse.Namespace, work: Mapping[str, Any], variant: Vari
             "words": list(variant.words),
             **figures,
             "checkpoint_sha256": peers.file_digest(sorted(out.glob("*.safetensors"))),
+            "bits_per_weight": manifest["bits_per_weight"],
             "calibration_sha256": manifest["calibration"] and manifest["calibration"]["sha256"],
             "inside": manifest["run"],
             "score": harness.compared(options.model, out, options.validation_text, options.score_tokens, log, env),

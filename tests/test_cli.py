@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 import pytest
+from rich.console import Console
 
 import tiny
 from attacks.checkpoints import Shard
 from conftest import Models
+from halfbyte import pipeline, planner
 from halfbyte.cli.main import COMMANDS, cli, entry_point
-from halfbyte.records import CompareRecord, Manifest, Plan, VerifyRecord, from_plain, read_record
+from halfbyte.cli.quantize import render
+from halfbyte.methods.tuning import EndToEndOptions
+from halfbyte.records import (
+    CompareRecord,
+    EndToEndRecord,
+    Manifest,
+    Plan,
+    TuningRecord,
+    VerifyRecord,
+    from_plain,
+    read_record,
+)
 
 HEAVY = ("torch", "transformers", "numba", "compressed_tensors", "numpy", "accelerate", "rich.progress")
 
@@ -172,7 +187,46 @@ def test_quantize(tiny_model: Models, text_file: Path, tmp_path: Path, halfbyte:
         assert part in said.err
     text = halfbyte("quantize", tiny_model("llama"), tmp_path / "again", *options, "--device", "cpu")
     assert text.out.startswith(f"wrote {tmp_path}/again: ")
+    assert "tuning" not in text.out.replace(str(tmp_path), "")  # of one batch, none is left to judge by
     assert f"next: halfbyte verify {tmp_path}/again --source " in text.out
+
+
+def test_quantize_says_how_tuning_went(
+    tiny_model: Models,
+    text_file: Path,
+    tmp_path: Path,
+    halfbyte: Callable[..., Said],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pipeline, "TOKENS_PER_BATCH", 80)
+    monkeypatch.setattr(planner, "end_to_end_of", lambda recipe: EndToEndOptions(steps=2, held_out=4))
+    options = ["--group-size", "32", "--calibration", f"text:{text_file}", "--samples", "16", "--seq-len", "40"]
+    said = halfbyte("quantize", tiny_model("llama"), tmp_path / "out", *options, "--device", "cpu")
+    assert said.status == 0
+    made = read_record(Manifest, tmp_path / "out" / "halfbyte.json")
+    assert made.end_to_end is not None
+    _, blocks, together, _ = said.out.splitlines()
+    assert blocks.startswith(f"block tuning: {sum(r.kept for r in made.tuning)} of 2 blocks kept their tuned scales; ")
+    assert f"{made.end_to_end.kl_before:.5f} nats, {made.end_to_end.kl_after:.5f} after 2 steps; " in together
+
+
+def test_what_quantize_says_about_tuning(ferry: Path) -> None:
+    """A block that stayed as it was counts as 1 in the mean."""
+    manifest = read_record(Manifest, ferry / "halfbyte.json")
+    losses = [(0.5, 0.25, True), (0.25, 0.125, True), (0.5, 0.75, False)]
+    tuning = [TuningRecord(block=i, loss_before=a, loss_after=b, kept=k) for i, (a, b, k) in enumerate(losses)]
+
+    def said(kept: bool) -> list[str]:
+        record = EndToEndRecord(steps=56, kl_before=0.125, kl_after=0.0625, kept=kept)
+        text = io.StringIO()
+        console = Console(file=text, width=120, highlight=False, soft_wrap=True)
+        render(console, replace(manifest, tuning=tuning, end_to_end=record), Path("out"))
+        return text.getvalue().splitlines()
+
+    blocks = "block tuning: 2 of 3 blocks kept their tuned scales; output error on samples that were not tuned on is "
+    together = "all scales together: divergence on samples that were not tuned on 0.12500 nats, 0.06250 after 56 steps"
+    assert said(True)[1:-1] == [f"{blocks}0.667 of what it was, on average", f"{together}; kept"]
+    assert said(False)[2] == f"{together}; not kept"
 
 
 def test_quantize_random_tokens_and_self(tiny_model: Models, tmp_path: Path, halfbyte: Callable[..., Said]) -> None:

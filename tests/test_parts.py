@@ -45,6 +45,12 @@ def test_a_variant_differs_from_the_default_in_what_its_name_says(scheme: str, n
         assert recipe == replace(usual, effort=value)  # type: ignore[arg-type]
     elif key == "dtype":
         assert (recipe, words) == (usual, ("--dtype", value))
+    elif key == "group_size":
+        (group,) = usual.groups
+        scheme_wanted = group.scheme.with_group_size(int(value))
+        assert recipe == replace(usual, groups=(replace(group, scheme=scheme_wanted),))
+    elif key == "target_bits":
+        assert recipe == replace(usual, target_bits=float(value))
     else:
         assert value == "off"
         assert recipe == replace(usual, gptq=GptqSteps(**{key: False}))  # type: ignore[arg-type]
@@ -200,6 +206,29 @@ def test_what_is_wrong_is_said_before_any_work(
     with pytest.raises(SystemExit):
         command(*(given if words else []), *words)
     assert message in capsys.readouterr().err
+
+
+def test_what_takes_as_many_bits_as_groups_of_32_is_no_variant_of_them(
+    command: Callable[..., None],
+    tiny_model: Models,
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left_out = []
+    monkeypatch.setattr(parts, "measured", lambda *_: variant([1.0, 2.0], 1.0))
+    given = ["--model", tiny_model("llama"), "--calibration-text", text_file, "--validation-text", text_file]
+    for size in (32, 64):
+        path = tmp_path / f"{size}.json"
+        command(*given, "--group-size", size, "--result", path)
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert result["work"]["group_size"] == size
+        left_out.append(" ".join(n for n in parts.VARIANTS["W4A16"] if n not in result["variants"]))
+    assert left_out == ["group_size=32 target_bits=4.5", ""]
+    with pytest.raises(SystemExit):
+        command(*given, "--group-size", 32, "--only", "default", "target_bits=4.5")
+    assert "groups of 32, beside which target_bits=4.5 cannot be measured" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*-parts-*.json")), ids=lambda p: p.name)

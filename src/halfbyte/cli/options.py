@@ -60,7 +60,8 @@ def scheme_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--effort",
             type=click.Choice(["low", "standard", "high"]),
-            help="How long each block is tuned on its output after GPTQ: low is not at all.  [default: standard]",
+            help="How long each block is tuned on its output after GPTQ: low is not at all; high ends with all scales "
+            "tuned together, and takes several times as long.  [default: standard]",
         ),
         click.option(
             "--all-experts",

@@ -11,7 +11,7 @@ from rich.console import Console
 from halfbyte.cli.console import duration, emit, json_option, reporter, size
 from halfbyte.cli.options import calibration_options, device_option, scheme_options
 from halfbyte.recipe import WIDER
-from halfbyte.records import Manifest
+from halfbyte.records import EndToEndRecord, Manifest, TuningRecord
 
 
 @click.command("quantize")
@@ -79,10 +79,11 @@ def command(
             ranks=ranks,
         )
     if ranks.first:
-        emit(manifest, as_json=as_json, render=lambda console: _render(console, manifest, out))
+        emit(manifest, as_json=as_json, render=lambda console: render(console, manifest, out))
 
 
-def _render(console: Console, manifest: Manifest, out: Path) -> None:
+def render(console: Console, manifest: Manifest, out: Path) -> None:
+    """What was written, how well, and what to do next."""
     worst = max(manifest.linears, key=lambda r: r.relative_error)
     console.print(
         f"wrote {out}: {size(manifest.bytes_before)} -> {size(manifest.bytes_after)}, "
@@ -90,6 +91,10 @@ def _render(console: Console, manifest: Manifest, out: Path) -> None:
         f"largest relative error {worst.relative_error:.2e} at {worst.name}; "
         f"{duration(manifest.run['seconds'])}, peak memory {manifest.run['peak_bytes'] / 2**30:.2f} GiB"
     )
+    if manifest.tuning:
+        console.print(_tuning(manifest.tuning))
+    if manifest.end_to_end is not None:
+        console.print(_end_to_end(manifest.end_to_end))
     if manifest.rare_experts:
         of = len({r.name.rpartition(".")[0] for r in manifest.linears if ".experts." in r.name})
         console.print(
@@ -103,3 +108,20 @@ def _render(console: Console, manifest: Manifest, out: Path) -> None:
             f"mixed precision: target {found.target_bits:g} bits; {wide} of {len(found.units)} units got {WIDER}"
         )
     console.print(f"next: halfbyte verify {out} --source {manifest.source['name']}")
+
+
+def _tuning(blocks: list[TuningRecord]) -> str:
+    """How many blocks gained, and by how much on average, where a block that stayed as it was counts as 1."""
+    ratios = [b.loss_after / b.loss_before if b.kept else 1.0 for b in blocks]
+    return (
+        f"block tuning: {sum(b.kept for b in blocks)} of {len(blocks)} blocks kept their tuned scales; output error on "
+        f"samples that were not tuned on is {sum(ratios) / len(ratios):.3f} of what it was, on average"
+    )
+
+
+def _end_to_end(found: EndToEndRecord) -> str:
+    verdict = "kept" if found.kept else "not kept"
+    return (
+        f"all scales together: divergence on samples that were not tuned on {found.kl_before:.5f} nats, "
+        f"{found.kl_after:.5f} after {found.steps} steps; {verdict}"
+    )
