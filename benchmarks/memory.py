@@ -90,18 +90,20 @@ def header(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def quantize(
-    options: argparse.Namespace, source: Path, scratch: Path, *, offload: bool, data_limit: int | None = None
+    options: argparse.Namespace, source: Path, scratch: Path, *, offload: bool | None, data_limit: int | None = None
 ) -> dict[str, Any]:
-    """Quantise once, drop the output, and return the measurement beside the peak that ``plan`` foretold."""
+    """Quantise once, drop the output, and return the measurement beside the peak that the run's own plan foretold, and
+    where hidden states were: with ``offload=None`` halfbyte chooses."""
     out = scratch / "out"
-    rest = ["--scheme", "W4A16", "--json", "--calibration", "random-tokens"]
+    rest = ["--scheme", "W4A16", "--json", "--device", "cpu", "--calibration", "random-tokens"]
     rest += ["--samples", str(options.samples), "--seq-len", str(options.seq_len)]
-    rest += ["--offload" if offload else "--no-offload"]
-    plan = harness.json_from([sys.executable, "-m", "halfbyte", "plan", source, *rest])
+    rest += [] if offload is None else ["--offload" if offload else "--no-offload"]
     command = [sys.executable, "-m", "halfbyte", "quantize", source, out, *rest]
     measured = harness.measure(command, scratch / "log", environment(options), data_limit)
+    facts = json.loads((out / "halfbyte.json").read_text(encoding="utf-8"))["run"]
     shutil.rmtree(out)
-    return {"planned_peak_bytes": plan["estimates"]["peak_memory"]["value"], **harness.plain(measured)}
+    foretold = {"planned_peak_bytes": facts["planned_peak_bytes"], "offload": facts["offload"]}
+    return {**foretold, **harness.plain(measured)}
 
 
 def environment(options: argparse.Namespace) -> dict[str, str]:
@@ -120,7 +122,7 @@ def layers(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         for offload in (False, True):
             print(f"{depth} layers, {'with' if offload else 'without'} --offload", file=sys.stderr, flush=True)
             measured = quantize(options, source, scratch, offload=offload)
-            runs.append({"layers": depth, "offload": offload, "checkpoint_bytes": made["tensor_bytes"], **measured})
+            runs.append({"layers": depth, "checkpoint_bytes": made["tensor_bytes"], **measured})
         shutil.rmtree(source)
     result["runs"] = runs
     result["growth"] = {str(offload): growth([r for r in runs if r["offload"] is offload]) for offload in (False, True)}
@@ -176,13 +178,13 @@ def mixture(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def limit(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """A checkpoint larger than the memory that the kernel gives to the process."""
+    """A checkpoint larger than the memory that the kernel gives to the process, which nobody tells halfbyte of."""
     result = header("memory-limit", options)
     source, allowed = scratch / "llama", options.limit_mib * 2**20
     size = ["--width", str(options.width), "--layers", str(options.layers)]
     made = harness.json_from([sys.executable, MAKER, "llama", source, *size])
-    measured = quantize(options, source, scratch, offload=True, data_limit=allowed)
-    run = {"work": "quantize --offload", "layers": options.layers, "limit_bytes": allowed}
+    measured = quantize(options, source, scratch, offload=None, data_limit=allowed)
+    run = {"work": "quantize", "layers": options.layers, "limit_bytes": allowed}
     result["runs"] = [{**run, "checkpoint_bytes": made["tensor_bytes"], **measured}]
     return result
 
@@ -206,7 +208,10 @@ def render(result: dict[str, Any]) -> str:
     for r in result["runs"]:
         if "limit_bytes" in r:
             ratio = r["checkpoint_bytes"] / r["limit_bytes"]
-            lines.append(f"limit of private memory: {harness.gib(r['limit_bytes'])}; checkpoint x {ratio:.2f} of it")
+            limit = f"limit of private memory: {harness.gib(r['limit_bytes'])}; checkpoint x {ratio:.2f} of it"
+            if "offload" in r:  # it is not in results from before there was a choice
+                limit += f"; hidden states by its own choice {'on disk' if r['offload'] else 'in memory'}"
+            lines.append(limit)
     m = result["machine"]
     lines.append(f"{m['cpu']}, {m['cores']} cores, {harness.gib(m['memory_bytes'])}; {result['date']}")
     return "\n".join(lines)

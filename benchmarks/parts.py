@@ -224,6 +224,7 @@ def measured(options: argparse.Namespace, work: Mapping[str, Any], variant: Vari
             "recipe": recipe,
             "words": list(variant.words),
             **figures,
+            "planned_peak_bytes": manifest["run"].get("planned_peak_bytes"),  # of runs on a CPU
             "checkpoint_sha256": peers.file_digest(sorted(out.glob("*.safetensors"))),
             "bits_per_weight": manifest["bits_per_weight"],
             "calibration_sha256": manifest["calibration"] and manifest["calibration"]["sha256"],

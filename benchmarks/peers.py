@@ -321,6 +321,7 @@ def one_run(job: Job, competitor: Competitor, digest: str) -> dict[str, Any]:
         if calibration is not None and calibration["sha256"] != digest:
             raise SystemExit(f"halfbyte calibrated on other tokens ({calibration['sha256']}) than {digest}")
         inside = manifest["run"]
+        measured["planned_peak_bytes"] = inside.get("planned_peak_bytes")  # of runs on a CPU
     else:
         inside = json.loads(report.read_text(encoding="utf-8"))
     return {**measured, "checkpoint_sha256": file_digest(sorted(out.glob("*.safetensors"))), "inside": inside}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -397,6 +399,98 @@ def test_memory_available_is_no_more_than_the_machine_has() -> None:
     import psutil
 
     assert 0 < memory.available_memory_bytes() <= psutil.virtual_memory().total
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the kernel would say: 8000 kB are available, there are no containers and no limits."""
+    (tmp_path / "meminfo").write_text("MemTotal:       9999 kB\nMemAvailable:   8000 kB\nHugePages_Total:     0\n")
+    (tmp_path / "status").write_text("Name:\tpython\nVmSize:\t    5000 kB\nVmData:\t    1000 kB\nGroups:\t \n\n")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "status")
+    groups = tuple(replace(group, folder=tmp_path / group.folder.name) for group in memory.CGROUPS)
+    monkeypatch.setattr(memory, "CGROUPS", groups)
+    limit_process(monkeypatch)
+    return tmp_path
+
+
+def limit_process(monkeypatch: pytest.MonkeyPatch, data: int = -1, addresses: int = -1) -> None:
+    limits = {resource.RLIMIT_DATA: data, resource.RLIMIT_AS: addresses}
+    monkeypatch.setattr(resource, "getrlimit", lambda limit: (limits[limit], -1))
+
+
+def write_container(kernel: Path, version: int, limit: int | str, used: int, **stat: int) -> None:
+    """The account of a container. ``stat`` is named as version 2 does it."""
+    names = {"inactive_file": "total_inactive_file", "active_file": "total_active_file"}
+    names |= {"file_mapped": "total_mapped_file"}
+    files = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    folder = kernel / ("memory" if version == 1 else "cgroup")
+    folder.mkdir(exist_ok=True)
+    for file, value in zip(files, (limit, used), strict=True):
+        (folder / file).write_text(f"{value}\n")
+    lines = [f"{names[name] if version == 1 else name} {value}" for name, value in stat.items()]
+    (folder / "memory.stat").write_text("\n".join([*lines, "anon 77", ""]))
+
+
+def test_memory_available_is_the_machines(kernel: Path) -> None:
+    assert memory.available_memory_bytes() == 8_000 * 1024
+    (kernel / "meminfo").unlink()
+    assert memory.available_memory_bytes() > 8_000 * 1024  # all that this machine has
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_page_cache_of_a_container_is_free(version: int, kernel: Path) -> None:
+    """A download has filled the container to its limit, but for 100 bytes; libraries are mapped, and stay."""
+    write_container(kernel, version, 1_000_000, 999_900)
+    assert memory.available_memory_bytes() == 100
+    write_container(kernel, version, 1_000_000, 999_900, inactive_file=500_000, active_file=300_000)
+    assert memory.available_memory_bytes() == 800_100
+    cache = {"inactive_file": 500_000, "active_file": 300_000, "file_mapped": 200_000}
+    write_container(kernel, version, 1_000_000, 999_900, **cache)
+    assert memory.available_memory_bytes() == 600_100
+    write_container(kernel, version, 1_000_000, 999_900, inactive_file=5, file_mapped=200_000)
+    assert memory.available_memory_bytes() == 100
+    write_container(kernel, version, 1_000_000, 2_000_000, inactive_file=500_000)  # the limit was lowered
+    assert memory.available_memory_bytes() == 0
+    (kernel / ("memory" if version == 1 else "cgroup") / "memory.stat").unlink()
+    assert memory.available_memory_bytes() == 0
+
+
+def test_a_container_without_a_limit_is_the_machine(kernel: Path) -> None:
+    write_container(kernel, 2, "max", 999_900)
+    write_container(kernel, 1, 2**63 - 4096, 999_900)
+    assert memory.available_memory_bytes() == 8_000 * 1024
+
+
+def test_a_process_that_is_limited_has_no_more_than_that(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of private memory 1000 kB are used, of addresses 5000 kB."""
+    limit_process(monkeypatch, data=3_000 * 1024)
+    assert memory.available_memory_bytes() == 2_000 * 1024
+    limit_process(monkeypatch, data=3_000 * 1024, addresses=5_500 * 1024)
+    assert memory.available_memory_bytes() == 500 * 1024
+    limit_process(monkeypatch, data=20_000 * 1024)
+    assert memory.available_memory_bytes() == 8_000 * 1024
+    limit_process(monkeypatch, data=1024)
+    assert memory.available_memory_bytes() == 0
+    (kernel / "status").unlink()  # no Linux
+    assert memory.available_memory_bytes() == 8_000 * 1024
+
+
+def test_processes_share_the_machine_and_not_their_limits(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert memory.available_memory_bytes(processes=4) == 2_000 * 1024
+    limit_process(monkeypatch, data=2_500 * 1024)
+    assert memory.available_memory_bytes() == 1_500 * 1024
+    assert memory.available_memory_bytes(processes=4) == 1_500 * 1024
+    write_container(kernel, 2, 4_000_000, 1_000_000, inactive_file=600_000)
+    assert memory.available_memory_bytes(processes=4) == 900_000
+
+
+def test_torchrun_says_how_many_processes_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for said, count in (("", 1), ("1", 1), ("3", 3), ("0", 1), ("many", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", said)
+        assert memory.local_processes() == count
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert memory.local_processes() == 1
 
 
 # Specs

@@ -14,6 +14,7 @@ from halfbyte.errors import (
     OutputError,
     RecipeError,
     UsageError,
+    counted,
     raise_all,
 )
 
@@ -116,3 +117,8 @@ def test_a_failed_gate_is_no_usage_error() -> None:
     with pytest.raises(GateFailed) as caught:
         raise_all([GateFailed("a"), GateFailed("b")])
     assert caught.value.exit_status == 1
+
+
+def test_one_is_not_several() -> None:
+    assert [counted(n, "block") for n in (0, 1, 2)] == ["0 blocks", "1 block", "2 blocks"]
+    assert [counted(n, "batch", "batches") for n in (0, 1, 2)] == ["0 batches", "1 batch", "2 batches"]

@@ -67,7 +67,7 @@ def test_what_fails_while_writing_behind_stops_the_run_and_it_resumes(
         patch.setattr(Layout, "write", failing)
         with pytest.raises(OutputError, match="the disk is full") as raised:
             quantize(source, out, **WORK)
-    assert "continues after the 1 blocks that are finished" in raised.value.remedy
+    assert "continues after 1 finished block." in raised.value.remedy
     quantize(source, out, resume=True, **WORK)
     quantize(source, tmp_path / "whole", **WORK)
     assert digest(out) == digest(tmp_path / "whole")

@@ -6,13 +6,14 @@ import json
 import math
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from halfbyte import estimates
+from halfbyte import attention, estimates
 from halfbyte.checkpoint.reader import open_checkpoint
 from halfbyte.errors import CheckpointError, UsageError
 from halfbyte.estimates import CalibrationWork
@@ -281,11 +282,61 @@ def test_hidden_states_go_to_disk_where_they_do_not_fit(tmp_path: Path, monkeypa
     options: dict[str, Any] = {"calibration": "random-tokens", "samples": 100, "seq_len": 1000}
     held = plan(source, **options, offload=False).estimates["peak_memory"]
     for free, stays in ((held.value / 0.79, True), (held.value / 0.81, False)):
-        monkeypatch.setattr(estimates, "available_memory_bytes", lambda free=free: free)
+        monkeypatch.setattr(estimates, "available_memory_bytes", lambda free=free, **_: free)
         chosen = plan(source, **options).estimates["peak_memory"]
         assert (chosen == held) == stays
         assert any("(on disk: --offload)" in part for part in chosen.parts) != stays
         assert plan(source, **options, offload=False).estimates["peak_memory"] == held
+
+
+def test_processes_on_one_machine_share_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_checkpoint(tmp_path / "tiny", TINY, config(2, 256))
+    size = CalibrationWork(spec="random-tokens", samples=100, seq_len=1000)
+    recipe = Recipe.of_options(preset("W4A16"))
+    peak = make_plan(open_checkpoint(source), recipe, replace(size, offload=False)).plan.estimates["peak_memory"].value
+    monkeypatch.setattr(estimates, "available_memory_bytes", lambda processes: 3 * peak / 0.79 / processes)
+    for said, on_disk in ((None, False), ("", False), ("3", False), ("4", True)):
+        if said is None:
+            monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        else:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", said)
+        assert make_plan(open_checkpoint(source), recipe, size).calibration.offload is on_disk
+
+
+def test_what_writing_the_text_took_is_free_again_when_there_are_hidden_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_checkpoint(tmp_path / "tiny", llama(2, 256, 512, 128, 160_000), config(2, 256))
+    size = CalibrationWork(spec="self", samples=1, seq_len=16)
+    written = make_plan(open_checkpoint(source), Recipe.of_options(preset("W4A16")), replace(size, offload=False))
+    peak = written.plan.estimates["peak_memory"]
+    assert peak.how == f"what is held while {estimates.WRITING}"
+    assert peak.value > 1.4 * estimates.RUNTIME_BYTES
+    for free, on_disk in ((peak.value, False), (estimates.RUNTIME_BYTES, True)):
+        monkeypatch.setattr(estimates, "available_memory_bytes", lambda free=free, **_: free)
+        made = make_plan(open_checkpoint(source), Recipe.of_options(preset("W4A16")), size)
+        assert made.calibration.offload is on_disk
+
+
+def test_attention_in_bfloat16_has_a_strip_of_scores(tmp_path: Path) -> None:
+    """While inputs are observed: 10 bytes for each of a strip's queries, key and head of a batch."""
+    rooms = attention._Rooms.of(1000, torch.empty(0, dtype=torch.bfloat16))
+    assert sum(t.nbytes for t in (rooms.scores, rooms.probabilities, rooms.rounded)) == 10 * 1000
+    peaks: dict[tuple[str, int, int], float] = {}
+    for heads in (128, 256):
+        settings = config(2, 256) | {"num_attention_heads": heads}
+        source = write_checkpoint(tmp_path / f"heads-{heads}", TINY, settings)
+        for dtype in ("float32", "bfloat16"):
+            for seq_len in (64, 512):
+                options: dict[str, Any] = {"samples": 1024 // seq_len, "seq_len": seq_len, "effort": "low"}
+                made = plan(source, calibration="random-tokens", offload=False, dtype=dtype, **options)
+                peak = made.estimates["peak_memory"]
+                assert ("activations of one batch" in peak.parts) or dtype == "float32"
+                peaks[dtype, seq_len, heads] = peak.value
+    for seq_len, queries in ((64, 64), (512, attention.STRIP)):
+        assert peaks["float32", seq_len, 256] == peaks["float32", seq_len, 128]
+        # A batch has 1024 tokens: so many keys for each query of a strip of every sequence.
+        assert peaks["bfloat16", seq_len, 256] - peaks["bfloat16", seq_len, 128] == 10 * 128 * queries * 1024
 
 
 def test_a_model_that_writes_its_own_text_is_in_memory_whole(tmp_path: Path) -> None:

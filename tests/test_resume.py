@@ -24,7 +24,7 @@ import torch
 import halfbyte
 import tiny
 from conftest import Models
-from halfbyte.errors import CheckpointError, OutputError, ResumeError
+from halfbyte.errors import CheckpointError, OutputError, ResumeError, counted
 from halfbyte.progress import Silent
 from halfbyte.records import read_json
 from interrupted import finish, start
@@ -221,7 +221,7 @@ def test_a_full_disk_loses_nothing(source: Path, options: dict[str, Any], whole:
     assert stage > 0
     assert said.read_text().endswith(
         "Free space or choose another folder, then run again. "
-        f"With --resume it continues after the {stage} blocks that are finished."
+        f"With --resume it continues after {counted(stage, 'finished block')}."
     )
     complete(source, out, options)
     assert contents(out) == contents(whole)

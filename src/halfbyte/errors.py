@@ -122,3 +122,8 @@ def raise_all(problems: Sequence[HalfbyteError]) -> None:
     kind = first if all(type(p) is first for p in problems) else HalfbyteError
     listed = " ".join(f"({i}) {p}" for i, p in enumerate(problems, 1))
     raise kind(f"{len(problems)} problems: {listed}")
+
+
+def counted(number: int, one: str, several: str = "") -> str:
+    """``1 file``, ``2 files``; ``several`` is the plural where it is not the singular with an s."""
+    return f"{number} {one if number == 1 else several or f'{one}s'}"

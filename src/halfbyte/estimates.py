@@ -26,9 +26,11 @@ import torch
 
 from halfbyte.architectures import EXPERT_MODULE, FUSED, NOT_LANGUAGE
 from halfbyte.arithmetic import bfloat16_products
+from halfbyte.attention import STRIP as QUERIES
 from halfbyte.calibration import (
     TOKENS_PER_BATCH,
     available_memory_bytes,
+    local_processes,
     may_have_pictures,
     self_writing_bytes,
     writes_itself,
@@ -65,6 +67,7 @@ MEMORY_SHARE = 0.8
 # Sampling multiplies by few rows at a time. One demo (SmolLM2-135M, 48 rows, 18,432 tokens) took 79 s for it, which is
 # 0.3 of the rate of square matrices measured later on the same machine; rough.
 SAMPLING_SHARE = 0.3
+WRITING = "the model writes its calibration text"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,11 +171,16 @@ def estimate(
 
 
 def settle_offload(checkpoint: Checkpoint, tensors: Iterable[TensorPlan], size: CalibrationWork) -> CalibrationWork:
-    """Decide where hidden states live, unless that is decided: on disk where the run would not fit beside them."""
+    """Decide where hidden states live, unless that is decided: on disk where the run would not fit beside them.
+
+    Processes on this machine hold as much each, so each gets an equal part of its memory. What writing the calibration
+    text takes does not count: it is free again when there are hidden states, and one process alone needs it.
+    """
     if size.offload is not None or size.spec is None:
         return size
-    peak = _memory(checkpoint, _blocks(tensors, experts_per_token(checkpoint)), size).value
-    return replace(size, offload=peak > MEMORY_SHARE * available_memory_bytes())
+    moments = _moments(checkpoint, _blocks(tensors, experts_per_token(checkpoint)), size)
+    peak = RUNTIME_BYTES + max(sum(parts.values()) for when, parts in moments if when != WRITING)
+    return replace(size, offload=peak > MEMORY_SHARE * available_memory_bytes(processes=local_processes()))
 
 
 def _blocks(tensors: Iterable[TensorPlan], per_token: int) -> list[list[Shared]]:
@@ -213,6 +221,15 @@ def shared_inputs(linears: Sequence[TensorPlan], per_token: int = 1) -> list[Sha
 
 
 def _memory(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationWork) -> Estimate:
+    when, parts = max(_moments(checkpoint, blocks, size), key=lambda m: sum(m[1].values()))
+    parts = {"runtime (torch, transformers, numba)": RUNTIME_BYTES} | parts
+    return Estimate(value=sum(parts.values()), unit="bytes", how=f"what is held while {when}", parts=parts)
+
+
+def _moments(
+    checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationWork
+) -> list[tuple[str, dict[str, float]]]:
+    """All moments of a run at which memory may be fullest: when it is, and what is held besides the runtime."""
     moments = [m for block in blocks for m in _block_moments(checkpoint, block, size)]
     if size.spec is not None and writes_itself(size.spec):
         parts = {
@@ -220,7 +237,7 @@ def _memory(checkpoint: Checkpoint, blocks: list[list[Shared]], size: Calibratio
                 self_writing_bytes(checkpoint.size_bytes, checkpoint.text_config, size.samples, size.seq_len)
             )
         }
-        moments.append(("the model writes its calibration text", parts))
+        moments.append((WRITING, parts))
     if size.units:
         moments += _measuring_moments(checkpoint, blocks, size)
     if size.end_to_end:
@@ -234,9 +251,7 @@ def _memory(checkpoint: Checkpoint, blocks: list[list[Shared]], size: Calibratio
     if size.spec is not None:
         vocabulary = int(checkpoint.text_config.get("vocab_size") or 0)
         moments.append(("the tokenizer is loaded", {"tokenizer, 2 kB a token": TOKENIZER_BYTES * vocabulary}))
-    when, parts = max(moments, key=lambda m: sum(m[1].values()))
-    parts = {"runtime (torch, transformers, numba)": RUNTIME_BYTES} | parts
-    return Estimate(value=sum(parts.values()), unit="bytes", how=f"what is held while {when}", parts=parts)
+    return moments
 
 
 def _hidden(checkpoint: Checkpoint) -> int:
@@ -270,6 +285,8 @@ def _block_moments(
     heads = int(checkpoint.text_config.get("num_attention_heads") or 1)
     # What attention by products keeps for the way back: half of all scores' probabilities, in float32 and in bfloat16.
     scores = 3.0 * heads * batch * size.seq_len if size.dtype == torch.bfloat16 else 0.0
+    # Without a way back: of one strip of queries, scores and probabilities in float32, and these in bfloat16.
+    strip = 10.0 * heads * batch * min(QUERIES, size.seq_len) if size.dtype == torch.bfloat16 else 0.0
     moments: list[tuple[str, dict[str, float]]] = []
     if size.tuning:
         outputs = sum(s.share * shape[0] for s in (*block, *experts) for shape in s.shapes)
@@ -291,7 +308,8 @@ def _block_moments(
         candidates = 28.0 * min(CANDIDATES_PER_CALL, s.scales * len(SHRINK_FEW_BITS))
         observed = {
             f"second moment of width {s.width}, float32": 4.0 * square,
-            "activations of one batch": batch * (item * (2 * widest_output + s.width + 4 * hidden) + upcast * s.width),
+            "activations of one batch": batch * (item * (2 * widest_output + s.width + 4 * hidden) + upcast * s.width)
+            + strip,
         }
         held = {
             f"Hessian of width {s.width} and its factor": 8.0 * square,

@@ -57,6 +57,7 @@ from halfbyte.errors import (
     RankError,
     ResumeError,
     UsageError,
+    counted,
     raise_all,
 )
 from halfbyte.estimates import KEPT_IN_MEMORY, CalibrationWork
@@ -216,7 +217,7 @@ def quantize(
             run.discard()
             raise
         run.leave()
-        kept = f"With --resume it continues after the {run.journal['stage']} blocks that are finished."
+        kept = f"With --resume it continues after {finished_blocks(run)}."
         raise OutputError(e.what, where=e.where, why=e.why, remedy=f"{e.remedy} {kept}") from None
     except (ResumeError, RankError):
         run.leave()
@@ -237,13 +238,18 @@ def memory_shortage(planned: Plan, run: RunFolder) -> MemoryShortage:
     """What to say when memory was refused in the middle of a run."""
     peak = planned.estimates["peak_memory"]
     return MemoryShortage(
-        f"no more memory was to be had after {max(0, run.journal['stage'])} finished blocks",
+        f"no more memory was to be had after {finished_blocks(run)}",
         where=str(run.out),
         why=f"the plan expects a peak of {peak.value / 2**30:.2f} GiB, {peak.how}, and other programs or a limit "
         "may leave less",
         remedy="Free memory or raise the limit, then go on with --resume; or start again with --offload, fewer "
         "--samples, a shorter --seq-len or --effort low.",
     )
+
+
+def finished_blocks(run: RunFolder) -> str:
+    """How many there are, for messages."""
+    return counted(max(0, int(run.journal["stage"])), "finished block")
 
 
 # What stands for codes that are in the file already.
@@ -431,12 +437,20 @@ class Job:
                 "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "seconds": round(time.monotonic() - self.started, 3),
                 "peak_bytes": peak_bytes(),
+                **self._foretold(),
+                "offload": bool(self.work.calibration.offload),
                 "device": self.device.type,
                 "dtype": self.options["dtype"],
                 "machine": platform.machine(),
                 "blocks": timings,
             },
         )
+
+    def _foretold(self) -> dict[str, Any]:
+        """The peak that the plan expected, in bytes, to be held against the real one; it reckons with a CPU."""
+        if self.device.type != "cpu":
+            return {}
+        return {"planned_peak_bytes": round(self.work.plan.estimates["peak_memory"].value)}
 
     def _require_space(self) -> None:
         """Stop before long work when the disk cannot hold the output and the hidden states."""
@@ -504,7 +518,7 @@ class Job:
             strangers = [n for n in names if n in self.work.schemes and n not in known]
             if strangers:
                 raise ArchitectureError(
-                    f"{len(strangers)} weights of block {index} belong to modules that are not Linears",
+                    f"block {index} has {counted(len(strangers), 'weight')} in modules that are not Linears",
                     where=strangers[0],
                     why=f"as {type(model.model).__name__} in transformers has it",
                     remedy="Leave them out with --ignore.",
@@ -1014,12 +1028,14 @@ def require_work_for_all(size: CalibrationWork, ranks: Ranks, tokens: int) -> No
 
 
 def require_batches(batches: int, ranks: Ranks, tokens: int, *, at_most: str = "") -> None:
+    """Stop where some rank would have no batch. ``tokens`` are those in one, ``at_most`` words for an upper bound."""
     if batches < ranks.world:
+        fewer = "Run it without torchrun" if batches == 1 else f"Start at most {batches}"
         raise UsageError(
-            f"the calibration set makes {at_most}{batches} batches of {tokens} tokens, "
+            f"the calibration set makes {at_most}{counted(batches, 'batch', 'batches')} of {tokens} tokens, "
             f"too few for {ranks.world} processes",
             where="--nproc-per-node",
-            remedy=f"Start at most {batches}, or take more --samples.",
+            remedy=f"{fewer}, or take more --samples.",
         )
 
 

@@ -1,6 +1,12 @@
 """Where calibration tokens come from: files of text or pictures, data sets, random ids, or the model's own writing."""
 
-from halfbyte.calibration.memory import FALLBACK_SPEC, available_memory_bytes, default_spec, self_writing_bytes
+from halfbyte.calibration.memory import (
+    FALLBACK_SPEC,
+    available_memory_bytes,
+    default_spec,
+    local_processes,
+    self_writing_bytes,
+)
 from halfbyte.calibration.pictured import Pictured, Processing
 from halfbyte.calibration.sequences import TOKENS_PER_BATCH, TOKENS_PER_BATCH_ON_GPU, Batch, Calibration
 from halfbyte.calibration.sources import (
@@ -27,6 +33,7 @@ __all__ = [
     "calibrate",
     "calibration_problems",
     "default_spec",
+    "local_processes",
     "may_have_pictures",
     "parse_spec",
     "self_writing_bytes",

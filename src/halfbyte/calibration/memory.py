@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +19,100 @@ LOGIT_COPIES = 4  # as the model has them, as float32, masked, cumulative
 # Fixed numbers rather than what is free at the time: the batch size changes rounding, and so the text.
 MAX_ROWS = {"cpu": 64, "cuda": 256}
 MAX_CACHE_BYTES = {"cpu": 2 << 30, "cuda": 16 << 30}
-CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+MEMINFO, STATUS = Path("/proc/meminfo"), Path("/proc/self/status")
+
+
+@dataclass(frozen=True, slots=True)
+class Cgroup:
+    """Where the kernel accounts for a container's memory.
+
+    Its page cache counts as used, though the kernel drops it for whoever asks for memory. A file that is written and
+    then read (a download that is hashed) is in the active part, which is dropped as well when the inactive one is gone;
+    so both parts count as free, as in the kernel's own ``MemAvailable``. What processes have mapped does not: it is
+    their libraries, for the most part, and would be read again at once.
+
+    Attributes:
+        folder: of the files.
+        limit, used: names of files with bytes; the first may hold the word ``max``.
+        cached, mapped: names in its ``memory.stat`` of the page cache's parts, and of what is mapped of them.
+    """
+
+    folder: Path
+    limit: str
+    used: str
+    cached: tuple[str, ...]
+    mapped: str
+
+    def available_bytes(self) -> int | None:
+        """What the container may still allocate; ``None`` where there is none, or none with a limit."""
+        try:
+            limit, used = (int((self.folder / name).read_text()) for name in (self.limit, self.used))
+        except (OSError, ValueError):
+            return None
+        stat = _amounts(self.folder / "memory.stat")
+        droppable = max(0, sum(stat.get(name, 0) for name in self.cached) - stat.get(self.mapped, 0))
+        return max(0, limit - max(0, used - droppable))
+
+
+CGROUPS = (
+    Cgroup(
+        Path("/sys/fs/cgroup"), "memory.max", "memory.current", ("inactive_file", "active_file"), "file_mapped"
+    ),  # version 2
+    Cgroup(
+        Path("/sys/fs/cgroup/memory"),
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_inactive_file", "total_active_file"),
+        "total_mapped_file",
+    ),  # version 1
 )
 
 
-def available_memory_bytes(device: str = "cpu") -> int:
-    """Memory that could be allocated now: the GPU's free memory, or the machine's, within the container's limit."""
+def available_memory_bytes(device: str = "cpu", *, processes: int = 1) -> int:
+    """Memory that this process could allocate now, in bytes.
+
+    On a GPU what is free there; else the machine's, within the limits of the container and of the process
+    (``ulimit -d``, ``ulimit -v``).
+
+    Args:
+        processes: so many share what machine and container have. Limits of a process are its own.
+    """
     if torch.device(device).type == "cuda":
         free, _ = torch.cuda.mem_get_info(torch.device(device))
         return int(free)
-    amounts = [_machine_bytes()]
-    for limit, used in CGROUP_FILES:
-        try:
-            amounts.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such file, or the word "max"
-            continue
-    return max(0, min(amounts))
+    containers = [c.available_bytes() for c in CGROUPS]
+    shared = min([_machine_bytes(), *(b for b in containers if b is not None)])
+    return max(0, min([shared // processes, *_left_by_limits()]))
+
+
+def local_processes() -> int:
+    """How many processes torchrun runs on this machine; 1 without it."""
+    said = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(said)) if said.isdecimal() else 1
+
+
+def _left_by_limits() -> list[int]:
+    """What the kernel still lets this process have, by each limit that is set: of private memory, of addresses."""
+    used = _amounts(STATUS)
+    limits = ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize"))
+    soft = [(resource.getrlimit(limit)[0], name) for limit, name in limits]
+    return [at_most - used[name] for at_most, name in soft if at_most != resource.RLIM_INFINITY and name in used]
 
 
 def _machine_bytes() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = _amounts(MEMINFO).get("MemAvailable")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if found is None else found
+
+
+def _amounts(path: Path) -> dict[str, int]:
+    """Bytes by name from a file of the kernel's: ``name 123`` or ``Name: 123 kB`` a line. None where it is absent."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for line in path.read_text(errors="replace").splitlines():
+            name, *words = line.replace(":", " ").split() or [""]
+            if words and words[0].isdecimal():
+                found[name] = int(words[0]) * (1024 if words[1:] == ["kB"] else 1)
+    return found
 
 
 def rows_per_batch(config: Mapping[str, Any], seq_len: int, device: str = "cpu") -> int:
@@ -75,7 +144,7 @@ def default_spec(
 ) -> tuple[str, str]:
     """The calibration spec to use when none was given, and a sentence for the user (empty when it is ``self``).
 
-    Arguments are those of :func:`self_writing_bytes`.
+    Arguments are those of :func:`self_writing_bytes`. Of several processes one writes, while the others hold little.
     """
     needed = HEADROOM * self_writing_bytes(size_bytes, config, samples, seq_len, device)
     there = available_memory_bytes(device)

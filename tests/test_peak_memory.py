@@ -1,0 +1,140 @@
+"""The peak that a plan foretells is the one that a run has, within 15 %: in real runs, and in results that are kept."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import harness
+import memory
+import parts
+import peers
+import pytest
+
+import halfbyte
+from conftest import Models
+from halfbyte.estimates import RUNTIME_BYTES
+
+WITHIN = 0.15
+# The kernel counts the peak of whoever starts a process as the process' own, and pytest may have held a lot.
+BETWEEN = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are in other units elsewhere")
+@pytest.mark.parametrize("effort", ["low", "standard"])
+def test_a_run_peaks_where_its_plan_says(effort: Any, tiny_model: Models, tmp_path: Path) -> None:
+    """So wide that the tensors of the fullest moment outweigh Python and its libraries."""
+    source, out = tiny_model("llama", hidden_size=512, intermediate_size=8192, num_hidden_layers=1), tmp_path / "out"
+    work: dict[str, Any] = {"calibration": "random-tokens", "samples": 8, "seq_len": 256, "effort": effort}
+    foretold = halfbyte.plan(source, **work).estimates["peak_memory"].value
+    assert foretold > 2 * RUNTIME_BYTES
+    words = [w for key, value in work.items() for w in (f"--{key.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "halfbyte", "quantize", str(source), str(out), *words, "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-c", BETWEEN, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((out / "halfbyte.json").read_text())
+    assert bool(manifest["tuning"]) is (effort == "standard")
+    assert manifest["run"]["planned_peak_bytes"] == round(foretold)
+    assert manifest["run"]["peak_bytes"] == pytest.approx(foretold, rel=WITHIN)
+
+
+def foretold_and_measured(node: Any) -> Iterator[tuple[float, float]]:
+    """Pairs of bytes, wherever a result has both."""
+    if isinstance(node, list):
+        for child in node:
+            yield from foretold_and_measured(child)
+    elif isinstance(node, dict):
+        if node.get("planned_peak_bytes") and node.get("peak_rss_bytes"):
+            yield node["planned_peak_bytes"], node["peak_rss_bytes"]
+        for child in node.values():
+            yield from foretold_and_measured(child)
+
+
+KEPT = {path.name: list(foretold_and_measured(json.loads(path.read_text()))) for path in harness.RESULTS.glob("*.json")}
+BOTH = sorted(name for name, pairs in KEPT.items() if pairs)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_kept_results_peak_where_their_plans_said(name: str) -> None:
+    for foretold, measured in KEPT[name]:
+        assert measured == pytest.approx(foretold, rel=WITHIN)
+
+
+def test_kept_results_have_both() -> None:
+    """Large blocks, many blocks, and a limit of memory at least."""
+    works = {name.split("-memory-")[1].removesuffix(".json") for name in BOTH if "-memory-" in name}
+    assert works >= {"gemma3-27b", "layers", "limit"}
+
+
+# What benchmarks keep
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int | None]]:
+    """Command lines and limits of what would have been measured; each leaves a manifest."""
+    seen: list[tuple[list[str], int | None]] = []
+
+    def measured(command: list[Any], log: Path, env: Any = None, data_limit: int | None = None) -> harness.Measurement:
+        seen.append(([str(word) for word in command], data_limit))
+        out = Path(command[5])
+        out.mkdir()
+        (out / "model.safetensors").write_bytes(b"")
+        run = {"peak_bytes": 9, "planned_peak_bytes": 7, "offload": True}
+        (out / "halfbyte.json").write_text(json.dumps({"calibration": {"sha256": "ab"}, "run": run}))
+        return harness.Measurement(wall_s=1, cpu_s=1, peak_rss_bytes=9, peak_anonymous_bytes=8, other_cpu_share=0)
+
+    monkeypatch.setattr(harness, "measure", measured)
+    monkeypatch.setattr(harness, "compared", lambda *_: {})
+    return seen
+
+
+def test_rows_of_peers_have_what_was_foretold(commands: list[Any], tmp_path: Path) -> None:
+    options = argparse.Namespace(threads=None, samples=2, seq_len=8, python={peers.OURS: Path(sys.executable)})
+    job = peers.Job(
+        options=options,
+        model=tmp_path / "model",
+        scheme="W4A16",
+        group_size=32,
+        text=tmp_path / "text",
+        work=tmp_path,
+        result=tmp_path / "result.json",
+    )
+    ours = peers.Competitor(name="halfbyte", tool=peers.OURS, how="defaults", runs=1)
+    row = peers.one_run(job, ours, "ab")
+    assert (row["planned_peak_bytes"], row["peak_rss_bytes"]) == (7, 9)
+    assert commands[0][0][3] == "quantize"
+
+
+def test_rows_of_parts_have_what_was_foretold(commands: list[Any], tmp_path: Path) -> None:
+    options = argparse.Namespace(
+        threads=None,
+        samples=2,
+        seq_len=8,
+        score_tokens=0,
+        model=tmp_path / "model",
+        calibration_text=tmp_path / "text",
+        validation_text=tmp_path / "text",
+    )
+    row = parts.measured(options, {"scheme": "W4A16", "group_size": 32}, parts.AS_IT_IS)
+    assert (row["planned_peak_bytes"], row["peak_rss_bytes"]) == (7, 9)
+    assert len(commands) == 1
+
+
+def test_under_a_limit_the_choice_is_halfbytes(
+    commands: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = {"machine": {"cpu": "a CPU", "cores": 2, "memory_bytes": 2**33}, "date": "2026-01-02"}
+    monkeypatch.setattr(memory, "header", lambda name, options: {"benchmark": name, **machine})
+    monkeypatch.setattr(harness, "json_from", lambda command: {"tensor_bytes": 3 << 30})
+    options = argparse.Namespace(threads=None, samples=2, seq_len=8, width=256, layers=2, limit_mib=1024)
+    result = memory.limit(options, tmp_path)
+    ((command, limit),) = commands
+    assert limit == 1 << 30
+    assert not {"--offload", "--no-offload"} & set(command)
+    assert result["runs"][0]["offload"] is True
+    assert "checkpoint x 3.00 of it; hidden states by its own choice on disk" in memory.render(result)
