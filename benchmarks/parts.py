@@ -78,6 +78,8 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "code_descent=off": Variant(what="no coordinate descent on codes", steps={"code_descent": False}),
         "shrinkage=off": UNSHRUNK,
         "true_sequential=off": UNSEQUENTIAL,
+        "tune_codes=on": Variant(what="blocks' codes tuned with their scales", steps={"tune_codes": True}),
+        "tune_norms=on": Variant(what="blocks' norms tuned with their scales", steps={"tune_norms": True}),
         "dtype=float32": Variant(what="blocks compute in float32", words=("--dtype", "float32")),
     },
     "W8A8": {
