@@ -78,6 +78,8 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "code_descent=off": Variant(what="no coordinate descent on codes", steps={"code_descent": False}),
         "shrinkage=off": UNSHRUNK,
         "true_sequential=off": UNSEQUENTIAL,
+        "tune_codes=on": Variant(what="blocks' codes tuned with their scales", steps={"tune_codes": True}),
+        "tune_norms=on": Variant(what="blocks' norms tuned with their scales", steps={"tune_norms": True}),
         "dtype=float32": Variant(what="blocks compute in float32", words=("--dtype", "float32")),
         "group_size=32": Variant(what="groups of 32", keys={"group_size": 32}),
         "target_bits=4.5": Variant(what="W8A16 where 4 bits hurt most, up to 4.5 bits", keys={"target_bits": 4.5}),

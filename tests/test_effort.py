@@ -1,12 +1,14 @@
-"""``--effort high`` from end to end: tuned blocks are better blocks, and the file is as plain as ever."""
+"""``--effort`` from end to end: tuned blocks are better blocks, and the file is as plain as ever."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import halfbyte
 import tiny
@@ -16,21 +18,42 @@ from halfbyte.activations import fake_quantize_activations
 from halfbyte.errors import UsageError
 from halfbyte.methods import tuning
 from halfbyte.methods.tuning import TuningOptions, samples_chosen
-from halfbyte.records import Manifest
+from halfbyte.records import Manifest, numbers_of, read_record
 from halfbyte.schemes import PRESETS
+from interrupted import finish, start
+from test_ranks import codes_of
+from test_resume import KILLED, complete, contents, stage_of, wait_for
+from test_smoothing import factors_in, with_outliers
+
+BOTH = {"tune_codes": True, "tune_norms": True}
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "TOKENS_PER_BATCH", 80)
-    monkeypatch.setattr(tuning, "HIGH", TuningOptions(steps=20, code_rate=0.0, scale_rate=0.005))
+    monkeypatch.setattr(tuning, "HIGH", TuningOptions(steps=20, code_rate=0.002, scale_rate=0.005))
 
 
-def run(source: Path, out: Path, text: Path, **options: Any) -> Manifest:
+def run(source: Path, out: Path, text: Path, steps: dict[str, bool] | None = None, **options: Any) -> Manifest:
+    """Quantise; with ``steps``, by a recipe that has them."""
     settings: dict[str, Any] = {"calibration": f"text:{text}", "samples": 8, "seq_len": 40, "device": "cpu"}
-    return halfbyte.quantize(
-        source, out, **(settings | {"scheme": "W4A16", "group_size": 32, "effort": "high"} | options)
-    )
+    settings |= {"scheme": "W4A16", "group_size": 32, "effort": "high"} | options
+    if steps:
+        said = {key: settings.pop(key) for key in ("scheme", "group_size", "effort")}
+        settings["recipe"] = out.with_name(f"{out.name}.json")
+        settings["recipe"].write_text(json.dumps({k: v for k, v in said.items() if v is not None} | {"gptq": steps}))
+    return halfbyte.quantize(source, out, **settings)
+
+
+def listen(monkeypatch: pytest.MonkeyPatch, heard: Any) -> None:
+    """Have ``heard(linears, samples, gain)`` called with what each block is tuned by."""
+    tune = pipeline.tune_block
+
+    def looks(block: Any, linears: Any, samples: Any, *args: Any, gain: Any = None, **kwargs: Any) -> Any:
+        heard(linears, samples, gain)
+        return tune(block, linears, samples, *args, gain=gain, **kwargs)
+
+    monkeypatch.setattr(pipeline, "tune_block", looks)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -49,14 +72,16 @@ def test_blocks_are_tuned_and_verify(family: str, tiny_model: Models, text_file:
     assert [(n, t.shape, t.dtype) for n, t in before.items()] == [(n, t.shape, t.dtype) for n, t in after.items()]
 
 
-@pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "W4A8", "W2A16"])
+@pytest.mark.parametrize(
+    ("scheme", "steps"), [("W4A16", {}), ("W8A8", {}), ("W4A8", {}), ("W2A16", {}), ("W4A16", BOTH)]
+)
 def test_the_recorded_loss_is_that_of_the_written_block(
-    scheme: str, tiny_model: Models, text_file: Path, tmp_path: Path
+    scheme: str, steps: dict[str, bool], tiny_model: Models, text_file: Path, tmp_path: Path
 ) -> None:
     """Block 0's loss on the held-out batch, by transformers' own model with the written weights."""
     source = tiny_model("llama")
     group = None if scheme == "W8A8" else 32
-    manifest = run(source, tmp_path / "out", text_file, scheme=scheme, group_size=group)
+    manifest = run(source, tmp_path / "out", text_file, steps, scheme=scheme, group_size=group)
     dense = tiny.decoded(tmp_path / "out")
     ids = tiny.windows(source, 8)
     outputs = []
@@ -80,12 +105,18 @@ def test_the_recorded_loss_is_that_of_the_written_block(
     assert min(abs(float(b) / wanted - 1) for b in batches) < 2e-2
 
 
+@pytest.mark.parametrize("steps", [{}, BOTH])
 @pytest.mark.parametrize("offload", [False, True])
 def test_an_interrupted_run_ends_in_the_same_bytes(
-    offload: bool, tiny_model: Models, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    offload: bool,
+    steps: dict[str, bool],
+    tiny_model: Models,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = tiny_model("llama")
-    whole = run(source, tmp_path / "whole", text_file)
+    whole = run(source, tmp_path / "whole", text_file, steps)
     tune = pipeline.tune_block
     calls = 0
 
@@ -98,10 +129,10 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
 
     monkeypatch.setattr(pipeline, "tune_block", dies_in_the_second)
     with pytest.raises(KeyboardInterrupt):
-        run(source, tmp_path / "cut", text_file, offload=offload)
+        run(source, tmp_path / "cut", text_file, steps, offload=offload)
     monkeypatch.setattr(pipeline, "tune_block", tune)
     assert list((tmp_path / "cut.partial" / "state").glob("original-*.bin"))
-    resumed = run(source, tmp_path / "cut", text_file, offload=offload, resume=True)
+    resumed = run(source, tmp_path / "cut", text_file, steps, offload=offload, resume=True)
     assert resumed.files == whole.files
     assert resumed.tuning == whole.tuning
 
@@ -159,14 +190,8 @@ def test_a_short_tuning_looks_at_some_batches_only(
         [0, 5, 10, 15],
     ]
     monkeypatch.setattr(tuning, "STANDARD", options)
-    seen = []
-    tune = pipeline.tune_block
-
-    def looks(block: Any, linears: Any, samples: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append([(s.hidden(), s.target()) for s in samples])
-        return tune(block, linears, samples, *args, **kwargs)
-
-    monkeypatch.setattr(pipeline, "tune_block", looks)
+    seen: list[Any] = []
+    listen(monkeypatch, lambda linears, samples, gain: seen.append([(s.hidden(), s.target()) for s in samples]))
     source = tiny_model("llama")
     run(source, tmp_path / "out", text_file, samples=12, effort="standard", dtype="float32")
     ids = tiny.windows(source, 12)
@@ -177,3 +202,179 @@ def test_a_short_tuning_looks_at_some_batches_only(
         rows = slice(2 * batch, 2 * batch + 2)
         assert torch.equal(hidden, states[0][rows])
         assert torch.allclose(target, states[1][rows], atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("steps", [{}, {"true_sequential": False}])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3-moe", "mixtral", "deepseek-v3"])
+def test_channels_count_by_the_gain_of_the_norm_behind_the_block(
+    family: str,
+    steps: dict[str, bool],
+    tiny_model: Models,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of dense blocks and of mixtures, walked stage by stage or observed at once."""
+    gains: list[Any] = []
+    listen(monkeypatch, lambda linears, samples, gain: gains.append(gain))
+    source = tiny_model(family)
+    run(source, tmp_path / "out", text_file, steps, effort="standard", dtype="float32")
+    stored, offset = tiny.stored(source), float(family == "gemma3")
+    names = [f"model.layers.{i}.input_layernorm.weight" for i in range(1, len(gains))] + ["model.norm.weight"]
+    assert len(gains) == tiny.config_of(source)["num_hidden_layers"]
+    for gain, name in zip(gains, names, strict=True):
+        assert gain is not None
+        torch.testing.assert_close(gain, stored[name].float() + offset, rtol=1e-3, atol=1e-4)
+
+
+def test_codes_move_where_a_recipe_says_so(tiny_model: Models, text_file: Path, tmp_path: Path) -> None:
+    """They are GPTQ's but for a few, and the block is better on batches that were not tuned on."""
+    source = tiny_model("llama")
+    settings: dict[str, Any] = {"samples": 24, "dtype": "float32"}
+    run(source, tmp_path / "gptq", text_file, effort="low", **settings)
+    made = {
+        name: run(source, tmp_path / name, text_file, steps, **settings)
+        for name, steps in (("scales", {"end_to_end": False}), ("codes", {"end_to_end": False, "tune_codes": True}))
+    }
+    gptq, scales, codes = (codes_of(tmp_path / name) for name in ("gptq", *made))
+    first = [n for n in gptq if n.startswith("model.layers.0.")]  # the next block sees other inputs
+    assert all(torch.equal(gptq[n], scales[n]) for n in first)
+    moved = sum(int((gptq[n] != codes[n]).sum()) for n in first)
+    assert 0 < moved < 0.05 * sum(gptq[n].numel() for n in first)
+    record = made["codes"].tuning[0]
+    assert record.kept
+    assert record.loss_after < record.loss_before == made["scales"].tuning[0].loss_before
+    assert all(r.norms == [] for r in made["codes"].tuning)
+    before, after = tiny.stored(source), tiny.stored(tmp_path / "codes")
+    assert all(torch.equal(after[n], before[n]) for n in before if "norm" in n)
+    checked = halfbyte.verify(tmp_path / "codes", source=source)
+    assert checked.passed, [c for c in checked.checks if c.status == "failed"]
+
+
+def test_codes_are_tuned_from_what_was_rounded(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source's weights, with columns multiplied and rows divided by smoothing: each lies next to its code."""
+    source = with_outliers(tmp_path / "source", "llama")
+    seen: dict[str, Any] = {}
+    listen(monkeypatch, lambda linears, samples, gain: seen.update(linears))
+    steps = {"tune_codes": True, "end_to_end": False}
+    manifest = run(source, tmp_path / "out", text_file, steps, scheme="W8A8", group_size=None)
+    before, after = tiny.stored(source), tiny.stored(tmp_path / "out")
+    expected = {name: before[f"{name}.weight"].float() for name in seen}
+    assert len(expected) == 14
+    assert manifest.smoothing
+    assert manifest.pairs
+    for smoothed in manifest.smoothing:
+        for name in smoothed.linears:
+            expected[name] *= before[smoothed.norm].float() / after[smoothed.norm].float()
+    for pair in manifest.pairs:
+        factors = factors_in(pair)
+        expected[pair.source] /= factors[:, None]
+        for name in pair.linears:
+            channels = torch.tensor(numbers_of(pair.channels, expected[name].shape[1]))
+            expected[name] *= torch.where(channels < 0, 1.0, factors[channels])
+    for name, spec in seen.items():
+        torch.testing.assert_close(spec.weight, expected[name], rtol=1e-5, atol=1e-7)
+        apart = spec.weight / spec.quantized.scales.float() - spec.quantized.codes
+        assert float(apart.abs().median()) < 0.5, name
+
+
+def norms_in(record: Any) -> list[str]:
+    return [name for tuned in record.tuning for name in tuned.norms]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_norms_move_where_a_recipe_says_so(family: str, tiny_model: Models, text_file: Path, tmp_path: Path) -> None:
+    source, out = tiny_model(family), tmp_path / "out"
+    manifest = run(source, out, text_file, {"tune_norms": True, "end_to_end": False}, samples=24)
+    before, after = tiny.stored(source), tiny.stored(out)
+    tuned = norms_in(manifest)
+    assert manifest.tuning[0].kept
+    for record in manifest.tuning:
+        of_block = {n for n in before if n.startswith(f"model.layers.{record.block}.") and "norm" in n}
+        assert set(record.norms) == (of_block if record.kept else set())
+    assert {n for n in before if n in after and not torch.equal(before[n], after[n])} == set(tuned)
+    assert all(after[n].dtype == before[n].dtype for n in tuned)
+    checked = halfbyte.verify(out, source=source)
+    assert checked.passed, [c for c in checked.checks if c.status == "failed"]
+    (copies,) = [c for c in checked.checks if c.name == "copies"]
+    assert copies.detail.endswith(f"; {len(tuned)} tuned norms are not")
+
+    # A norm that is further from the source's than tuning goes, and norms that nothing is said of.
+    save_file(after | {tuned[0]: 2 * after[tuned[0]]}, out / "model.safetensors", metadata={"format": "pt"})
+    (problem,) = copy_problems(out, source)
+    assert problem.startswith(f"{tuned[0]} is recorded as tuned, which does not move it by ")
+    save_file(after, out / "model.safetensors", metadata={"format": "pt"})
+    plain = json.loads((out / "halfbyte.json").read_text())
+    for entry in plain["tuning"]:
+        entry["norms"] = []
+    (out / "halfbyte.json").write_text(json.dumps(plain))
+    assert sorted(p.split(" ")[0] for p in copy_problems(out, source)) == sorted(tuned)
+
+
+def copy_problems(out: Path, source: Path) -> list[str]:
+    checks = halfbyte.verify(out, source=source, reload=False).checks
+    return next(c.problems for c in checks if c.name == "copies")
+
+
+def test_smoothed_norms_stay_as_they_are(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = with_outliers(tmp_path / "source", "qwen3")
+    offered: set[str] = set()
+    tune = pipeline.tune_block
+
+    def looks(*args: Any, vectors: Any, **kwargs: Any) -> Any:
+        offered.update(vectors)
+        return tune(*args, vectors=vectors, **kwargs)
+
+    monkeypatch.setattr(pipeline, "tune_block", looks)
+    steps = {"tune_norms": True, "end_to_end": False}
+    manifest = run(source, tmp_path / "out", text_file, steps, scheme="W8A8", group_size=None)
+    smoothed = {r.norm for r in manifest.smoothing}
+    assert smoothed
+    norms = {n for n in tiny.stored(source) if n.startswith("model.layers.") and "norm" in n}
+    assert offered == norms - smoothed
+    assert any("q_norm" in n for n in offered)
+    assert set(norms_in(manifest)) <= offered
+    assert halfbyte.verify(tmp_path / "out", source=source).passed
+
+
+def test_the_next_block_sees_tuned_codes_and_norms(
+    tiny_model: Models, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_model("llama")
+    seen: list[Any] = []
+    listen(monkeypatch, lambda linears, samples, gain: seen.append([s.hidden().clone() for s in samples[:4]]))
+    manifest = run(source, tmp_path / "out", text_file, BOTH | {"end_to_end": False}, samples=24, dtype="float32")
+    assert manifest.tuning[0].norms
+    model = tiny.load(source)
+    dense = {n: w for n, w in tiny.decoded(tmp_path / "out").items() if n.startswith("model.layers.0.")}
+    model.load_state_dict(dense, strict=False)
+    with torch.no_grad():
+        hidden = model(tiny.windows(source, 8), output_hidden_states=True).hidden_states[1]
+    torch.testing.assert_close(torch.cat(seen[1]), hidden, rtol=1e-4, atol=1e-5)
+
+
+def test_a_killed_run_ends_in_the_same_codes_and_norms(tiny_model: Models, tmp_path: Path) -> None:
+    source, out, recipe = tiny_model("llama", num_hidden_layers=4), tmp_path / "out", tmp_path / "r.json"
+    recipe.write_text(json.dumps({"scheme": "W4A16", "group_size": 32, "gptq": BOTH}))
+    options: dict[str, Any] = {"recipe": recipe, "calibration": "random-tokens", "samples": 16, "seq_len": 256}
+    assert finish(start(source, tmp_path / "whole", **options)) == 0
+    assert norms_in(read_record(Manifest, tmp_path / "whole" / "halfbyte.json"))
+    for stage in (1, 2):
+        process = start(source, out, resume=stage > 1, **options)
+        wait_for(lambda stage=stage: stage_of(out) >= stage, process)
+        process.kill()
+        assert finish(process) == KILLED
+    complete(source, out, options)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_what_is_not_tuned_is_noted(tiny_model: Models, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.json"
+    recipe.write_text(json.dumps({"scheme": "W4A16", "group_size": 32, "gptq": BOTH}))
+    words = "tune_codes and tune_norms in the recipe change nothing, because blocks are not tuned"
+    options: dict[str, Any] = {"recipe": recipe, "calibration": "random-tokens"}
+    assert words in halfbyte.plan(tiny_model("llama"), effort="low", **options).notes
+    assert words not in halfbyte.plan(tiny_model("llama"), **options).notes

@@ -52,8 +52,8 @@ def test_a_variant_differs_from_the_default_in_what_its_name_says(scheme: str, n
     elif key == "target_bits":
         assert recipe == replace(usual, target_bits=float(value))
     else:
-        assert value == "off"
-        assert recipe == replace(usual, gptq=GptqSteps(**{key: False}))  # type: ignore[arg-type]
+        assert value == ("on" if key in ("tune_codes", "tune_norms") else "off")
+        assert recipe == replace(usual, gptq=GptqSteps(**{key: value == "on"}))  # type: ignore[arg-type]
     assert words == () or key == "dtype"
 
 

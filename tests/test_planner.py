@@ -171,6 +171,24 @@ def test_a_70b_checkpoint_is_planned_from_its_headers(tmp_path: Path) -> None:
     assert read_record(Plan, tmp_path / "plan.json") == made
 
 
+def test_codes_that_are_tuned_take_memory(tmp_path: Path) -> None:
+    layers, hidden, intermediate, kv = 2, 8192, 28672, 1024
+    source = write_checkpoint(tmp_path / "big", llama(layers, hidden, intermediate, kv, 32000), config(layers, hidden))
+    a_block = 2 * hidden * hidden + 2 * kv * hidden + 3 * hidden * intermediate
+    recipe, found = tmp_path / "r.toml", []
+    for wanted in ("true", "false"):
+        recipe.write_text(f'scheme = "W4A16"\n[gptq]\ntune_codes = {wanted}\n')
+        made = plan(source, recipe=recipe, calibration="random-tokens", offload=False, dtype="float32")
+        found.append(made.estimates["peak_memory"])
+    assert "a block is tuned" in found[0].how
+    assert found[0].parts["latents of all codes, float32, and gradients"] == 8 * a_block
+    assert found[0].parts["the weights before rounding, float32, to tune codes by"] == 4 * a_block
+    assert found[0].parts.keys() - found[1].parts.keys() >= {
+        "latents of all codes, float32, and gradients",
+        "the weights before rounding, float32, to tune codes by",
+    }
+
+
 @pytest.mark.parametrize(
     ("scheme", "group_size", "bits"),
     [

@@ -181,6 +181,23 @@ def test_two_tune_as_one_does(
     assert halfbyte.verify(out, source=source).passed
 
 
+def test_two_tune_norms_as_one_does(source: Path, calibration: str, alone: Callable[..., Path], tmp_path: Path) -> None:
+    recipe, out = tmp_path / "recipe.json", tmp_path / "out"
+    recipe.write_text(json.dumps(W4A16 | {"gptq": {"tune_norms": True}}))
+    settings = SETTINGS | {"recipe": recipe, "effort": "standard"}
+    one = alone(**settings)
+    assert finish_ranks(start_ranks(2, source, out, calibration=calibration, **settings)) == [0, 0]
+    a, b = (read_record(Manifest, o / "halfbyte.json").tuning for o in (one, out))
+    assert b[0].norms
+    assert b[0].norms == a[0].norms
+    assert b[0].loss_after == pytest.approx(a[0].loss_after, rel=2e-2)
+    before, alike = tiny.stored(source), [tiny.stored(o) for o in (one, out)]
+    for name in b[0].norms:
+        moved = [t[name].float() - before[name].float() for t in alike]
+        assert float((moved[0] - moved[1]).norm()) < 0.3 * float(moved[0].norm())
+    assert halfbyte.verify(out, source=source).passed
+
+
 def require_same_records(one: Path, several: Path, *, ranks: int) -> None:
     a, b = (read_record(Manifest, o / "halfbyte.json") for o in (one, several))
     assert "ranks" not in a.recipe
@@ -327,6 +344,20 @@ def test_nothing_for_a_rank_to_do(
     (line,) = said.read_text().splitlines()
     assert line.startswith(words)
     assert [p.name for p in tmp_path.iterdir()] == ["said"]
+
+
+def test_codes_are_tuned_in_one_process_only(source: Path, calibration: str, tmp_path: Path) -> None:
+    """Told before anything is begun."""
+    recipe, said = tmp_path / "recipe.json", tmp_path / "said"
+    recipe.write_text(json.dumps(W4A16 | {"gptq": {"tune_codes": True}}))
+    options = SETTINGS | {"recipe": recipe, "calibration": calibration, "effort": "standard"}
+    assert finish_ranks(start_ranks(2, source, tmp_path / "out", said=said, **options)) == [2, 2]
+    (line,) = set(said.read_text().splitlines())
+    assert line.startswith("tune_codes under [gptq] in the recipe: codes are tuned in one process only (")
+    assert line.endswith(" Run it without torchrun, or leave tune_codes out.")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.json", "said"]
+    options["effort"] = "low"  # tunes nothing
+    assert finish_ranks(start_ranks(2, source, tmp_path / "out", **options)) == [0, 0]
 
 
 def test_a_text_too_short_for_all(source: Path, options: dict[str, Any], text_file: Path, tmp_path: Path) -> None:

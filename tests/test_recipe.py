@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfbyte.errors import RecipeError, UsageError
+from halfbyte.methods.tuning import tuning_of
 from halfbyte.recipe import GptqSteps, Recipe, load_recipe, matches
 from halfbyte.recipe.document import TomlLines
 from halfbyte.recipe.llmcompressor import METHOD_OF_MODIFIER, UNSUPPORTED_MODIFIERS, WITHOUT_EFFECT
@@ -88,6 +89,20 @@ def test_yaml_and_json_have_the_same_keys(load: Any) -> None:
     expected = load(FULL_TOML, "r.toml")
     assert load(yaml.safe_dump(values), "r.yaml") == expected
     assert load(json.dumps(values, indent=1), "r.json") == expected
+
+
+def test_what_tuning_moves_besides_scales(load: Any) -> None:
+    plain = load('scheme = "W4A16"', "r.toml")
+    assert (plain.gptq.tune_codes, plain.gptq.tune_norms) == (False, False)
+    for effort in ("standard", "high"):
+        text = f'scheme = "W4A16"\neffort = "{effort}"\n[gptq]\n'
+        rates = {}
+        for keys in ("", "tune_codes = true\n", "tune_norms = true\n", "tune_codes = true\ntune_norms = true\n"):
+            options = tuning_of(load(text + keys, "r.toml"))
+            assert options is not None
+            rates[keys] = (options.code_rate > 0, options.vector_rate > 0)
+        assert list(rates.values()) == [(False, False), (True, False), (False, True), (True, True)]
+    assert tuning_of(load('scheme = "W4A16"\neffort = "low"\n[gptq]\ntune_codes = true', "r.toml")) is None
 
 
 def test_defaults(load: Any) -> None:

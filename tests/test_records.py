@@ -75,7 +75,7 @@ CALIBRATION = CalibrationRecord(
 SMOOTHED = SmoothingRecord(norm="a.norm.weight", offset=1.0, linears=["a.q", "a.k"], strength=0.5)
 PAIR = PairRecord(source="a.up", linears=["a.down"], strength=0.5, channels="0-1", factors="AACAPwAAAEA=")
 REQUANTIZED = RequantizedRecord(name="a.b", grid="int4", relative_error=0.125)
-TUNED = TuningRecord(block=3, loss_before=0.25, loss_after=0.125, kept=True)
+TUNED = TuningRecord(block=3, loss_before=0.25, loss_after=0.125, kept=True, norms=["a.norm.weight"])
 TOGETHER = EndToEndRecord(steps=56, kl_before=0.125, kl_after=0.0625, kept=True)
 MIXED = MixedPlan(
     target_bits=4.5, lowest_bits=4.125, highest_bits=8.125, wider="W8A16", units=4, sequences=4, tokens=1024

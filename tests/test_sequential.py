@@ -19,7 +19,7 @@ from halfbyte.blocks import Interner, StreamedModel, run_block
 from halfbyte.checkpoint.reader import open_checkpoint
 from halfbyte.errors import ArchitectureError
 from halfbyte.schemes import ActivationFormat
-from halfbyte.sequential import MOST_LINEARS, AtOnce, Route, Sequential, Shelf, learn_route
+from halfbyte.sequential import MOST_LINEARS, AtOnce, Norms, Route, Sequential, Shelf, find_norms, learn_route
 from halfbyte.statistics import SecondMoment
 from halfbyte.weights import Weights
 
@@ -207,7 +207,6 @@ def test_the_route_of_a_plain_block() -> None:
         lasting=frozenset({"attend.o", "mlp.down"}),
         owners={"attend.o": ("attend", 1), "mlp.down": ("mlp", -1)},
         norms={0: "norm", 2: "norm2"},
-        reads="norm",
         idle=(
             frozenset({"norm2"}),
             frozenset({"norm2"}),
@@ -218,17 +217,15 @@ def test_the_route_of_a_plain_block() -> None:
     )
 
 
-def test_the_norm_that_reads_the_block_s_input_is_known_whatever_is_quantised() -> None:
-    block = Plain()
+def test_norms_are_found_and_the_one_that_reads_the_block_s_input() -> None:
+    plain, parallel, gated, chain = Plain(), Parallel(), Gated(), Chain()
     x = torch.randn(2, 5, 6)
     with torch.no_grad():
-        route = learn_route(block, {"mlp.down": block.mlp.down}, lambda: block(x))
-        assert route is not None
-        assert (route.reads, route.norms) == ("norm", {})
-        chain = Chain()
-        without = learn_route(chain, linears_of(chain), lambda: chain(x))
-    assert without is not None
-    assert without.reads is None
+        assert find_norms(plain, lambda: plain(x)) == Norms(("norm", "norm2"), "norm")
+        assert find_norms(parallel, lambda: parallel(x)) == Norms(("norm",), "norm")
+        assert find_norms(gated, lambda: gated(x)) == Norms(("norm",), "norm")
+        assert find_norms(chain, lambda: chain(x)) == Norms((), None)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in plain.modules())
 
 
 def test_the_route_of_a_parallel_block() -> None:

@@ -281,6 +281,9 @@ def _block_moments(
         f"one block's weights, {size.compute}": item * (weights + resident),
         label: 0.0 if size.offload else item * (size.tokens + size.taught_tokens) * hidden,
     }
+    moving = size.tuning is not None and size.tuning.code_rate > 0
+    if moving:
+        always[f"the weights before rounding, {size.compute}, to tune codes by"] = item * weights
     batch = size.batch_tokens
     heads = int(checkpoint.text_config.get("num_attention_heads") or 1)
     # What attention by products keeps for the way back: half of all scores' probabilities, in float32 and in bfloat16.
@@ -295,6 +298,8 @@ def _block_moments(
             + (10.0 + item + 2 * upcast) * max((s.largest for s in block), default=0),
             "one batch's graph": item * batch * (3 * outputs + 12 * hidden) + scores,
         }
+        if moving:
+            tuning["latents of all codes, float32, and gradients"] = (4.0 + item) * weights
         moments.append(("a block is tuned", always | tuning))
     for s in block:
         widest_output = max(shape[0] for shape in s.shapes)

@@ -66,7 +66,7 @@ from halfbyte.heap import is_out_of_memory, mapped, release_freed_memory, reuse_
 from halfbyte.kernels.dispatch import gpu_problem
 from halfbyte.methods.result import QuantizedWeight
 from halfbyte.methods.rtn import quantize_rtn
-from halfbyte.methods.tuned_parts import TunedLinear
+from halfbyte.methods.tuned_parts import TunedLinear, TunedVector
 from halfbyte.methods.tuning import EndToEndOptions, Sample, TuningOptions, norm_gain, samples_chosen, tune_block
 from halfbyte.mixing import Budget, groups_of
 from halfbyte.output import finish_checkpoint, write_config
@@ -98,10 +98,11 @@ from halfbyte.records import (
 )
 from halfbyte.schemes import ActivationFormat
 from halfbyte.sensitivity import deal_out
-from halfbyte.sequential import AtOnce, Leaf, Route, Sequential, Shelf, Walk, learn_route
+from halfbyte.sequential import AtOnce, Leaf, Norms, Route, Sequential, Shelf, Walk, find_norms, learn_route
 from halfbyte.smoother import Smoother, Solved
 from halfbyte.solver import Solver
 from halfbyte.state import HiddenStates, RunFolder, already_published
+from halfbyte.statistics import SecondMoment
 from halfbyte.tokens import load_calibration, save_calibration
 from halfbyte.weights import Weights
 
@@ -190,7 +191,7 @@ def quantize(
     work = make_plan(checkpoint, chosen, size)
     raise_all(work.problems)
     work = replace(work, calibration=ranks.decide(lambda: work.calibration))
-    require_work_for_all(size, ranks, tokens_per_batch(target, tuned=size.tuning is not None))
+    require_work_for_all(work.calibration, ranks, tokens_per_batch(target, tuned=size.tuning is not None))
     if work.calibration.offload and offload is None:
         reporter.say("note: hidden states stay on disk, because they would not fit in memory beside the rest")
     for note in (*work.plan.notes, *chosen.notes):
@@ -550,6 +551,8 @@ class Job:
                         smoother.smooth(walk, moments[0], solved)
                     clock = time.monotonic()
                     with mapped():
+                        if stream.tuning is not None and stream.tuning.code_rate > 0:
+                            solved.weights |= self._to_be_rounded(moments, modules)
                         results |= solver.solve(moments, modules, index)
                     solved.solver_seconds += time.monotonic() - clock
                     if EXPERT_MODULE.match(moments[0].names[0]):
@@ -567,6 +570,12 @@ class Job:
                     stream.advance(block, index, stream.at_once(block, index, modules, formats, self.recipe))
         solved.linears = {n: results[n] for n in names}
         return solved
+
+    @staticmethod
+    def _to_be_rounded(moments: Sequence[SecondMoment], modules: Mapping[str, nn.Linear]) -> dict[str, torch.Tensor]:
+        """Copies of Linears' weights ``[out, in]``, to tune their codes by; experts' codes are not tuned."""
+        names = [n for m in moments for n in m.names if EXPERT_MODULE.match(n) is None]
+        return {n: modules[n].weight.detach().clone() for n in names}
 
     def _smoother(
         self, model: StreamedModel, block: nn.Module, modules: Mapping[str, nn.Linear], index: int
@@ -600,23 +609,47 @@ class Job:
                 fmt=self.work.schemes[name].weights,
                 scale_dtype=DTYPES[self.checkpoint.tensors[f"{name}.weight"].dtype],
                 quantize_input=None if fmt is None else partial(fake_quantize_activations, fmt=fmt),
+                weight=solved.weights.pop(name, None),
             )
         width = int(self.checkpoint.text_config["hidden_size"])
-        route = stream.routes.get(kind_of(block, stream.model, index, modules))
+        norms = stream.norms_of(block, index, modules)
         gain = None
-        if route is not None and route.reads is not None:
-            with stream.model.norm_after(index, route.reads) as norm, torch.no_grad():
+        if norms.reads is not None:
+            with stream.model.norm_after(index, norms.reads) as norm, torch.no_grad():
                 gain = None if norm is None else norm_gain(norm, width)
+        vectors = self._vectors(block, index, norms, stream, solved) if stream.tuning.vector_rate > 0 else {}
         # For what autograd multiplies in float32 on the way back, such as attention's scores.
         with bfloat16_products() if stream.model.dtype == torch.bfloat16 else contextlib.nullcontext():
-            result = tune_block(block, tuned, stream.samples_of(index), stream.tuning, gain=gain, ranks=self.ranks)
+            result = tune_block(
+                block, tuned, stream.samples_of(index), stream.tuning, vectors=vectors, gain=gain, ranks=self.ranks
+            )
         for name, weight in result.weights.items():
             solved.linears[name] = (solved.linears[name][0], weight)
+        solved.rewritten |= result.vectors
         if len(stream.taught) < 2:  # nothing to judge by, so nothing was tuned
             return
         solved.tuning.append(
-            TuningRecord(block=index, loss_before=result.loss_before, loss_after=result.loss_after, kept=result.kept)
+            TuningRecord(
+                block=index,
+                loss_before=result.loss_before,
+                loss_after=result.loss_after,
+                kept=result.kept,
+                norms=list(result.vectors),
+            )
         )
+
+    def _vectors(
+        self, block: nn.Module, index: int, norms: Norms, stream: Stream, solved: Solved
+    ) -> dict[str, TunedVector]:
+        """The weights of a block's norms that are tuned, by their names on disk. Those of smoothed norms stay: what the
+        columns behind one were multiplied by is read from what is written."""
+        dtypes = self._dtypes()
+        named = {stream.model.disk_name(index, f"{path}.weight"): block.get_submodule(path) for path in norms.paths}
+        return {
+            name: TunedVector(module=module, leaf="weight", dtype=dtypes[name])
+            for name, module in named.items()
+            if name in dtypes and name not in solved.rewritten
+        }
 
     def _activation_formats(self, names: Sequence[str]) -> dict[str, ActivationFormat]:
         formats = {n: self.work.schemes[n].activations for n in names}
@@ -741,6 +774,7 @@ class Stream:
     entering: HiddenStates | None = None
     routes: dict[tuple[type, tuple[str, ...]], Route | None] = field(default_factory=dict)
     pairs: dict[tuple[type, tuple[str, ...]], dict[int, Pair]] = field(default_factory=dict)
+    norms: dict[tuple[type, tuple[str, ...]], Norms] = field(default_factory=dict)
 
     @staticmethod
     def begin(
@@ -867,6 +901,11 @@ class Stream:
 
         return [sample(g) for g in self.taught]
 
+    def run(self, block: nn.Module, index: int, batch: int) -> torch.Tensor:
+        """The block's output for one of this rank's batches, ``[batch, tokens, hidden]``."""
+        hidden = self.states.read(batch).to(self.model.device, self.model.dtype, non_blocking=True)
+        return run_block(block, hidden, self.arguments[batch][index])
+
     def at_once(
         self,
         block: nn.Module,
@@ -876,14 +915,9 @@ class Stream:
         recipe: Recipe,
     ) -> AtOnce:
         """A walk through a block in one pass."""
-
-        def run(batch: int) -> torch.Tensor:
-            hidden = self.states.read(batch).to(self.model.device, self.model.dtype, non_blocking=True)
-            return run_block(block, hidden, self.arguments[batch][index])
-
         layers = self.model.expert_layers(index, linears)
         return AtOnce(
-            run,
+            partial(self.run, block, index),
             self.rows,
             {n: m for n, m in linears.items() if EXPERT_MODULE.match(n) is None},
             self.model.device,
@@ -948,6 +982,13 @@ class Stream:
         known = self.routes[kind]
         return None if known is None else known.renamed(prefix)
 
+    def norms_of(self, block: nn.Module, index: int, linears: Mapping[str, nn.Linear]) -> Norms:
+        """A block's norms: found once for all blocks of a kind."""
+        kind = kind_of(block, self.model, index, linears)
+        if kind not in self.norms:
+            self.norms[kind] = self.ranks.decide(lambda: find_norms(block, lambda: self.run(block, index, 0)))
+        return self.norms[kind]
+
     def _pairs(
         self,
         block: nn.Module,
@@ -972,8 +1013,7 @@ class Stream:
         """What to say of a second moment that is not finite: which module and sample made it so, if they show."""
         try:
             for i in range(len(self.batches)):
-                hidden = self.states.read(i).to(self.model.device, self.model.dtype, non_blocking=True)
-                self._require_finite(block, index, i, run_block(block, hidden, self.arguments[i][index]))
+                self._require_finite(block, index, i, self.run(block, index, i))
         except NumericsError as e:
             return e
         self.ranks.agree()  # the culprit may be in another rank's batches
@@ -1023,6 +1063,13 @@ def require_work_for_all(size: CalibrationWork, ranks: Ranks, tokens: int) -> No
             f"rounding to nearest needs {needs}, so there is nothing that {ranks.world} processes could share",
             where="--method rtn",
             remedy="Run it without torchrun.",
+        )
+    if size.tuning is not None and size.tuning.code_rate > 0:
+        raise UsageError(
+            "codes are tuned in one process only",
+            where="tune_codes under [gptq] in the recipe",
+            why=f"each step's gradients of all weights of a block would have to go to all {ranks.world} processes",
+            remedy="Run it without torchrun, or leave tune_codes out.",
         )
     require_batches(-(-size.samples // max(1, tokens // size.seq_len)), ranks, tokens, at_most="at most ")
 

@@ -320,6 +320,9 @@ def make_plan(
     if size.tuning is not None and largest_experts(tensors) * size.dtype.itemsize > RESIDENT_EXPERTS:
         size = replace(size, tuning=None, end_to_end=None)
         notes.append("blocks are not tuned after GPTQ: their experts are too many to be in memory together")
+    unused = [key for key in ("tune_codes", "tune_norms") if getattr(recipe.gptq, key)]
+    if size.tuning is None and unused:
+        notes.append(f"{' and '.join(unused)} in the recipe change nothing, because blocks are not tuned")
     size = settle_offload(checkpoint, tensors, size)
     summary = _summary(checkpoint, blocks, recipe, tensors, size, problems, notes, budget)
     return WorkPlan(

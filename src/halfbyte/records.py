@@ -201,13 +201,15 @@ class TuningRecord:
         block: its index.
         loss_before, loss_after: the block's relative output error on calibration samples that it was not tuned on, see
             :mod:`halfbyte.methods.tuning`.
-        kept: whether the tuned scales are the ones written.
+        kept: whether the tuned values are the ones written.
+        norms: names of the norms' weight tensors that were tuned, too, and are no longer the source's.
     """
 
     block: int
     loss_before: float
     loss_after: float
     kept: bool
+    norms: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,7 +296,8 @@ class Manifest:
     :func:`halfbyte.checkpoint.reader.combined_digest`). ``recipe`` holds every option that shaped the output.
     ``files`` maps each written safetensors file to its sha256. ``smoothing`` lists the norms that are not the source's:
     a Linear behind one holds ``W diag(s)``, with ``s`` the old gain over the new. ``pairs`` lists Linears that took
-    such factors from a Linear before them, which holds ``diag(1/s) W``. ``rare_experts`` names experts that few
+    such factors from a Linear before them, which holds ``diag(1/s) W``. ``tuning`` says for each block how its tuning
+    went, and which norms are not the source's because they were tuned. ``rare_experts`` names experts that few
     calibration tokens reached. ``sensitivity`` says how bits were dealt out where the recipe has ``target_bits``,
     ``end_to_end`` how all scales were tuned together. ``run`` alone varies between equal runs.
     """

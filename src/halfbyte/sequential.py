@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -66,7 +67,6 @@ class Route:
         owners: a lasting Linear's outermost module that returns its output as it is (path in the block), and how many
             ``None`` follow it there in a tuple; -1: no tuple.
         norms: for stages whose input is a norm's output that goes nowhere else: the norm's path.
-        reads: path of the norm that reads what enters the block; ``None`` where there is none.
         idle: for each stage, and at last for the pass that makes the outputs: paths of norms that do not matter there.
     """
 
@@ -75,7 +75,6 @@ class Route:
     lasting: frozenset[str]
     owners: Mapping[str, tuple[str, int]]
     norms: Mapping[int, str] = field(default_factory=dict)
-    reads: str | None = None
     idle: tuple[frozenset[str], ...] = ()
 
     def stage_of(self, name: str) -> int:
@@ -89,7 +88,6 @@ class Route:
             lasting=frozenset(prefix + n for n in self.lasting),
             owners={prefix + n: owner for n, owner in self.owners.items()},
             norms=self.norms,
-            reads=self.reads,
             idle=self.idle,
         )
 
@@ -114,8 +112,20 @@ class _Recorded:
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     owners: dict[str, tuple[str, int]] = field(default_factory=dict)
     gains: dict[str, torch.Tensor] = field(default_factory=dict)
-    reads: str | None = None
     result: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """A block's norms: modules with a ``weight`` for each channel. Paths in the block.
+
+    Attributes:
+        paths: in the order in which they were called.
+        reads: the one that reads what enters the block; ``None`` where there is none.
+    """
+
+    paths: tuple[str, ...]
+    reads: str | None
 
 
 def learn_route(block: nn.Module, linears: Mapping[str, Leaf], run: Callable[[], torch.Tensor]) -> Route | None:
@@ -176,9 +186,37 @@ def learn_route(block: nn.Module, linears: Mapping[str, Leaf], run: Callable[[],
         lasting=frozenset(lasting),
         owners={name: owner for name, owner in seen.owners.items() if name in lasting},
         norms=norms,
-        reads=seen.reads,
         idle=tuple(idle),
     )
+
+
+def find_norms(block: nn.Module, run: Callable[[], torch.Tensor]) -> Norms:
+    """Find a block's norms in one pass of one batch, whatever is quantised.
+
+    Args:
+        block: with its weights in place.
+        run: runs the batch through the block and returns its output.
+    """
+    paths: dict[str, None] = {}
+    reads: list[str] = []
+    entering: list[Any] = []
+    handles = [block.register_forward_pre_hook(lambda _, given: entering.extend(given[:1]))]
+
+    def look(path: str, module: nn.Module, given: tuple[Any, ...], more: dict[str, Any], out: Any) -> None:
+        if _multiplies_channels(module, given, more, out):
+            paths[path] = None
+            if entering and given[0] is entering[0]:
+                reads.append(path)
+
+    for path, module in block.named_modules():
+        if module is not block and not isinstance(module, nn.Linear):
+            handles.append(module.register_forward_hook(partial(look, path), with_kwargs=True))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Norms(tuple(paths), reads[-1] if reads else None)
 
 
 def _shares(first: Leaf, seen: _Recorded, one: str, other: str) -> bool:
@@ -189,11 +227,17 @@ def _as_it_is(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def _multiplies_channels(module: nn.Module, given: tuple[Any, ...], more: Mapping[str, Any], out: Any) -> bool:
+    """Whether a call looks like a norm's: one tensor in, one of its shape out, a weight for each channel."""
+    weight = module._parameters.get("weight")
+    plain = len(given) == 1 and not more and isinstance(given[0], torch.Tensor) and isinstance(out, torch.Tensor)
+    return weight is not None and weight.dim() == 1 and plain and out.shape == given[0].shape
+
+
 def _record(block: nn.Module, linears: Mapping[str, Leaf], run: Callable[[], torch.Tensor]) -> _Recorded:
     seen = _Recorded()
     returned: dict[str, torch.Tensor] = {}
-    entering: list[Any] = []
-    handles = [block.register_forward_pre_hook(lambda _, given: entering.extend(given[:1]))]
+    handles = []
 
     def recorder(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def forward(x: torch.Tensor, *besides: torch.Tensor) -> torch.Tensor:
@@ -207,14 +251,8 @@ def _record(block: nn.Module, linears: Mapping[str, Leaf], run: Callable[[], tor
 
     def owner(path: str, module: nn.Module) -> None:
         def look(_: nn.Module, given: tuple[Any, ...], more: dict[str, Any], out: Any) -> None:
-            weight = module._parameters.get("weight")
-            plain = (
-                len(given) == 1 and not more and isinstance(given[0], torch.Tensor) and isinstance(out, torch.Tensor)
-            )
-            if weight is not None and weight.dim() == 1 and plain and out.shape == given[0].shape:
+            if _multiplies_channels(module, given, more, out):
                 seen.gains[path] = out
-                if entering and given[0] is entering[0]:
-                    seen.reads = path
             first, rest = (out[0], out[1:]) if isinstance(out, tuple) and out else (out, None)
             for name, y in returned.items():
                 if y is first and all(r is None for r in rest or ()):

@@ -37,10 +37,17 @@ Candidate = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(slots=True)
 class Solved:
-    """What became of a block: its Linears, and small tensors that are no longer the source's."""
+    """What became of a block.
+
+    Attributes:
+        linears: by name; rewritten: small tensors that are no longer the source's, as they are stored.
+        weights: where codes will be tuned, what Linears' codes stand for, ``[out, in]`` in the dtype of blocks: the
+            source's, smoothed.
+    """
 
     linears: dict[str, tuple[LinearRecord, QuantizedWeight]]
     rewritten: dict[str, torch.Tensor] = field(default_factory=dict)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
     smoothing: list[SmoothingRecord] = field(default_factory=list)
     pairs: list[PairRecord] = field(default_factory=list)
     tuning: list[TuningRecord] = field(default_factory=list)
@@ -127,6 +134,8 @@ class Smoother:
         result = replace(result, scales=scales)
         solved.linears[pair.source] = (record, result)
         module.weight.data.copy_(result.dense())
+        if pair.source in solved.weights:
+            solved.weights[pair.source].div_(factors.to(module.weight.device)[:, None])
         if bias is not None:
             divided = (bias.float() / factors).to(bias.dtype)
             module.bias.data.copy_(divided)

@@ -7,7 +7,8 @@
     scales    finite and positive
     codes     codes and zero points within their range, no NaN
     copies    every other tensor is byte for byte that of the source, but for norms that the manifest says were smoothed
-              and biases that it says were divided, which are the source's over the recorded factors
+              or tuned (the latter are no further from the source's than tuning goes) and biases that it says were
+              divided, which are the source's over the recorded factors
               (experts that the source holds in stacks count as what they are stacked from)
     error     relative Frobenius error ||W_q - W|| / ||W|| of each Linear against the source is plausible; behind a
               smoothed norm the source's W with its columns multiplied by the old gain over the new; where Linears
@@ -70,7 +71,14 @@ from halfbyte.verifier_layout import (
     quantized_parts,
 )
 from halfbyte.verifier_models import build_skeleton
-from halfbyte.verifier_numbers import Traded, copy_problems, pair_factors, scan, smoothing_factors
+from halfbyte.verifier_numbers import (
+    Traded,
+    copy_problems,
+    pair_factors,
+    scan,
+    smoothing_factors,
+    tuned_norm_problems,
+)
 from halfbyte.verifier_reload import RELOAD_CHECKS, reload_checks
 from halfbyte.verifier_stacks import Stacks, stacks_of
 
@@ -399,11 +407,13 @@ class Changes:
 
     Attributes:
         traded: by module, the factors that it took or gave.
-        norms, biases: tensors that were not copied; problems: what is wrong with them, or with the records.
+        norms, tuned, biases: tensors that were not copied: norms that were smoothed, norms that were tuned, and biases;
+            problems: what is wrong with them, or with the records.
     """
 
     traded: Mapping[str, Traded] = field(default_factory=dict)
     norms: frozenset[str] = frozenset()
+    tuned: frozenset[str] = frozenset()
     biases: frozenset[str] = frozenset()
     problems: Sequence[str] = ()
 
@@ -414,7 +424,9 @@ def _changes(found: Inventory, source: Mapping[str, StoredTensor] | None, manife
     columns, misshapen = smoothing_factors(manifest.smoothing, found.tensors, source)
     traded, biases, problems = pair_factors(manifest.pairs, found.tensors, source, columns)
     norms = frozenset(s.norm for s in manifest.smoothing)
-    return Changes(traded=traded, norms=norms, biases=frozenset(biases), problems=misshapen + problems)
+    tuned = frozenset(n for record in manifest.tuning for n in record.norms) - norms
+    problems = [*misshapen, *problems, *tuned_norm_problems(sorted(tuned), found.tensors, source)]
+    return Changes(traded=traded, norms=norms, tuned=tuned, biases=frozenset(biases), problems=problems)
 
 
 def _copies_check(
@@ -428,7 +440,7 @@ def _copies_check(
     if original is None:
         return Check(name="copies", status="skipped", detail="no source was given (--source)")
     quantized = {f"{m.name}.weight" for m in modules}
-    changed = changes.norms | changes.biases
+    changed = changes.norms | changes.tuned | changes.biases
     kept = {n: t for n, t in _dense(found, modules).items() if n not in changed}
     expected = {n: t for n, t in original.tensors.items() if n not in quantized | changed | stacks.replaced}
     expected |= {n: t for n, t in stacks.weights.items() if n in kept}
@@ -439,6 +451,7 @@ def _copies_check(
     size = sum(t.size_bytes for t in kept.values())
     detail = f"{len(kept)} tensors, {size / 1e6:.1f} MB, equal to the source byte for byte"
     detail += f"; {len(changes.norms)} smoothed norms are not" if changes.norms else ""
+    detail += f"; {len(changes.tuned)} tuned norms are not" if changes.tuned else ""
     detail += f"; {len(changes.biases)} biases are divided" if changes.biases else ""
     if stacks.replaced:
         detail += f"; {len(stacks.replaced)} stacks of experts became {len(stacks.weights)} Linears"

@@ -28,6 +28,8 @@ MAX_RELATIVE_ERROR = 1.0
 # shrink rows by themselves.
 MAX_ROW_RATIO = 1.5
 LEAST_BITS = 4
+# How far a norm that was tuned may be from the source's, as a share of its size. A tuning ends within a tenth.
+MAX_NORM_CHANGE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +201,28 @@ def smoothing_factors(
             continue
         factors |= dict.fromkeys(record.linears, s)
     return factors, problems
+
+
+def tuned_norm_problems(
+    names: Sequence[str], found: Mapping[str, StoredTensor], source: Mapping[str, StoredTensor]
+) -> list[str]:
+    """What is wrong with norms that were tuned: no vectors, not the source's in dtype and shape, or too far from it."""
+    problems = []
+    for name in names:
+        old, new = source.get(name), found.get(name)
+        if old is None or new is None or (old.dtype, old.shape) != (new.dtype, new.shape):
+            problems.append(f"{name} is not as in the source in dtype and shape")
+            continue
+        if len(old.shape) != 1 or old.dtype not in FLOATS:
+            problems.append(f"{name} is recorded as a norm that was tuned, and is no vector of floats")
+            continue
+        before, after = (to_float32(t.rows(), t.dtype).astype(np.float64) for t in (old, new))
+        with np.errstate(invalid="ignore", over="ignore"):
+            change, size = float(np.linalg.norm(after - before)), float(np.linalg.norm(before))
+        if not change <= MAX_NORM_CHANGE * size:
+            share = change / size if size else math.inf
+            problems.append(f"{name} is recorded as tuned, which does not move it by {share:.3g} of its size")
+    return problems
 
 
 def pair_factors(

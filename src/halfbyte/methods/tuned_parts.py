@@ -40,7 +40,8 @@ class TunedLinear:
         scale_dtype: what scales are stored in.
         quantize_input: where the engine quantises activations, what it makes of this Linear's input (same shape and
             dtype); its gradient is taken for 1.
-        weight: the original weight ``[out, in]`` float32; needed where codes are tuned.
+        weight: what was rounded to the codes, ``[out, in]`` in float32 or the dtype of blocks; needed where codes are
+            tuned.
     """
 
     module: nn.Linear

@@ -63,6 +63,8 @@ class GptqSteps:
             draws correlations towards 0 the more, the fewer tokens vouch for them; 0 takes them as counted. See
             ``methods.pooled``.
         end_to_end: at effort high, all scales are tuned together at the end, see ``end_to_end``.
+        tune_codes: where blocks are tuned, their codes are too, not only their scales, see ``methods.tuning``.
+        tune_norms: where blocks are tuned, the weights of their norms are too, but for those that were smoothed.
     """
 
     static_order: bool = True
@@ -74,6 +76,8 @@ class GptqSteps:
     smoothing: bool = True
     shrinkage: float = 1.0
     end_to_end: bool = True
+    tune_codes: bool = False
+    tune_norms: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ scheme, group_size, targets            the default scheme, and what it applies t
 [[groups]] scheme, group_size, targets exceptions to it, first match first
 ignore, method, damp_fraction, effort, target_bits, description
 [gptq] static_order, scale_search, scale_refit, code_descent, sweeps, true_sequential, smoothing, shrinkage,
-       end_to_end
+       end_to_end, tune_codes, tune_norms
 [experts] rare_tokens, all_tokens
 [calibration] source, samples, seq_len, seed
 """
