@@ -228,13 +228,17 @@ def test_channels_count_by_the_gain_of_the_norm_behind_the_block(
         torch.testing.assert_close(gain, stored[name].float() + offset, rtol=1e-3, atol=1e-4)
 
 
-def test_codes_move_where_a_recipe_says_so(tiny_model: Models, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("effort", ["standard", "high"])
+def test_codes_move_where_a_recipe_says_so(
+    effort: str, tiny_model: Models, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They are GPTQ's but for a few, and the block is better on batches that were not tuned on."""
+    monkeypatch.setattr(pipeline, "TOKENS_PER_BATCH", 1024)
     source = tiny_model("llama")
-    settings: dict[str, Any] = {"samples": 24, "dtype": "float32"}
+    settings: dict[str, Any] = {"calibration": "random-tokens", "samples": 16, "seq_len": 256, "dtype": "float32"}
     run(source, tmp_path / "gptq", text_file, effort="low", **settings)
     made = {
-        name: run(source, tmp_path / name, text_file, steps, **settings)
+        name: run(source, tmp_path / name, text_file, steps, effort=effort, **settings)
         for name, steps in (("scales", {"end_to_end": False}), ("codes", {"end_to_end": False, "tune_codes": True}))
     }
     gptq, scales, codes = (codes_of(tmp_path / name) for name in ("gptq", *made))
