@@ -231,7 +231,7 @@ def test_a_full_disk_is_told(
     whole = run(tiny_model("llama"), tmp_path / "whole", text_file)
     with monkeypatch.context() as patched:
         patched.setattr(end_to_end, "save_file", full)
-        with pytest.raises(halfbyte.errors.OutputError, match=r"the disk is full.*--resume.* after the 2 blocks"):
+        with pytest.raises(halfbyte.errors.OutputError, match=r"the disk is full.*--resume.* after 2 finished blocks"):
             run(tiny_model("llama"), tmp_path / "cut", text_file)
     assert run(tiny_model("llama"), tmp_path / "cut", text_file, resume=True).files == whole.files
 

@@ -85,7 +85,8 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int | Non
         out.mkdir()
         (out / "model.safetensors").write_bytes(b"")
         run = {"peak_bytes": 9, "planned_peak_bytes": 7, "offload": True}
-        (out / "halfbyte.json").write_text(json.dumps({"calibration": {"sha256": "ab"}, "run": run}))
+        manifest = {"calibration": {"sha256": "ab"}, "bits_per_weight": 4.5, "run": run}
+        (out / "halfbyte.json").write_text(json.dumps(manifest))
         return harness.Measurement(wall_s=1, cpu_s=1, peak_rss_bytes=9, peak_anonymous_bytes=8, other_cpu_share=0)
 
     monkeypatch.setattr(harness, "measure", measured)
