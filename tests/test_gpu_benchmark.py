@@ -36,6 +36,11 @@ def test_it_runs_in_one_command(tmp_path: Path) -> None:
     assert result["shares"]["forward_operations"] == forward
     all_blocks = 3 * forward - 2 * tokens * TINY.hidden * TINY.inner
     assert result["shares"]["forward"] == pytest.approx(all_blocks / found["stages_s"]["forward"] / rate)
+    moments = tokens * sum(width * (width + 1) for width, _ in TINY.inputs())
+    share = 3 * moments / found["stages_s"]["second moments"] / rate
+    assert result["shares"]["second moments"] == pytest.approx(share)
+    assert result["shares"]["block"] == pytest.approx((forward + moments) / found["block_s"] / rate)
+    assert all(0 < result["shares"][stage] < 10 for stage in ("block", "forward", "second moments"))
     ours = result["same_matrices"]["halfbyte"]
     assert set(ours["relative_errors"]) == {n for _, linears in TINY.inputs() for n in linears}
     assert all(0 < e < 0.05 for e in ours["relative_errors"].values())

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from halfbyte.cli.console import emit, json_option, size
+from halfbyte.errors import counted
 
 if TYPE_CHECKING:
     from halfbyte.inspection import Inspection
@@ -34,7 +35,7 @@ def command(checkpoint: str, as_json: bool) -> None:
 def render(console: Console, result: Inspection) -> None:
     """Draw an inspection for a person."""
     console.print(f"{result.name}: {result.architecture} ({result.model_type}), {result.blocks} blocks", markup=False)
-    stored = f"{size(result.size_bytes)} in {result.files} file{'s' if result.files > 1 else ''}"
+    stored = f"{size(result.size_bytes)} in {counted(result.files, 'file')}"
     console.print(
         f"{result.parameters / 1e6:,.1f} M parameters, {stored}, {result.bits_per_parameter:.2f} bits a parameter"
     )

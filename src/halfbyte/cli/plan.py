@@ -12,7 +12,7 @@ from rich.table import Table
 
 from halfbyte.cli.console import duration, emit, json_option, size
 from halfbyte.cli.options import calibration_options, scheme_options
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import HalfbyteError, counted
 from halfbyte.records import Plan
 
 
@@ -71,7 +71,7 @@ def command(
     emit(result, as_json=as_json, render=lambda console: render(console, result, every_tensor=every_tensor))
     if result.problems:
         count = len(result.problems)
-        raise PlanProblems(f"{count} problem{'s' if count > 1 else ''} would stop this run", where=source)
+        raise PlanProblems(f"{counted(count, 'problem')} would stop this run", where=source)
 
 
 def render(console: Console, plan: Plan, *, every_tensor: bool = False) -> None:

@@ -29,7 +29,7 @@ from typing import Any
 
 import aiohttp
 
-from halfbyte.errors import EngineError
+from halfbyte.errors import EngineError, counted
 from halfbyte.progress import Reporter
 from halfbyte.serving import client
 from halfbyte.serving.client import Target
@@ -219,7 +219,7 @@ async def _level(
 ) -> tuple[Level, list[int]]:
     answers: list[_Answer] = []
     errors: list[str] = []
-    reporter.start(f"{clients} client{'s' if clients > 1 else ''}", clients * load.requests)
+    reporter.start(counted(clients, "client"), clients * load.requests)
     began = time.monotonic()
 
     async def ask_in_turn() -> None:
