@@ -5,14 +5,11 @@ python benchmarks/operations.py MODEL SAMPLES SEQ_LEN DTYPE
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from pathlib import Path
 
-import torch
-
-from halfbyte.arithmetic import bfloat16_products, compute_dtype
+from halfbyte.arithmetic import compute_dtype
 from halfbyte.checkpoint.reader import open_checkpoint
 from halfbyte.estimates import matmul_rate, shared_inputs
 from halfbyte.planner import plan
@@ -53,8 +50,6 @@ if __name__ == "__main__":
     counted = {name: operations(*work, passes=n) for name, n in (("one pass", 1), ("two passes", 2))}
     dtype = compute_dtype(sys.argv[4], open_checkpoint(work[0]).dtype, "cpu", 4)  # type: ignore[arg-type]
     # The best of many: a rate that is too low would make the floor too easy.
-    blocks = max(matmul_rate(dtype) for _ in range(10))
-    with bfloat16_products() if dtype == torch.bfloat16 else contextlib.nullcontext():
-        moments = max(matmul_rate() for _ in range(10))
-    rates = {"linears": blocks, "attention": blocks, "second moments": moments}
+    rate = max(matmul_rate(dtype) for _ in range(10))
+    rates = dict.fromkeys(counted["one pass"], rate)
     print(json.dumps({"operations": counted, "dtype": str(dtype).removeprefix("torch."), "rates": rates}))

@@ -30,7 +30,7 @@ BOTH = {"tune_codes": True, "tune_norms": True}
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "TOKENS_PER_BATCH", 80)
+    monkeypatch.setattr(pipeline, "TOKENS_PER_STEP", 80)
     monkeypatch.setattr(tuning, "HIGH", TuningOptions(steps=20, code_rate=0.002, scale_rate=0.005))
 
 
@@ -233,7 +233,7 @@ def test_codes_move_where_a_recipe_says_so(
     effort: str, tiny_model: Models, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are GPTQ's but for a few, and the block is better on batches that were not tuned on."""
-    monkeypatch.setattr(pipeline, "TOKENS_PER_BATCH", 1024)
+    monkeypatch.setattr(pipeline, "TOKENS_PER_STEP", 1024)
     source = tiny_model("llama")
     settings: dict[str, Any] = {"calibration": "random-tokens", "samples": 16, "seq_len": 256, "dtype": "float32"}
     run(source, tmp_path / "gptq", text_file, effort="low", **settings)

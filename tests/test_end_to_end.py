@@ -30,7 +30,7 @@ STEPS = 4
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sequences in a batch; a step of two batches, of which logits are looked at a few rows at a time."""
-    monkeypatch.setattr(pipeline, "TOKENS_PER_BATCH", 80)
+    monkeypatch.setattr(pipeline, "TOKENS_PER_STEP", 80)
     monkeypatch.setattr(tuning, "HIGH", TuningOptions(steps=8))  # which look at all batches
     options = EndToEndOptions(steps=STEPS, batches_per_step=2, scale_rate=1e-2, held_out=4, chunk_bytes=60_000)
     monkeypatch.setattr(planner, "end_to_end_of", lambda recipe: options if recipe.gptq.end_to_end else None)

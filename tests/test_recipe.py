@@ -102,6 +102,8 @@ def test_what_tuning_moves_besides_scales(load: Any) -> None:
             assert options is not None
             rates[keys] = (options.code_rate > 0, options.vector_rate > 0)
         assert list(rates.values()) == [(False, False), (True, False), (False, True), (True, True)]
+    steps = {n: tuning_of(load('scheme = "W4A16"\neffort = "high"', "r.toml"), n) for n in (40, 512, 513, 1024, 4096)}
+    assert {n: o and o.samples_per_step for n, o in steps.items()} == {40: 2, 512: 2, 513: 1, 1024: 1, 4096: 1}
     assert tuning_of(load('scheme = "W4A16"\neffort = "low"\n[gptq]\ntune_codes = true', "r.toml")) is None
 
 

@@ -16,7 +16,6 @@ Time is arithmetic at a rate measured now. Peaks stand beside measured ones in d
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -25,10 +24,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from halfbyte.architectures import EXPERT_MODULE, FUSED, NOT_LANGUAGE
-from halfbyte.arithmetic import bfloat16_products
 from halfbyte.attention import STRIP as QUERIES
 from halfbyte.calibration import (
     TOKENS_PER_BATCH,
+    TOKENS_PER_STEP,
     available_memory_bytes,
     local_processes,
     may_have_pictures,
@@ -107,15 +106,20 @@ class CalibrationWork:
     @property
     def batch_tokens(self) -> int:
         """Tokens in one batch: whole samples, at least one."""
-        return min(self.tokens, max(1, TOKENS_PER_BATCH // max(1, self.seq_len)) * self.seq_len)
+        return min(self.tokens, self._batch_samples * self.seq_len)
 
     @property
     def taught_tokens(self) -> float:
         """Those whose hidden states in the original model are kept too, to tune blocks by."""
         if self.tuning is None or not self.tokens:
             return 0.0
-        batches = -(-self.samples // max(1, TOKENS_PER_BATCH // self.seq_len))
+        batches = -(-self.samples // self._batch_samples)
         return self.tokens * samples_wanted(self.tuning, batches) / batches
+
+    @property
+    def _batch_samples(self) -> int:
+        most = TOKENS_PER_BATCH if self.tuning is None else TOKENS_PER_STEP
+        return max(1, most // max(1, self.seq_len))
 
     @property
     def compute(self) -> str:
@@ -413,14 +417,12 @@ def _kept_on_disk(blocks: list[list[Shared]], size: CalibrationWork, hidden: int
 
 def _time(checkpoint: Checkpoint, blocks: list[list[Shared]], size: CalibrationWork, after: int) -> Estimate:
     rate = matmul_rate(size.dtype)
-    with bfloat16_products() if size.dtype == torch.bfloat16 else contextlib.nullcontext():
-        moments_rate = matmul_rate(torch.float32)
     everything = sum(s.weights for block in blocks for s in block)
     weights = sum(s.share * s.weights for block in blocks for s in block)
     squares = sum(s.share * s.width**2 for block in blocks for s in block)
     parts = {
         "a pass through the blocks": 2.0 * size.tokens * weights / rate,
-        "second moments": 1.3 * size.tokens * squares / moments_rate,
+        "second moments": 1.3 * size.tokens * squares / rate,
         "scales and columns": everything * (9e-8 if size.tokens else 5e-9),
         "reading and writing": (checkpoint.size_bytes + after) / DISK_BYTES_PER_S,
     }

@@ -36,7 +36,14 @@ from halfbyte.blocks import (
     require_finite_weights,
     run_block,
 )
-from halfbyte.calibration import TOKENS_PER_BATCH, TOKENS_PER_BATCH_ON_GPU, Batch, Calibration, calibrate
+from halfbyte.calibration import (
+    TOKENS_PER_BATCH,
+    TOKENS_PER_BATCH_ON_GPU,
+    TOKENS_PER_STEP,
+    Batch,
+    Calibration,
+    calibrate,
+)
 from halfbyte.checkpoint.layout import Layout
 from halfbyte.checkpoint.reader import (
     DTYPES,
@@ -1038,7 +1045,10 @@ class Stream:
 
 def tokens_per_batch(device: torch.device, *, tuned: bool = False) -> int:
     """As many as a device needs to be busy. Tuning holds a whole block's activations of a batch, so it takes few."""
-    return TOKENS_PER_BATCH if tuned or device.type == "cpu" else TOKENS_PER_BATCH_ON_GPU
+    few, many = (
+        (TOKENS_PER_STEP, TOKENS_PER_BATCH) if device.type == "cpu" else (TOKENS_PER_BATCH, TOKENS_PER_BATCH_ON_GPU)
+    )
+    return few if tuned else many
 
 
 def room_for_kept(device: torch.device) -> int:

@@ -26,7 +26,14 @@ from halfbyte.architectures import (
     map_blocks,
 )
 from halfbyte.arithmetic import COMPUTE_DTYPES, ComputeDtype, compute_dtype
-from halfbyte.calibration import absent_sources, calibration_problems, default_spec, parse_spec
+from halfbyte.calibration import (
+    TOKENS_PER_BATCH,
+    TOKENS_PER_STEP,
+    absent_sources,
+    calibration_problems,
+    default_spec,
+    parse_spec,
+)
 from halfbyte.checkpoint.layout import TensorSpec
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint, TensorInfo
 from halfbyte.checkpoint.source import open_headers
@@ -213,7 +220,7 @@ def calibration_work(
         observed=observed,
         offload=offload,
         dtype=compute_dtype(dtype, stored_dtype(checkpoint, device), device, max(s.weights.num_bits for s in schemes)),
-        tuning=tuning_of(recipe),
+        tuning=tuning_of(recipe, max(length, TOKENS_PER_STEP if device == "cpu" else TOKENS_PER_BATCH)),
         end_to_end=end_to_end_of(recipe),
         reason=reason,
     )

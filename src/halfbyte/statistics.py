@@ -6,14 +6,13 @@ themselves while a block runs, not guessed from names. Padded positions never en
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from halfbyte.arithmetic import bfloat16_products
+from halfbyte.arithmetic import fast_bfloat16
 from halfbyte.heap import mapped
 from halfbyte.ranks import Ranks
 
@@ -26,7 +25,7 @@ STRIP_ON_GPU = 1024
 class SecondMoment:
     """``H = sum_t x_t x_t^T`` over tokens, float32.
 
-    Only strips on and above the diagonal are accumulated (``H[i:i+256, i:]``); :meth:`finish` mirrors them. For
+    Only strips on and above the diagonal are accumulated (``H[i:i+256, i:]``); :meth:`finish` mirrors the rest. For
     ``in = 2048`` that is 0.56 of the full product's arithmetic. On a GPU strips are 1024 wide.
 
     Attributes:
@@ -50,23 +49,27 @@ class SecondMoment:
         return SecondMoment(names=[], hessian=hessian)
 
     def add(self, x: torch.Tensor) -> None:
-        """Add tokens ``x [tokens, in]``. The products of two bfloat16 numbers are exact, and summed up in float32.
+        """Add tokens ``x [tokens, in]``, multiplied in float32, but for what processors do faster:
 
-        On a GPU the tensor cores do so (and the same for float16), on a CPU :func:`bfloat16_products`. Where torch or
-        the card cannot do that, inputs become float32 before they are multiplied.
+        - The tensor cores of a GPU multiply bfloat16 and float16 to float32 sums; nothing is rounded.
+        - A CPU's instructions for bfloat16 sum up in float32, too, but torch returns each call's sum rounded to
+          bfloat16, by 2^-8 of itself at most. Sums of calls are float32, so that roundings cancel out as calls add up.
+          An entry of H is off from that of endless text by ``sqrt(H_ii H_jj / tokens)`` or so, and :func:`shrinkage`
+          is as large; what rounding adds is a small part of either (docs/log.md).
         """
-        exact = bfloat16_products() if x.dtype == torch.bfloat16 and not x.is_cuda else contextlib.nullcontext()
         mixed, n, strip = multiplies_mixed(x), x.shape[1], self._strip
-        if not mixed:
+        rounded = x.dtype == torch.bfloat16 and not x.is_cuda and fast_bfloat16()
+        if not mixed and not rounded:
             x = x.float()
         transposed = x.T
-        with exact:
-            for i in range(0, n, strip):
-                block = self.hessian[i : i + strip, i:]
-                if mixed:
-                    block += torch.mm(transposed[i : i + strip], x[:, i:], out_dtype=torch.float32)
-                else:
-                    block.addmm_(transposed[i : i + strip], x[:, i:])
+        for i in range(0, n, strip):
+            block, rows, columns = self.hessian[i : i + strip, i:], transposed[i : i + strip], x[:, i:]
+            if mixed:
+                block += torch.mm(rows, columns, out_dtype=torch.float32)
+            elif rounded:
+                block += torch.mm(rows, columns)
+            else:
+                block.addmm_(rows, columns)
         self.tokens += x.shape[0]
 
     @property
@@ -89,6 +92,8 @@ class SecondMoment:
         n, strip = self.hessian.shape[0], self._strip
         for i in range(0, n, strip):
             end = min(i + strip, n)
+            corner = self.hessian[i:end, i:end]
+            corner.copy_(corner.triu() + corner.triu(1).T)
             self.hessian[end:, i:end] = self.hessian[i:end, end:].T
         return self.hessian
 

@@ -8,7 +8,13 @@ from halfbyte.calibration.memory import (
     self_writing_bytes,
 )
 from halfbyte.calibration.pictured import Pictured, Processing
-from halfbyte.calibration.sequences import TOKENS_PER_BATCH, TOKENS_PER_BATCH_ON_GPU, Batch, Calibration
+from halfbyte.calibration.sequences import (
+    TOKENS_PER_BATCH,
+    TOKENS_PER_BATCH_ON_GPU,
+    TOKENS_PER_STEP,
+    Batch,
+    Calibration,
+)
 from halfbyte.calibration.sources import (
     SOURCES,
     absent_sources,
@@ -24,6 +30,7 @@ __all__ = [
     "SOURCES",
     "TOKENS_PER_BATCH",
     "TOKENS_PER_BATCH_ON_GPU",
+    "TOKENS_PER_STEP",
     "Batch",
     "Calibration",
     "Pictured",

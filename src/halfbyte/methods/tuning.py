@@ -82,7 +82,8 @@ class TuningOptions:
 
     Attributes:
         steps: updates; 0 tunes nothing.
-        samples_per_step: samples whose gradients are summed for an update. A thousand tokens are enough.
+        samples_per_step: samples whose gradients are summed for an update. A thousand tokens are enough, and half of
+            them where the steps are few.
         code_rate: what a latent moves in the first step, in units of a code; 0 keeps the codes.
         scale_rate: Adam's rate for scales, relative to the scale.
         vector_rate: Adam's rate for vectors, relative to their size.
@@ -119,17 +120,20 @@ class EndToEndOptions:
     chunk_bytes: int = 32 << 20
 
 
-# With these rates of codes, where a recipe asks for them, latents go no further than 0.013 and 0.05 of a code in all:
-# GPTQ's solution is kept but for codes next to a border.
+# For samples of 512 tokens. With these rates of codes, where a recipe asks for them, latents go no further than 0.013
+# and 0.05 of a code in all: GPTQ's solution is kept but for codes next to a border.
 STANDARD = TuningOptions(steps=12, scale_rate=1e-2, code_rate=2e-3)
-HIGH = TuningOptions(steps=100, code_rate=1e-3)
+HIGH = TuningOptions(steps=100, samples_per_step=2, code_rate=1e-3)
 
 
-def tuning_of(recipe: Recipe) -> TuningOptions | None:
+def tuning_of(recipe: Recipe, sample_tokens: int = 512) -> TuningOptions | None:
     """How blocks are tuned; ``None``: not at all.
 
     Codes of 8 bits leave a block so little error that only ``high`` tunes them. Rates of codes and vectors are 0 unless
-    the recipe wants these tuned.
+    the recipe wants these tuned. Where samples are longer than 512 tokens, fewer of them make a step, and at least one.
+
+    Args:
+        sample_tokens: tokens in one of the samples that it will get.
     """
     if recipe.method != "gptq" or recipe.effort == "low":
         return None
@@ -138,6 +142,7 @@ def tuning_of(recipe: Recipe) -> TuningOptions | None:
     options, steps = HIGH if recipe.effort == "high" else STANDARD, recipe.gptq
     return replace(
         options,
+        samples_per_step=max(1, options.samples_per_step * 512 // max(512, sample_tokens)),
         code_rate=options.code_rate if steps.tune_codes else 0.0,
         vector_rate=options.vector_rate if steps.tune_norms else 0.0,
     )
