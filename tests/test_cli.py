@@ -199,7 +199,7 @@ def test_quantize_says_how_tuning_went(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pipeline, "TOKENS_PER_STEP", 80)
-    monkeypatch.setattr(planner, "end_to_end_of", lambda recipe: EndToEndOptions(steps=2, held_out=4))
+    monkeypatch.setattr(planner, "end_to_end_of", lambda *_: EndToEndOptions(steps=2, held_out=4))
     options = ["--group-size", "32", "--calibration", f"text:{text_file}", "--samples", "16", "--seq-len", "40"]
     said = halfbyte("quantize", tiny_model("llama"), tmp_path / "out", *options, "--device", "cpu")
     assert said.status == 0

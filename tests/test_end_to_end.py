@@ -33,7 +33,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "TOKENS_PER_STEP", 80)
     monkeypatch.setattr(tuning, "HIGH", TuningOptions(steps=8))  # which look at all batches
     options = EndToEndOptions(steps=STEPS, batches_per_step=2, scale_rate=1e-2, held_out=4, chunk_bytes=60_000)
-    monkeypatch.setattr(planner, "end_to_end_of", lambda recipe: options if recipe.gptq.end_to_end else None)
+    monkeypatch.setattr(planner, "end_to_end_of", lambda recipe, _: options if recipe.gptq.end_to_end else None)
 
 
 def run(source: Path, out: Path, text: Path, **options: Any) -> Manifest:

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfbyte.errors import RecipeError, UsageError
-from halfbyte.methods.tuning import tuning_of
+from halfbyte.methods.tuning import end_to_end_of, tuning_of
 from halfbyte.recipe import GptqSteps, Recipe, load_recipe, matches
 from halfbyte.recipe.document import TomlLines
 from halfbyte.recipe.llmcompressor import METHOD_OF_MODIFIER, UNSUPPORTED_MODIFIERS, WITHOUT_EFFECT
@@ -104,6 +104,8 @@ def test_what_tuning_moves_besides_scales(load: Any) -> None:
         assert list(rates.values()) == [(False, False), (True, False), (False, True), (True, True)]
     steps = {n: tuning_of(load('scheme = "W4A16"\neffort = "high"', "r.toml"), n) for n in (40, 512, 513, 1024, 4096)}
     assert {n: o and o.samples_per_step for n, o in steps.items()} == {40: 2, 512: 2, 513: 1, 1024: 1, 4096: 1}
+    together = {n: end_to_end_of(load('scheme = "W4A16"\neffort = "high"', "r.toml"), n) for n in steps}
+    assert {n: o and o.batches_per_step for n, o in together.items()} == {40: 2, 512: 2, 513: 1, 1024: 1, 4096: 1}
     assert tuning_of(load('scheme = "W4A16"\neffort = "low"\n[gptq]\ntune_codes = true', "r.toml")) is None
 
 

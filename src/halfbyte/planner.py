@@ -213,6 +213,7 @@ def calibration_work(
     if spec is None:
         spec, reason = default_spec(checkpoint.size_bytes, checkpoint.text_config, count, length, device)
     schemes = [group.scheme for group in recipe.groups] + ([] if recipe.target_bits is None else [preset(WIDER)])
+    sample_tokens = max(length, TOKENS_PER_STEP if device == "cpu" else TOKENS_PER_BATCH)
     return CalibrationWork(
         spec=spec,
         samples=count,
@@ -220,8 +221,8 @@ def calibration_work(
         observed=observed,
         offload=offload,
         dtype=compute_dtype(dtype, stored_dtype(checkpoint, device), device, max(s.weights.num_bits for s in schemes)),
-        tuning=tuning_of(recipe, max(length, TOKENS_PER_STEP if device == "cpu" else TOKENS_PER_BATCH)),
-        end_to_end=end_to_end_of(recipe),
+        tuning=tuning_of(recipe, sample_tokens),
+        end_to_end=end_to_end_of(recipe, sample_tokens),
         reason=reason,
     )
 

@@ -113,7 +113,7 @@ class EndToEndOptions:
     """
 
     steps: int = 56
-    batches_per_step: int = 1
+    batches_per_step: int = 2
     scale_rate: float = 2e-3
     held_out: int = 8
     seed: int = 0
@@ -142,15 +142,23 @@ def tuning_of(recipe: Recipe, sample_tokens: int = 512) -> TuningOptions | None:
     options, steps = HIGH if recipe.effort == "high" else STANDARD, recipe.gptq
     return replace(
         options,
-        samples_per_step=max(1, options.samples_per_step * 512 // max(512, sample_tokens)),
+        samples_per_step=_fewer(options.samples_per_step, sample_tokens),
         code_rate=options.code_rate if steps.tune_codes else 0.0,
         vector_rate=options.vector_rate if steps.tune_norms else 0.0,
     )
 
 
-def end_to_end_of(recipe: Recipe) -> EndToEndOptions | None:
-    """How all scales are tuned together at the end; ``None``: not at all."""
-    return EndToEndOptions() if recipe.effort == "high" and tuning_of(recipe) and recipe.gptq.end_to_end else None
+def end_to_end_of(recipe: Recipe, sample_tokens: int = 512) -> EndToEndOptions | None:
+    """How all scales are tuned together at the end; ``None``: not at all. Arguments as in :func:`tuning_of`."""
+    if recipe.effort != "high" or not recipe.gptq.end_to_end or tuning_of(recipe) is None:
+        return None
+    options = EndToEndOptions()
+    return replace(options, batches_per_step=_fewer(options.batches_per_step, sample_tokens))
+
+
+def _fewer(samples: int, tokens: int) -> int:
+    """How many samples of so many tokens stand for those of 512, at least one."""
+    return max(1, samples * 512 // max(512, tokens))
 
 
 def samples_wanted(options: TuningOptions, available: int) -> int:
