@@ -17,7 +17,7 @@ from halfbyte.records import CalibrationRecord
 PADDING_ID = 0
 # Few enough that a batch's activations stay in a CPU's cache: 4096 run a third slower (docs/log.md).
 TOKENS_PER_BATCH = 1024
-# Where blocks are tuned, a batch is a step: half as many tokens take half the time, and teach as much (docs/log.md).
+# Where blocks are tuned: a step of effort standard, half the time for a few per cent of divergence (docs/log.md).
 TOKENS_PER_STEP = 512
 # Enough that a matrix product of a batch keeps a large GPU busy, and that its second moment costs more than adding it.
 TOKENS_PER_BATCH_ON_GPU = 4096
