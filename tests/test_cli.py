@@ -20,7 +20,8 @@ from rich.console import Console
 import tiny
 from attacks.checkpoints import Shard
 from conftest import Models
-from halfbyte import pipeline, planner
+from halfbyte import planner
+from halfbyte.calibration import sequences as dealt
 from halfbyte.cli.main import COMMANDS, cli, entry_point
 from halfbyte.cli.quantize import render
 from halfbyte.methods.tuning import EndToEndOptions
@@ -198,7 +199,7 @@ def test_quantize_says_how_tuning_went(
     halfbyte: Callable[..., Said],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pipeline, "TOKENS_PER_STEP", 80)
+    monkeypatch.setattr(dealt, "TOKENS_PER_STEP", 80)
     monkeypatch.setattr(planner, "end_to_end_of", lambda *_: EndToEndOptions(steps=2, held_out=4))
     options = ["--group-size", "32", "--calibration", f"text:{text_file}", "--samples", "16", "--seq-len", "40"]
     said = halfbyte("quantize", tiny_model("llama"), tmp_path / "out", *options, "--device", "cpu")

@@ -15,6 +15,7 @@ import tiny
 from conftest import Models
 from halfbyte import pipeline
 from halfbyte.activations import fake_quantize_activations
+from halfbyte.calibration import sequences as dealt
 from halfbyte.errors import UsageError
 from halfbyte.methods import tuning
 from halfbyte.methods.tuning import TuningOptions, samples_chosen
@@ -30,7 +31,7 @@ BOTH = {"tune_codes": True, "tune_norms": True}
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "TOKENS_PER_STEP", 80)
+    monkeypatch.setattr(dealt, "TOKENS_PER_STEP", 80)
     monkeypatch.setattr(tuning, "HIGH", TuningOptions(steps=20, code_rate=0.002, scale_rate=0.005))
 
 
@@ -233,7 +234,7 @@ def test_codes_move_where_a_recipe_says_so(
     effort: str, tiny_model: Models, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are GPTQ's but for a few, and the block is better on batches that were not tuned on."""
-    monkeypatch.setattr(pipeline, "TOKENS_PER_STEP", 1024)
+    monkeypatch.setattr(dealt, "TOKENS_PER_STEP", 1024)
     source = tiny_model("llama")
     settings: dict[str, Any] = {"calibration": "random-tokens", "samples": 16, "seq_len": 256, "dtype": "float32"}
     run(source, tmp_path / "gptq", text_file, effort="low", **settings)

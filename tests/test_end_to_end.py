@@ -16,6 +16,7 @@ import tiny
 from conftest import Models
 from halfbyte import end_to_end, pipeline, planner
 from halfbyte.activations import fake_quantize_activations
+from halfbyte.calibration import sequences as dealt
 from halfbyte.checkpoint.layout import Layout
 from halfbyte.end_to_end import EndToEnd
 from halfbyte.methods import tuning
@@ -30,7 +31,7 @@ STEPS = 4
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sequences in a batch; a step of two batches, of which logits are looked at a few rows at a time."""
-    monkeypatch.setattr(pipeline, "TOKENS_PER_STEP", 80)
+    monkeypatch.setattr(dealt, "TOKENS_PER_STEP", 80)
     monkeypatch.setattr(tuning, "HIGH", TuningOptions(steps=8))  # which look at all batches
     options = EndToEndOptions(steps=STEPS, batches_per_step=2, scale_rate=1e-2, held_out=4, chunk_bytes=60_000)
     monkeypatch.setattr(planner, "end_to_end_of", lambda recipe, _: options if recipe.gptq.end_to_end else None)

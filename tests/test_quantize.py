@@ -25,7 +25,8 @@ from compressed_tensors.quantization.utils import calculate_qparams
 import halfbyte
 import tiny
 from conftest import Models
-from halfbyte import pipeline, reference
+from halfbyte import reference
+from halfbyte.calibration import sequences as dealt
 from halfbyte.checkpoint.layout import Layout, TensorSpec
 from halfbyte.kernels import gptq_reference
 from halfbyte.methods.scales import shares
@@ -678,7 +679,7 @@ def test_padding_enters_no_statistic(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pipeline, "TOKENS_PER_BATCH", tokens_per_batch)
+    monkeypatch.setattr(dealt, "TOKENS_PER_BATCH", tokens_per_batch)
     source, out = tiny_model(family), tmp_path / "out"
     manifest = run_without(AFTER_COLUMNS, source, out, uneven, calibration=f"jsonl:{uneven}", samples=9)
     sequences = rows_of(source, uneven)

@@ -37,12 +37,10 @@ from halfbyte.blocks import (
     run_block,
 )
 from halfbyte.calibration import (
-    TOKENS_PER_BATCH,
-    TOKENS_PER_BATCH_ON_GPU,
-    TOKENS_PER_STEP,
     Batch,
     Calibration,
     calibrate,
+    tokens_per_batch,
 )
 from halfbyte.checkpoint.layout import Layout
 from halfbyte.checkpoint.reader import (
@@ -198,7 +196,7 @@ def quantize(
     work = make_plan(checkpoint, chosen, size)
     raise_all(work.problems)
     work = replace(work, calibration=ranks.decide(lambda: work.calibration))
-    require_work_for_all(work.calibration, ranks, tokens_per_batch(target, tuned=size.tuning is not None))
+    require_work_for_all(work.calibration, ranks, tokens_per_batch(target.type, tuned=size.tuning is not None))
     if work.calibration.offload and offload is None:
         reporter.say("note: hidden states stay on disk, because they would not fit in memory beside the rest")
     for note in (*work.plan.notes, *chosen.notes):
@@ -796,7 +794,7 @@ class Stream:
         end_to_end: EndToEndOptions | None,
     ) -> Stream:
         """Embed every batch and record how blocks are called; on resume the hidden states come from disk."""
-        tokens = tokens_per_batch(model.device, tuned=tuning is not None)
+        tokens = tokens_per_batch(model.device.type, tuned=tuning is not None)
         everything = calibration.batches(tokens)
         require_batches(len(everything), ranks, tokens)
         batches = ranks.share(everything)
@@ -1041,14 +1039,6 @@ class Stream:
         hidden = self.states.read(batch).to(self.model.device, self.model.dtype, non_blocking=True)
         name = f"{self.model.disk_prefix}.{index}"
         require_finite(block, name, hidden, output, self.arguments[batch][index], self.samples[batch])
-
-
-def tokens_per_batch(device: torch.device, *, tuned: bool = False) -> int:
-    """As many as a device needs to be busy. Tuning holds a whole block's activations of a batch, so it takes few."""
-    few, many = (
-        (TOKENS_PER_STEP, TOKENS_PER_BATCH) if device.type == "cpu" else (TOKENS_PER_BATCH, TOKENS_PER_BATCH_ON_GPU)
-    )
-    return few if tuned else many
 
 
 def room_for_kept(device: torch.device) -> int:

@@ -27,12 +27,11 @@ from halfbyte.architectures import (
 )
 from halfbyte.arithmetic import COMPUTE_DTYPES, ComputeDtype, compute_dtype
 from halfbyte.calibration import (
-    TOKENS_PER_BATCH,
-    TOKENS_PER_STEP,
     absent_sources,
     calibration_problems,
     default_spec,
     parse_spec,
+    tokens_per_batch,
 )
 from halfbyte.checkpoint.layout import TensorSpec
 from halfbyte.checkpoint.reader import DTYPES, Checkpoint, TensorInfo
@@ -213,13 +212,14 @@ def calibration_work(
     if spec is None:
         spec, reason = default_spec(checkpoint.size_bytes, checkpoint.text_config, count, length, device)
     schemes = [group.scheme for group in recipe.groups] + ([] if recipe.target_bits is None else [preset(WIDER)])
-    sample_tokens = max(length, TOKENS_PER_STEP if device == "cpu" else TOKENS_PER_BATCH)
+    sample_tokens = max(length, tokens_per_batch(device, tuned=True))
     return CalibrationWork(
         spec=spec,
         samples=count,
         seq_len=length,
         observed=observed,
         offload=offload,
+        device=device,
         dtype=compute_dtype(dtype, stored_dtype(checkpoint, device), device, max(s.weights.num_bits for s in schemes)),
         tuning=tuning_of(recipe, sample_tokens),
         end_to_end=end_to_end_of(recipe, sample_tokens),

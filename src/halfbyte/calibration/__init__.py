@@ -10,10 +10,9 @@ from halfbyte.calibration.memory import (
 from halfbyte.calibration.pictured import Pictured, Processing
 from halfbyte.calibration.sequences import (
     TOKENS_PER_BATCH,
-    TOKENS_PER_BATCH_ON_GPU,
-    TOKENS_PER_STEP,
     Batch,
     Calibration,
+    tokens_per_batch,
 )
 from halfbyte.calibration.sources import (
     SOURCES,
@@ -29,8 +28,6 @@ __all__ = [
     "FALLBACK_SPEC",
     "SOURCES",
     "TOKENS_PER_BATCH",
-    "TOKENS_PER_BATCH_ON_GPU",
-    "TOKENS_PER_STEP",
     "Batch",
     "Calibration",
     "Pictured",
@@ -44,5 +41,6 @@ __all__ = [
     "may_have_pictures",
     "parse_spec",
     "self_writing_bytes",
+    "tokens_per_batch",
     "writes_itself",
 ]

@@ -23,6 +23,12 @@ TOKENS_PER_STEP = 512
 TOKENS_PER_BATCH_ON_GPU = 4096
 
 
+def tokens_per_batch(device: str, *, tuned: bool = False) -> int:
+    """As many as a device needs to be busy. Tuning holds a whole block's activations of a batch, so it takes few."""
+    few, many = (TOKENS_PER_STEP, TOKENS_PER_BATCH) if device == "cpu" else (TOKENS_PER_BATCH, TOKENS_PER_BATCH_ON_GPU)
+    return few if tuned else many
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Sequences of similar length, padded on the right with :data:`PADDING_ID`.

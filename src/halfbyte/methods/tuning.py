@@ -46,6 +46,8 @@ from halfbyte.ranks import Ranks
 from halfbyte.recipe import Recipe
 
 BETAS = (0.9, 0.99)
+# Samples of so many tokens are what the steps of STANDARD, HIGH and EndToEndOptions are counted in.
+SAMPLE_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,17 +122,18 @@ class EndToEndOptions:
     chunk_bytes: int = 32 << 20
 
 
-# For samples of 512 tokens. With these rates of codes, where a recipe asks for them, latents go no further than 0.013
+# With these rates of codes, where a recipe asks for them, latents go no further than 0.013
 # and 0.05 of a code in all: GPTQ's solution is kept but for codes next to a border.
 STANDARD = TuningOptions(steps=12, scale_rate=1e-2, code_rate=2e-3)
 HIGH = TuningOptions(steps=100, samples_per_step=2, code_rate=1e-3)
 
 
-def tuning_of(recipe: Recipe, sample_tokens: int = 512) -> TuningOptions | None:
+def tuning_of(recipe: Recipe, sample_tokens: int = SAMPLE_TOKENS) -> TuningOptions | None:
     """How blocks are tuned; ``None``: not at all.
 
     Codes of 8 bits leave a block so little error that only ``high`` tunes them. Rates of codes and vectors are 0 unless
-    the recipe wants these tuned. Where samples are longer than 512 tokens, fewer of them make a step, and at least one.
+    the recipe wants these tuned. Where samples are longer than :data:`SAMPLE_TOKENS`, fewer of them make a step, and at
+    least one.
 
     Args:
         sample_tokens: tokens in one of the samples that it will get.
@@ -148,7 +151,7 @@ def tuning_of(recipe: Recipe, sample_tokens: int = 512) -> TuningOptions | None:
     )
 
 
-def end_to_end_of(recipe: Recipe, sample_tokens: int = 512) -> EndToEndOptions | None:
+def end_to_end_of(recipe: Recipe, sample_tokens: int = SAMPLE_TOKENS) -> EndToEndOptions | None:
     """How all scales are tuned together at the end; ``None``: not at all. Arguments as in :func:`tuning_of`."""
     if recipe.effort != "high" or not recipe.gptq.end_to_end or tuning_of(recipe) is None:
         return None
@@ -157,8 +160,8 @@ def end_to_end_of(recipe: Recipe, sample_tokens: int = 512) -> EndToEndOptions |
 
 
 def _fewer(samples: int, tokens: int) -> int:
-    """How many samples of so many tokens stand for those of 512, at least one."""
-    return max(1, samples * 512 // max(512, tokens))
+    """How many samples of so many tokens stand for those of :data:`SAMPLE_TOKENS`, at least one."""
+    return max(1, samples * SAMPLE_TOKENS // max(SAMPLE_TOKENS, tokens))
 
 
 def samples_wanted(options: TuningOptions, available: int) -> int:
