@@ -15,7 +15,8 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -48,15 +49,22 @@ class Measurement:
 
 
 def measure(
-    command: Sequence[str | Path], log: Path, env: dict[str, str] | None = None, data_limit: int | None = None
+    command: Sequence[str | Path],
+    log: Path,
+    env: dict[str, str] | None = None,
+    data_limit: int | None = None,
+    group: Path | None = None,
 ) -> Measurement:
     """Run a command to its end with stdout in ``log`` and stderr in ``log`` + ``.err``; stop with its tail if it fails.
 
     Both sides of a comparison go through here, so they are measured alike. With ``data_limit`` the kernel refuses the
-    child more private memory than so many bytes (``RLIMIT_DATA``, the shell's ``ulimit -d``).
+    child more private memory than so many bytes (``RLIMIT_DATA``, the shell's ``ulimit -d``); with ``group`` it runs in
+    that group of the kernel's, see :func:`memory_group`.
     """
 
     def limit() -> None:
+        if group is not None:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
         if data_limit is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (data_limit, data_limit))
 
@@ -86,6 +94,46 @@ def measure(
         peak_anonymous_bytes=anonymous.bytes,
         other_cpu_share=others,
     )
+
+
+@contextmanager
+def memory_group(limit: int) -> Iterator[Path]:
+    """A control group whose processes have so many bytes of memory together, page cache included, and no swap.
+
+    It is what ``systemd-run --scope -p MemoryMax=`` makes: the kernel takes the page cache back when the limit is
+    reached, and kills a process of the group where that is not enough. Needs the right to write to ``/sys/fs/cgroup``.
+    """
+    root = Path("/sys/fs/cgroup")
+    unified = (root / "cgroup.controllers").exists()
+    group = (root if unified else root / "memory") / f"halfbyte-benchmark-{os.getpid()}"
+    limits = ("memory.swap.max", "0", "memory.max") if unified else ("memory.swappiness", "0", "memory.limit_in_bytes")
+    try:
+        if unified:
+            (root / "cgroup.subtree_control").write_text("+memory")
+        group.mkdir()
+        if (group / limits[0]).exists():
+            (group / limits[0]).write_text(limits[1])
+        (group / limits[2]).write_text(str(limit))
+    except OSError as error:
+        raise SystemExit(f"no group with a limit of memory can be made here: {error}\nrun without --group") from None
+    try:
+        yield group
+    finally:
+        group.rmdir()
+
+
+def group_peak_bytes(group: Path) -> int:
+    """Most that the processes of a group had at a time, page cache included."""
+    names = ("memory.peak", "memory.max_usage_in_bytes")
+    return next((int((group / name).read_text()) for name in names if (group / name).exists()), 0)
+
+
+def forget_pages(folder: Path) -> None:
+    """Have a folder's files leave the page cache: pages that stay there are charged to whoever put them there."""
+    for path in sorted(folder.iterdir()):
+        with open(path, "rb") as f:
+            os.fsync(f.fileno())
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def busy_s() -> float | None:

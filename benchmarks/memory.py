@@ -3,14 +3,15 @@
     python benchmarks/memory.py layers   [--width 1024] [--layers 4 8 16 32]
     python benchmarks/memory.py gemma27b [--layers 4] [--real-layers 2]
     python benchmarks/memory.py mixture  [--layers 1]
-    python benchmarks/memory.py limit    [--width 2048] [--layers 28] [--limit-mib 1200]
+    python benchmarks/memory.py limit    [--width 2048] [--layers 28] [--limit-mib 1200] [--group]
     python benchmarks/memory.py show RESULT.json        the table again, and the picture beside the result
 
 ``layers`` quantises synthetic Llama-shaped checkpoints, with and without ``--offload``, each in a child process whose
 peak memory the kernel reports; it writes a result and a picture. ``gemma27b`` plans the 27B Gemma 3 at its full depth
 and quantises ``--layers`` of its blocks (62 for all: hours on a small CPU, and 17 GB of disk). ``mixture`` quantises
 blocks in the shapes of Qwen3-235B-A22B, of which one alone has 4.8 GB of experts. ``limit`` quantises a checkpoint that
-is larger than the memory which the kernel lets the process have.
+is larger than the memory which the kernel lets the process have: private memory (``ulimit -d``), or with ``--group``
+all of it, page cache included (a control group, as ``systemd-run -p MemoryMax=`` makes one).
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def arguments() -> argparse.Namespace:
     limited.add_argument("--layers", type=int, default=28)
     limited.add_argument("--width", type=int, default=2048)
     limited.add_argument("--limit-mib", type=int, default=1200)
+    limited.add_argument("--group", action="store_true", help="limit all memory by a control group (Linux, as root)")
     for p, samples, seq_len in ((depth, 8, 256), (large, 2, 64), (mixed, 4, 256), (limited, 8, 256)):
         p.add_argument("--samples", type=int, default=samples)
         p.add_argument("--seq-len", type=int, default=seq_len)
@@ -90,7 +92,13 @@ def header(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def quantize(
-    options: argparse.Namespace, source: Path, scratch: Path, *, offload: bool | None, data_limit: int | None = None
+    options: argparse.Namespace,
+    source: Path,
+    scratch: Path,
+    *,
+    offload: bool | None,
+    data_limit: int | None = None,
+    group: Path | None = None,
 ) -> dict[str, Any]:
     """Quantise once, drop the output, and return the measurement beside the peak that the run's own plan foretold, and
     where hidden states were: with ``offload=None`` halfbyte chooses."""
@@ -99,7 +107,7 @@ def quantize(
     rest += ["--samples", str(options.samples), "--seq-len", str(options.seq_len)]
     rest += [] if offload is None else ["--offload" if offload else "--no-offload"]
     command = [sys.executable, "-m", "halfbyte", "quantize", source, out, *rest]
-    measured = harness.measure(command, scratch / "log", environment(options), data_limit)
+    measured = harness.measure(command, scratch / "log", environment(options), data_limit, group)
     facts = json.loads((out / "halfbyte.json").read_text(encoding="utf-8"))["run"]
     shutil.rmtree(out)
     foretold = {"planned_peak_bytes": facts["planned_peak_bytes"], "offload": facts["offload"]}
@@ -183,8 +191,14 @@ def limit(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     source, allowed = scratch / "llama", options.limit_mib * 2**20
     size = ["--width", str(options.width), "--layers", str(options.layers)]
     made = harness.json_from([sys.executable, MAKER, "llama", source, *size])
-    measured = quantize(options, source, scratch, offload=None, data_limit=allowed)
     run = {"work": "quantize", "layers": options.layers, "limit_bytes": allowed}
+    if options.group:
+        harness.forget_pages(source)
+        with harness.memory_group(allowed) as group:
+            measured = quantize(options, source, scratch, offload=None, group=group)
+            measured["group_peak_bytes"] = harness.group_peak_bytes(group)
+    else:
+        measured = quantize(options, source, scratch, offload=None, data_limit=allowed)
     result["runs"] = [{**run, "checkpoint_bytes": made["tensor_bytes"], **measured}]
     return result
 
@@ -208,7 +222,8 @@ def render(result: dict[str, Any]) -> str:
     for r in result["runs"]:
         if "limit_bytes" in r:
             ratio = r["checkpoint_bytes"] / r["limit_bytes"]
-            limit = f"limit of private memory: {harness.gib(r['limit_bytes'])}; checkpoint x {ratio:.2f} of it"
+            what = "all memory, page cache included" if "group_peak_bytes" in r else "private memory"
+            limit = f"limit of {what}: {harness.gib(r['limit_bytes'])}; checkpoint x {ratio:.2f} of it"
             if "offload" in r:  # it is not in results from before there was a choice
                 limit += f"; hidden states by its own choice {'on disk' if r['offload'] else 'in memory'}"
             lines.append(limit)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -408,6 +410,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "status").write_text("Name:\tpython\nVmSize:\t    5000 kB\nVmData:\t    1000 kB\nGroups:\t \n\n")
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(memory, "STATUS", tmp_path / "status")
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "groups")
     groups = tuple(replace(group, folder=tmp_path / group.folder.name) for group in memory.CGROUPS)
     monkeypatch.setattr(memory, "CGROUPS", groups)
     limit_process(monkeypatch)
@@ -419,13 +422,13 @@ def limit_process(monkeypatch: pytest.MonkeyPatch, data: int = -1, addresses: in
     monkeypatch.setattr(resource, "getrlimit", lambda limit: (limits[limit], -1))
 
 
-def write_container(kernel: Path, version: int, limit: int | str, used: int, **stat: int) -> None:
-    """The account of a container. ``stat`` is named as version 2 does it."""
+def write_container(kernel: Path, version: int, limit: int | str, used: int, group: str = ".", **stat: int) -> None:
+    """The account of a container, or of a group in it. ``stat`` is named as version 2 does it."""
     names = {"inactive_file": "total_inactive_file", "active_file": "total_active_file"}
     names |= {"file_mapped": "total_mapped_file"}
     files = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
-    folder = kernel / ("memory" if version == 1 else "cgroup")
-    folder.mkdir(exist_ok=True)
+    folder = kernel / ("memory" if version == 1 else "cgroup") / group
+    folder.mkdir(exist_ok=True, parents=True)
     for file, value in zip(files, (limit, used), strict=True):
         (folder / file).write_text(f"{value}\n")
     lines = [f"{names[name] if version == 1 else name} {value}" for name, value in stat.items()]
@@ -460,6 +463,54 @@ def test_a_container_without_a_limit_is_the_machine(kernel: Path) -> None:
     write_container(kernel, 2, "max", 999_900)
     write_container(kernel, 1, 2**63 - 4096, 999_900)
     assert memory.available_memory_bytes() == 8_000 * 1024
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_tightest_of_nested_groups_counts(version: int, kernel: Path) -> None:
+    """``systemd-run -p MemoryMax=...`` makes a group inside others; neighbours' limits are none of ours."""
+    line = "4:cpu,memory:/user.slice/run.scope" if version == 1 else "0::/user.slice/run.scope"
+    (kernel / "groups").write_text(f"9:name=systemd:/elsewhere\n5:devices:/user.slice/other\n{line}\n")
+    write_container(kernel, version, 7_000_000, 0)
+    write_container(kernel, version, 10_000, 0, "user.slice/other")
+    assert memory.available_memory_bytes() == 7_000_000  # the host's path, which a container does not see
+    write_container(kernel, version, 1_000_000, 100_000, "user.slice/run.scope", inactive_file=50_000)
+    assert memory.available_memory_bytes() == 950_000
+    write_container(kernel, version, 2_000_000, 1_500_000, "user.slice")
+    assert memory.available_memory_bytes() == 500_000
+    (kernel / "groups").write_text(line.replace("/user.slice", "/../user.slice"))  # outside of what is mounted
+    assert memory.available_memory_bytes() == 7_000_000
+    (kernel / "groups").write_text("nonsense\n")
+    assert memory.available_memory_bytes() == 7_000_000
+
+
+def test_a_group_made_by_the_kernel() -> None:
+    """A process moves into a group of its own with a limit, as systemd-run has it do."""
+    root = next((g.folder for g in memory.CGROUPS if (g.folder / "cgroup.procs").exists()), None)
+    if root is None:
+        pytest.skip("the kernel mounts no groups here")
+    group = root / f"halfbyte-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no right to make a group: {error}")
+    try:
+        limit = group / ("memory.max" if (root / "cgroup.controllers").exists() else "memory.limit_in_bytes")
+        if not limit.exists():
+            pytest.skip("memory is not accounted for in groups here")
+        limit.write_text(str(2 << 30))
+        code = (
+            "import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(str(os.getpid()));"
+            "from halfbyte.calibration import available_memory_bytes; print(available_memory_bytes())"
+        )
+        here = memory.available_memory_bytes()
+        if here < 3 << 30:
+            pytest.skip("less memory is free than the group would be limited to")
+        said = subprocess.run(
+            [sys.executable, "-c", code, str(group / "cgroup.procs")], check=True, capture_output=True, text=True
+        )
+        assert 1 << 30 < int(said.stdout) <= 2 << 30
+    finally:
+        group.rmdir()
 
 
 def test_a_process_that_is_limited_has_no_more_than_that(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,47 +19,67 @@ LOGIT_COPIES = 4  # as the model has them, as float32, masked, cumulative
 # Fixed numbers rather than what is free at the time: the batch size changes rounding, and so the text.
 MAX_ROWS = {"cpu": 64, "cuda": 256}
 MAX_CACHE_BYTES = {"cpu": 2 << 30, "cuda": 16 << 30}
-MEMINFO, STATUS = Path("/proc/meminfo"), Path("/proc/self/status")
+MEMINFO, STATUS, OWN_GROUPS = Path("/proc/meminfo"), Path("/proc/self/status"), Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
 class Cgroup:
-    """Where the kernel accounts for a container's memory.
+    """Where the kernel accounts for the memory of a group of processes: a container's, or one that systemd-run made.
 
-    Its page cache counts as used, though the kernel drops it for whoever asks for memory. A file that is written and
+    Groups lie in groups, and each may have a limit, so all from the process's own up to the outermost count. A
+    container often sees its own group as the outermost, under whatever path the host gave it.
+
+    The page cache counts as used, though the kernel drops it for whoever asks for memory. A file that is written and
     then read (a download that is hashed) is in the active part, which is dropped as well when the inactive one is gone;
     so both parts count as free, as in the kernel's own ``MemAvailable``. What processes have mapped does not: it is
     their libraries, for the most part, and would be read again at once.
 
     Attributes:
-        folder: of the files.
+        folder: of the outermost group.
+        controller: how ``/proc/self/cgroup`` names what keeps this account.
         limit, used: names of files with bytes; the first may hold the word ``max``.
         cached, mapped: names in its ``memory.stat`` of the page cache's parts, and of what is mapped of them.
     """
 
     folder: Path
+    controller: str
     limit: str
     used: str
     cached: tuple[str, ...]
     mapped: str
 
     def available_bytes(self) -> int | None:
-        """What the container may still allocate; ``None`` where there is none, or none with a limit."""
+        """What a process may still allocate by the tightest of its groups; ``None`` where none has a limit."""
+        left = [self._left(self.folder / group) for group in self._groups()]
+        return min((bytes_left for bytes_left in left if bytes_left is not None), default=None)
+
+    def _groups(self) -> list[Path]:
+        """This process's own group and those around it, relative to the outermost, which comes last."""
+        own = Path()
+        with contextlib.suppress(OSError):
+            for line in OWN_GROUPS.read_text(errors="replace").splitlines():
+                _, controllers, path = (*line.split(":", 2), "", "")[:3]
+                if self.controller in controllers.split(","):
+                    own = Path(path.lstrip("/"))
+        return [Path()] if ".." in own.parts else [own, *own.parents]
+
+    def _left(self, folder: Path) -> int | None:
         try:
-            limit, used = (int((self.folder / name).read_text()) for name in (self.limit, self.used))
+            limit, used = (int((folder / name).read_text()) for name in (self.limit, self.used))
         except (OSError, ValueError):
             return None
-        stat = _amounts(self.folder / "memory.stat")
+        stat = _amounts(folder / "memory.stat")
         droppable = max(0, sum(stat.get(name, 0) for name in self.cached) - stat.get(self.mapped, 0))
         return max(0, limit - max(0, used - droppable))
 
 
 CGROUPS = (
     Cgroup(
-        Path("/sys/fs/cgroup"), "memory.max", "memory.current", ("inactive_file", "active_file"), "file_mapped"
+        Path("/sys/fs/cgroup"), "", "memory.max", "memory.current", ("inactive_file", "active_file"), "file_mapped"
     ),  # version 2
     Cgroup(
         Path("/sys/fs/cgroup/memory"),
+        "memory",
         "memory.limit_in_bytes",
         "memory.usage_in_bytes",
         ("total_inactive_file", "total_active_file"),
@@ -71,11 +91,11 @@ CGROUPS = (
 def available_memory_bytes(device: str = "cpu", *, processes: int = 1) -> int:
     """Memory that this process could allocate now, in bytes.
 
-    On a GPU what is free there; else the machine's, within the limits of the container and of the process
-    (``ulimit -d``, ``ulimit -v``).
+    On a GPU what is free there; else the machine's, within the limits of the process's groups (a container's,
+    systemd-run's) and of the process (``ulimit -d``, ``ulimit -v``).
 
     Args:
-        processes: so many share what machine and container have. Limits of a process are its own.
+        processes: so many share what machine and groups have. Limits of a process are its own.
     """
     if torch.device(device).type == "cuda":
         free, _ = torch.cuda.mem_get_info(torch.device(device))
