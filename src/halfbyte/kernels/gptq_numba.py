@@ -2,7 +2,8 @@
 
 Column loop: threads over chunks of rows, of all Linears of a batch. A chunk's panel is held transposed (``[columns,
 rows]``, 16 KiB), so that both the rounding and the update of the columns still open run over contiguous rows and
-vectorise. Between panels one matrix product for each Linear updates everything to the right.
+vectorise. A few columns at a time are rounded before those to their right are touched, which are then read and written
+once. Between panels one matrix product for each Linear updates everything to the right.
 
 Same mathematics as ``gptq_reference``; float32 instead of float64.
 
@@ -23,6 +24,7 @@ import torch
 
 PANEL = 128
 ROWS = 32
+BLOCK = 8
 
 Array = npt.NDArray[np.float32]
 
@@ -36,6 +38,50 @@ def torchs_threads() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@numba.njit(cache=True, fastmath={"contract"})  # type: ignore[untyped-decorator]
+def update_later(
+    open_columns: Array, done: Array, matrix: Array, offset: int, first: int, end: int, width: int
+) -> None:
+    """``open_columns[k] -= sum_j done[j] matrix[offset + j, offset + k]`` for j in ``first .. end``, k from ``end`` on.
+
+    A column that is still open is read and written once for all of a block's, not once for each; the sum has the same
+    order.
+
+    Args:
+        open_columns, done: ``[PANEL, ROWS]`` float32, may be the same.
+        matrix: float32, of which columns and rows begin at ``offset``.
+        first, end: the block, of :data:`BLOCK` columns but for the last one of a panel.
+    """
+    if end - first < BLOCK:
+        for j in range(first, end):
+            for k in range(end, width):
+                m = matrix[offset + j, offset + k]
+                for r in range(ROWS):
+                    open_columns[k, r] -= done[j, r] * m
+        return
+    for k in range(end, width):
+        column = offset + k
+        m0 = matrix[offset + first, column]
+        m1 = matrix[offset + first + 1, column]
+        m2 = matrix[offset + first + 2, column]
+        m3 = matrix[offset + first + 3, column]
+        m4 = matrix[offset + first + 4, column]
+        m5 = matrix[offset + first + 5, column]
+        m6 = matrix[offset + first + 6, column]
+        m7 = matrix[offset + first + 7, column]
+        for r in range(ROWS):
+            x = open_columns[k, r]
+            x -= done[first, r] * m0
+            x -= done[first + 1, r] * m1
+            x -= done[first + 2, r] * m2
+            x -= done[first + 3, r] * m3
+            x -= done[first + 4, r] * m4
+            x -= done[first + 5, r] * m5
+            x -= done[first + 6, r] * m6
+            x -= done[first + 7, r] * m7
+            open_columns[k, r] = x
 
 
 @numba.njit(parallel=True, cache=True, fastmath={"contract"})  # type: ignore[untyped-decorator]
@@ -71,20 +117,23 @@ def _panel(
             for g in range(groups):
                 scale[g, r] = scales[b, first + r, g]
                 zero[g, r] = zeros[b, first + r, g]
-        for j in range(width):
-            g = group_of[b, start + j]
-            reciprocal = np.float32(1.0) / factor[b, start + j, start + j]
-            for r in range(ROWS):
-                s = scale[g, r]
-                z = zero[g, r]
-                w = open_columns[j, r]
-                q = min(max(np.rint(w / s) + z, q_min), q_max)
-                rounded[j, r] = np.int8(q)
-                open_columns[j, r] = (w - (q - z) * s) * reciprocal
-            for k in range(j + 1, width):
-                f = factor[b, start + j, start + k]
+        for block in range(0, width, BLOCK):
+            end = min(block + BLOCK, width)
+            for j in range(block, end):
+                g = group_of[b, start + j]
+                reciprocal = np.float32(1.0) / factor[b, start + j, start + j]
                 for r in range(ROWS):
-                    open_columns[k, r] -= open_columns[j, r] * f
+                    s = scale[g, r]
+                    z = zero[g, r]
+                    w = open_columns[j, r]
+                    q = min(max(np.rint(w / s) + z, q_min), q_max)
+                    rounded[j, r] = np.int8(q)
+                    open_columns[j, r] = (w - (q - z) * s) * reciprocal
+                for k in range(j + 1, end):
+                    f = factor[b, start + j, start + k]
+                    for r in range(ROWS):
+                        open_columns[k, r] -= open_columns[j, r] * f
+            update_later(open_columns, open_columns, factor[b], start, block, end, width)
         for r in range(count):
             total = np.float32(0.0)
             for j in range(width):

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from halfbyte.kernels.gptq_numba import PANEL, ROWS, Array, torchs_threads
+from halfbyte.kernels.gptq_numba import BLOCK, PANEL, ROWS, Array, torchs_threads, update_later
 
 
 @numba.njit(parallel=True, cache=True, fastmath={"contract"})  # type: ignore[untyped-decorator]
@@ -27,9 +27,8 @@ def _descend(
         b = task // chunks
         first = task % chunks * ROWS
         count = min(ROWS, rows - first)
-        slope = np.zeros((PANEL, ROWS), dtype=np.float32)
-        code = np.zeros((PANEL, ROWS), dtype=np.float32)
-        moved = np.zeros((PANEL, ROWS), dtype=np.float32)
+        slope = np.zeros((PANEL, ROWS), dtype=np.float32)  # a column that is done holds by what it moved
+        code = np.zeros((PANEL, ROWS), dtype=np.int8)
         scale = np.ones(ROWS, dtype=np.float32)
         zero = np.zeros(ROWS, dtype=np.float32)
         for r in range(count):
@@ -38,28 +37,29 @@ def _descend(
             for j in range(width):
                 slope[j, r] = gradient[b, first + r, j]
                 code[j, r] = codes[b, first + r, j]
-        for j in range(width):
-            if not hessian[b, j, j] > 0:
-                continue
-            reciprocal = np.float32(1.0) / hessian[b, j, j]
-            most = np.float32(0.0)
-            for r in range(ROWS):
-                s = scale[r]
-                z = zero[r]
-                q = code[j, r]
-                nearest = min(max(np.rint((q - z) + slope[j, r] * reciprocal / s) + z, q_min), q_max)
-                code[j, r] = nearest
-                moved[j, r] = (nearest - q) * s
-                most = max(most, abs(nearest - q))
-            if most > 0:
-                for k in range(j + 1, width):
+        for block in range(0, width, BLOCK):
+            end = min(block + BLOCK, width)
+            for j in range(block, end):
+                if not hessian[b, j, j] > 0:
+                    slope[j] = 0.0
+                    continue
+                reciprocal = np.float32(1.0) / hessian[b, j, j]
+                for r in range(ROWS):
+                    s = scale[r]
+                    z = zero[r]
+                    q = np.float32(code[j, r])
+                    nearest = min(max(np.rint((q - z) + slope[j, r] * reciprocal / s) + z, q_min), q_max)
+                    code[j, r] = np.int8(nearest)
+                    slope[j, r] = (nearest - q) * s
+                for k in range(j + 1, end):
                     h = hessian[b, j, k]
                     for r in range(ROWS):
-                        slope[k, r] -= moved[j, r] * h
+                        slope[k, r] -= slope[j, r] * h
+            update_later(slope, slope, hessian[b], 0, block, end, width)
         for r in range(count):
             for j in range(width):
-                codes[b, first + r, j] = np.int8(code[j, r])
-                steps[b, first + r, j] += moved[j, r]
+                codes[b, first + r, j] = code[j, r]
+                steps[b, first + r, j] += slope[j, r]
 
 
 @numba.njit(parallel=True, cache=True)  # type: ignore[untyped-decorator]

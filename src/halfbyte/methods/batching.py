@@ -35,8 +35,9 @@ def solving_bytes(batch: int, rows: int, width: int, fmt: WeightFormat) -> int:
     """Peak of :func:`halfbyte.methods.gptq.quantize_gptq_batch`, with the Hessians, their factors and the weights.
 
     Of ``n`` inputs and ``N`` weights each: H and R (8 n^2 bytes), the weight and the weight without dead inputs (8 N);
-    then the scale search's candidates; then its error or the weight in the order of its columns, codes in both orders
-    (6 N), seven panels of 128 columns, and once for the batch a strip of rows three times.
+    then the scale search's candidates; then its error or the weight in the order of its columns and codes (5 N), five
+    panels of 128 columns, and either the codes in the other order (N) or, once for the batch, a strip of rows three
+    times.
 
     Args:
         batch: how many Hessians.
@@ -47,7 +48,7 @@ def solving_bytes(batch: int, rows: int, width: int, fmt: WeightFormat) -> int:
     scales = rows * fmt.groups(width)
     held = batch * (8 * width**2 + 8 * rows * width + 8 * scales)
     searching = 28 * min(CANDIDATES_PER_CALL, scales * len(shares(fmt)))
-    moving = batch * (6 * rows * width + 7 * 4 * PANEL * rows) + 12 * min(STRIP, rows) * width
+    moving = batch * (5 * rows * width + 5 * 4 * PANEL * rows) + max(batch * rows, 12 * min(STRIP, rows)) * width
     return held + max(searching, moving)
 
 

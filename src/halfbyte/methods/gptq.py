@@ -48,7 +48,7 @@ DOUBLE_LIMIT = 4096
 DIRECTLY = 256
 DIRECTLY_ON_GPU = 1024  # there a small factorisation takes as long as a larger one
 DEFAULT_STEPS = GptqSteps()
-STRIP = 1024
+STRIP = 256  # of a symmetric product, of which less than a strip too much is computed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -106,14 +106,15 @@ def refine(
                 part = slice(max(panel.start, g * width), min(panel.stop, (g + 1) * width))
                 square = hessians[:, part, part].clone()
                 square.diagonal(dim1=1, dim2=2).add_(damping[:, part])
-                here = slope[:, :, part.start - panel.start : part.stop - panel.start].clone()
-                steps = torch.zeros_like(here)
+                here = slope[:, :, part.start - panel.start : part.stop - panel.start]
                 if refit and width <= PANEL:
-                    v = codes[:, :, part].to(torch.float32) - zeros[:, :, g, None]
+                    v = codes[:, :, part].to(torch.float32).sub_(zeros[:, :, g, None])
                     product = torch.bmm(v, square)
                     change = _refit((v * here).sum(dim=2), (v * product).sum(dim=2), scales[:, :, g], scale_dtype)
                     steps = v.mul_(change.unsqueeze(2))
                     here.sub_(product.mul_(change.unsqueeze(2)))
+                else:
+                    steps = torch.zeros_like(here, memory_format=torch.contiguous_format)
                 if descent:
                     scale, zero = scales[:, :, g].contiguous(), zeros[:, :, g].contiguous()
                     descend(here, square, codes[:, :, part], scale, zero, fmt.q_min, fmt.q_max, steps)
