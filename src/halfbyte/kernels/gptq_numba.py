@@ -41,27 +41,18 @@ def torchs_threads() -> Iterator[None]:
 
 
 @numba.njit(cache=True, fastmath={"contract"})  # type: ignore[untyped-decorator]
-def update_later(
-    open_columns: Array, done: Array, matrix: Array, offset: int, first: int, end: int, width: int
-) -> None:
-    """``open_columns[k] -= sum_j done[j] matrix[offset + j, offset + k]`` for j in ``first .. end``, k from ``end`` on.
+def update_later(columns: Array, matrix: Array, offset: int, first: int, width: int) -> None:
+    """``columns[k] -= sum_j columns[j] matrix[offset + j, offset + k]``, j the block from ``first``, all k behind it.
 
     A column that is still open is read and written once for all of a block's, not once for each; the sum has the same
     order.
 
     Args:
-        open_columns, done: ``[PANEL, ROWS]`` float32, may be the same.
+        columns: ``[PANEL, ROWS]`` float32.
         matrix: float32, of which columns and rows begin at ``offset``.
-        first, end: the block, of :data:`BLOCK` columns but for the last one of a panel.
+        first: of the block's :data:`BLOCK` columns. Where it has fewer, nothing is behind it.
     """
-    if end - first < BLOCK:
-        for j in range(first, end):
-            for k in range(end, width):
-                m = matrix[offset + j, offset + k]
-                for r in range(ROWS):
-                    open_columns[k, r] -= done[j, r] * m
-        return
-    for k in range(end, width):
+    for k in range(first + BLOCK, width):
         column = offset + k
         m0 = matrix[offset + first, column]
         m1 = matrix[offset + first + 1, column]
@@ -72,16 +63,16 @@ def update_later(
         m6 = matrix[offset + first + 6, column]
         m7 = matrix[offset + first + 7, column]
         for r in range(ROWS):
-            x = open_columns[k, r]
-            x -= done[first, r] * m0
-            x -= done[first + 1, r] * m1
-            x -= done[first + 2, r] * m2
-            x -= done[first + 3, r] * m3
-            x -= done[first + 4, r] * m4
-            x -= done[first + 5, r] * m5
-            x -= done[first + 6, r] * m6
-            x -= done[first + 7, r] * m7
-            open_columns[k, r] = x
+            x = columns[k, r]
+            x -= columns[first, r] * m0
+            x -= columns[first + 1, r] * m1
+            x -= columns[first + 2, r] * m2
+            x -= columns[first + 3, r] * m3
+            x -= columns[first + 4, r] * m4
+            x -= columns[first + 5, r] * m5
+            x -= columns[first + 6, r] * m6
+            x -= columns[first + 7, r] * m7
+            columns[k, r] = x
 
 
 @numba.njit(parallel=True, cache=True, fastmath={"contract"})  # type: ignore[untyped-decorator]
@@ -133,7 +124,7 @@ def _panel(
                     f = factor[b, start + j, start + k]
                     for r in range(ROWS):
                         open_columns[k, r] -= open_columns[j, r] * f
-            update_later(open_columns, open_columns, factor[b], start, block, end, width)
+            update_later(open_columns, factor[b], start, block, width)
         for r in range(count):
             total = np.float32(0.0)
             for j in range(width):

@@ -55,7 +55,7 @@ def _descend(
                     h = hessian[b, j, k]
                     for r in range(ROWS):
                         slope[k, r] -= slope[j, r] * h
-            update_later(slope, slope, hessian[b], 0, block, end, width)
+            update_later(slope, hessian[b], 0, block, width)
         for r in range(count):
             for j in range(width):
                 codes[b, first + r, j] = code[j, r]
