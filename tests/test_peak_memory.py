@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,10 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], int | Non
     """Command lines and limits of what would have been measured; each leaves a manifest."""
     seen: list[tuple[list[str], int | None]] = []
 
-    def measured(command: list[Any], log: Path, env: Any = None, data_limit: int | None = None) -> harness.Measurement:
+    def measured(
+        command: list[Any], log: Path, env: Any = None, data_limit: int | None = None, group: Path | None = None
+    ) -> harness.Measurement:
+        assert group is None or data_limit is None
         seen.append(([str(word) for word in command], data_limit))
         out = Path(command[5])
         out.mkdir()
@@ -132,10 +136,57 @@ def test_under_a_limit_the_choice_is_halfbytes(
     machine = {"machine": {"cpu": "a CPU", "cores": 2, "memory_bytes": 2**33}, "date": "2026-01-02"}
     monkeypatch.setattr(memory, "header", lambda name, options: {"benchmark": name, **machine})
     monkeypatch.setattr(harness, "json_from", lambda command: {"tensor_bytes": 3 << 30})
-    options = argparse.Namespace(threads=None, samples=2, seq_len=8, width=256, layers=2, limit_mib=1024)
+    options = argparse.Namespace(threads=None, samples=2, seq_len=8, width=256, layers=2, limit_mib=1024, group=False)
     result = memory.limit(options, tmp_path)
     ((command, limit),) = commands
     assert limit == 1 << 30
     assert not {"--offload", "--no-offload"} & set(command)
     assert result["runs"][0]["offload"] is True
-    assert "checkpoint x 3.00 of it; hidden states by its own choice on disk" in memory.render(result)
+    said = memory.render(result)
+    assert "limit of private memory: 1.00 GiB; checkpoint x 3.00 of it" in said
+    assert "hidden states by its own choice on disk" in said
+
+
+def test_under_a_limit_of_all_memory(commands: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The group stands in for the kernel's here, whose own is below."""
+
+    @contextmanager
+    def group(limit: int) -> Iterator[Path]:
+        assert limit == 1 << 30
+        (tmp_path / "memory.peak").write_text("123\n")
+        yield tmp_path
+
+    source = tmp_path / "llama"
+    source.mkdir()
+    (source / "model.safetensors").write_bytes(b"12")
+    machine = {"machine": {"cpu": "a CPU", "cores": 2, "memory_bytes": 2**33}, "date": "2026-01-02"}
+    monkeypatch.setattr(memory, "header", lambda name, options: {"benchmark": name, **machine})
+    monkeypatch.setattr(harness, "json_from", lambda command: {"tensor_bytes": 3 << 30})
+    monkeypatch.setattr(harness, "memory_group", group)
+    options = argparse.Namespace(threads=None, samples=2, seq_len=8, width=256, layers=2, limit_mib=1024, group=True)
+    result = memory.limit(options, tmp_path)
+    assert commands[0][1] is None
+    assert result["runs"][0]["group_peak_bytes"] == 123
+    assert "limit of all memory, page cache included: 1.00 GiB; checkpoint x 3.00" in memory.render(result)
+
+
+def test_the_kernel_keeps_a_group_to_its_limit(tmp_path: Path) -> None:
+    """Who takes more is killed; files that are read do not count, for the kernel drops them."""
+    big = tmp_path / "big"
+    big.write_bytes(bytes(300 << 20))
+    harness.forget_pages(tmp_path)
+    takes = "import sys; x = bytearray(int(sys.argv[1]) << 20); x[::4096] = bytes(len(x) // 4096)"
+    reads = "import sys; f = open(sys.argv[1], 'rb'); print(sum(len(x) for x in iter(lambda: f.read(1 << 20), b'')))"
+    try:
+        with harness.memory_group(100 << 20) as group:
+            harness.measure([sys.executable, "-c", takes, "20"], tmp_path / "log", group=group)
+            assert 20 << 20 < harness.group_peak_bytes(group) < 100 << 20
+            harness.measure([sys.executable, "-c", reads, big], tmp_path / "log", group=group)
+            assert int((tmp_path / "log").read_text()) == 300 << 20
+            assert harness.group_peak_bytes(group) <= 100 << 20
+            with pytest.raises(SystemExit, match="status -9"):
+                harness.measure([sys.executable, "-c", takes, "200"], tmp_path / "log", group=group)
+    except SystemExit as error:
+        if "no group" not in str(error):
+            raise
+        pytest.skip(str(error))
