@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,34 +99,52 @@ def measure(
 
 @contextmanager
 def memory_group(limit: int) -> Iterator[Path]:
-    """A control group whose processes have so many bytes of memory together, page cache included, and no swap.
+    """A control group whose processes have so many bytes of memory together, page cache included.
 
     It is what ``systemd-run --scope -p MemoryMax=`` makes: the kernel takes the page cache back when the limit is
-    reached, and kills a process of the group where that is not enough. Needs the right to write to ``/sys/fs/cgroup``.
+    reached, and kills a process of the group where that is not enough. Swap is switched off for it where the kernel
+    has such a switch. Needs the right to write to ``/sys/fs/cgroup``.
     """
     root = Path("/sys/fs/cgroup")
     unified = (root / "cgroup.controllers").exists()
     group = (root if unified else root / "memory") / f"halfbyte-benchmark-{os.getpid()}"
     limits = ("memory.swap.max", "0", "memory.max") if unified else ("memory.swappiness", "0", "memory.limit_in_bytes")
     try:
-        if unified:
-            (root / "cgroup.subtree_control").write_text("+memory")
-        group.mkdir()
-        if (group / limits[0]).exists():
-            (group / limits[0]).write_text(limits[1])
-        (group / limits[2]).write_text(str(limit))
-    except OSError as error:
-        raise SystemExit(f"no group with a limit of memory can be made here: {error}\nrun without --group") from None
-    try:
+        try:
+            if unified:
+                (root / "cgroup.subtree_control").write_text("+memory")
+            group.mkdir()
+            if (group / limits[0]).exists():
+                (group / limits[0]).write_text(limits[1])
+            (group / limits[2]).write_text(str(limit))
+        except OSError as error:
+            why = f"no group with a limit of memory can be made here: {error}"
+            raise SystemExit(f"{why}\nrun without --group") from None
         yield group
     finally:
-        group.rmdir()
+        _remove_group(group)
 
 
-def group_peak_bytes(group: Path) -> int:
-    """Most that the processes of a group had at a time, page cache included."""
+def _remove_group(group: Path) -> None:
+    """With whatever still runs in it; where that does not help, say so and leave it."""
+    for _ in range(20):
+        try:
+            for pid in (group / "cgroup.procs").read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
+            group.rmdir()
+        except FileNotFoundError:
+            return
+        except OSError:
+            sleep(0.1)
+        else:
+            return
+    print(f"{group} could not be removed", file=sys.stderr)
+
+
+def group_peak_bytes(group: Path) -> int | None:
+    """Most that the processes of a group had at a time, page cache included; ``None`` where the kernel does not say."""
     names = ("memory.peak", "memory.max_usage_in_bytes")
-    return next((int((group / name).read_text()) for name in names if (group / name).exists()), 0)
+    return next((int((group / name).read_text()) for name in names if (group / name).exists()), None)
 
 
 def forget_pages(folder: Path) -> None:

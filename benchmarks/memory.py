@@ -191,7 +191,7 @@ def limit(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     source, allowed = scratch / "llama", options.limit_mib * 2**20
     size = ["--width", str(options.width), "--layers", str(options.layers)]
     made = harness.json_from([sys.executable, MAKER, "llama", source, *size])
-    run = {"work": "quantize", "layers": options.layers, "limit_bytes": allowed}
+    run = {"work": "quantize", "layers": options.layers, "limit_bytes": allowed, "page_cache_too": options.group}
     if options.group:
         harness.forget_pages(source)
         with harness.memory_group(allowed) as group:
@@ -222,7 +222,7 @@ def render(result: dict[str, Any]) -> str:
     for r in result["runs"]:
         if "limit_bytes" in r:
             ratio = r["checkpoint_bytes"] / r["limit_bytes"]
-            what = "all memory, page cache included" if "group_peak_bytes" in r else "private memory"
+            what = "all memory, page cache included" if r.get("page_cache_too") else "private memory"
             limit = f"limit of {what}: {harness.gib(r['limit_bytes'])}; checkpoint x {ratio:.2f} of it"
             if "offload" in r:  # it is not in results from before there was a choice
                 limit += f"; hidden states by its own choice {'on disk' if r['offload'] else 'in memory'}"

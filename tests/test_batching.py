@@ -180,7 +180,7 @@ from halfbyte.schemes import WeightFormat
 def status(what):
     return 1024 * int(open("/proc/self/status").read().split(what + ":")[1].split()[0])
 
-def solve(batch, rows, n, damping):
+def solve(batch, rows, n, damping, group):
     # Dead inputs, so that the weight without them is made.
     weights = torch.randn(batch, rows, n)
     hessians = torch.eye(n).repeat(batch, 1, 1)
@@ -190,7 +190,7 @@ def solve(batch, rows, n, damping):
     factors = factor_hessians(hessians, damping, where=["w"] * batch)
     peaks.append(status("VmHWM"))
     open("/proc/self/clear_refs", "w").write("5")
-    quantize_gptq_batch(weights, hessians, factors, WeightFormat(num_bits=4, group_size=128), torch.bfloat16)
+    quantize_gptq_batch(weights, hessians, factors, WeightFormat(num_bits=4, group_size=group), torch.bfloat16)
     peaks.append(status("VmHWM"))
     return peaks
 
@@ -199,27 +199,33 @@ torch.set_num_threads(1)
 # the same arithmetic on one thread.
 heap.LEAST_MAPPED = 16 << 10
 with heap.mapped():
-    damping = float(sys.argv[4])
-    solve(2, 32, 512, damping)  # loads what of the libraries this damping's arithmetic needs
+    damping, group = float(sys.argv[4]), int(sys.argv[5]) or None
+    solve(2, 32, 512, damping, group)  # loads what of the libraries this damping's arithmetic needs
     heap.release_freed_memory()
     before = status("VmRSS")
-    print(*(peak - before for peak in solve(*map(int, sys.argv[1:4]), damping)))
+    print(*(peak - before for peak in solve(*map(int, sys.argv[1:4]), damping, group)))
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peaks are read from Linux's /proc")
 @pytest.mark.parametrize(
-    ("batch", "rows", "width", "damping"),
-    [(6, 256, 1024, 0.01), (6, 256, 1024, 0.0), (8, 1024, 384, 0.01), (1, 4096, 1024, 0.01)],
+    ("batch", "rows", "width", "damping", "group"),
+    [
+        (6, 256, 1024, 0.01, 128),
+        (6, 256, 1024, 0.0, 128),
+        (8, 1024, 384, 0.01, 128),
+        (1, 4096, 1024, 0.01, 128),
+        (6, 256, 1024, 0.01, None),
+        (1, 4096, 1024, 0.01, None),
+    ],
 )
-def test_peaks_are_those_foretold(batch: int, rows: int, width: int, damping: float) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, *map(str, (batch, rows, width, damping))], capture_output=True, text=True
-    )
+def test_peaks_are_those_foretold(batch: int, rows: int, width: int, damping: float, group: int | None) -> None:
+    numbers = map(str, (batch, rows, width, damping, group or 0))
+    done = subprocess.run([sys.executable, "-c", MEASURED, *numbers], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     factoring, solving = map(int, done.stdout.split())
     weights = 4 * batch * rows * width
-    expected = solving_bytes(batch, rows, width, WeightFormat(num_bits=4, group_size=128))
+    expected = solving_bytes(batch, rows, width, WeightFormat(num_bits=4, group_size=group))
     room = 8 << 20  # the kernels' own
     assert 0.85 * factoring_bytes(batch, width, damping) < factoring - weights
     assert factoring - weights < factoring_bytes(batch, width, damping) + room

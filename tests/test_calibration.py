@@ -411,6 +411,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(memory, "STATUS", tmp_path / "status")
     monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(memory, "MOUNTS", tmp_path / "mounts")
     groups = tuple(replace(group, folder=tmp_path / group.folder.name) for group in memory.CGROUPS)
     monkeypatch.setattr(memory, "CGROUPS", groups)
     limit_process(monkeypatch)
@@ -472,7 +473,7 @@ def test_the_tightest_of_nested_groups_counts(version: int, kernel: Path) -> Non
     (kernel / "groups").write_text(f"9:name=systemd:/elsewhere\n5:devices:/user.slice/other\n{line}\n")
     write_container(kernel, version, 7_000_000, 0)
     write_container(kernel, version, 10_000, 0, "user.slice/other")
-    assert memory.available_memory_bytes() == 7_000_000  # the host's path, which a container does not see
+    assert memory.available_memory_bytes() == 7_000_000  # there is no such group
     write_container(kernel, version, 1_000_000, 100_000, "user.slice/run.scope", inactive_file=50_000)
     assert memory.available_memory_bytes() == 950_000
     write_container(kernel, version, 2_000_000, 1_500_000, "user.slice")
@@ -481,6 +482,30 @@ def test_the_tightest_of_nested_groups_counts(version: int, kernel: Path) -> Non
     assert memory.available_memory_bytes() == 7_000_000
     (kernel / "groups").write_text("nonsense\n")
     assert memory.available_memory_bytes() == 7_000_000
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_may_see_its_hosts_paths(version: int, kernel: Path) -> None:
+    """Of the host's groups the container's own is mounted as the outermost, and one of the same name means another."""
+    write_container(kernel, version, 7_000_000, 0)
+    write_container(kernel, version, 1_000_000, 0, "inner")
+    write_container(kernel, version, 10_000, 0, "docker/5f")
+    own = "{}:/docker/5f/inner\n".format("4:memory" if version == 1 else "0:")
+    (kernel / "groups").write_text(own)
+    folder = kernel / ("memory" if version == 1 else "cgroup")
+    mounts = f"31 23 0:28 / /sys rw - sysfs sysfs rw\n35 31 0:32 /docker/5f {folder} rw - cgroup cgroup rw,memory\n"
+    (kernel / "mounts").write_text(mounts)
+    assert memory.available_memory_bytes() == 1_000_000
+    (kernel / "mounts").write_text(mounts.replace("/docker/5f", "/elsewhere"))
+    assert memory.available_memory_bytes() == 7_000_000
+
+
+def test_memory_is_reclaimed_from_its_high_mark_on(kernel: Path) -> None:
+    write_container(kernel, 2, "max", 100)
+    (kernel / "cgroup" / "memory.high").write_text("5000\n")
+    assert memory.available_memory_bytes() == 4900
+    write_container(kernel, 2, 3000, 100)
+    assert memory.available_memory_bytes() == 2900
 
 
 def test_a_group_made_by_the_kernel() -> None:

@@ -195,6 +195,37 @@ def test_dead_columns_stay_at_zero_without_damping() -> None:
     assert torch.isfinite(linear.scales).all()
 
 
+def test_columns_without_a_pivot_stay_and_move_no_others() -> None:
+    """In mid-block and in the last block of eight; ones whose slope would move them, had they a pivot."""
+    linear = Linear(40, 256, WeightFormat(num_bits=4, group_size=64))
+    dead = [3, 40, 63]
+    square = (linear.hessian + linear.damping * torch.eye(256))[:64, :64].clone()
+    gradient = ((linear.weight - linear.dense()) @ linear.hessian)[:, :64].contiguous()
+    scales, zeros = linear.scales[:, 0].contiguous(), linear.zeros[:, 0].contiguous()
+
+    def descended(
+        square: torch.Tensor, gradient: torch.Tensor, codes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, steps = codes.clone(), torch.zeros_like(gradient)
+        tensors = (t[None] for t in (gradient, square, codes, scales, zeros))
+        refine_numba.descend(*tensors, -8, 7, steps[None])
+        return codes, steps
+
+    square[dead] = 0.0
+    square[:, dead] = 0.0
+    gradient[:, dead] = 1e3
+    before = linear.codes[:, :64].contiguous()
+    codes, steps = descended(square, gradient, before)
+    assert torch.equal(codes[:, dead], before[:, dead])
+    assert (steps[:, dead] == 0).all()
+    alive = [j for j in range(64) if j not in dead]
+    alone = (square[alive][:, alive].contiguous(), gradient[:, alive].contiguous(), before[:, alive].contiguous())
+    fewer_codes, fewer_steps = descended(*alone)
+    assert torch.equal(codes[:, alive], fewer_codes)
+    torch.testing.assert_close(steps[:, alive], fewer_steps)
+    assert not torch.equal(codes, before)
+
+
 def test_an_error_that_overflows_moves_nothing() -> None:
     linear = Linear(4, 32, WeightFormat(num_bits=4))
     linear.weight *= 1e37

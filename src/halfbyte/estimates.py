@@ -78,7 +78,7 @@ class CalibrationWork:
         observed: whether the method looks at what they make of the blocks; without, they only serve to measure
             sensitivities.
         offload: hidden states stay on disk; ``None`` until it is known whether they fit.
-        device: where, as torch names its type; dtype: what blocks compute in.
+        dtype: what blocks compute in.
         tuning: how blocks are tuned; ``None`` where they are not.
         end_to_end: how all scales are tuned together at the end; ``None`` where they are not.
         units, measured_tokens: whose sensitivities are measured, and on how many tokens; 0 where that is not wanted.
@@ -90,7 +90,6 @@ class CalibrationWork:
     seq_len: int
     observed: bool = True
     offload: bool | None = None
-    device: str = "cpu"
     dtype: torch.dtype = torch.float32
     tuning: TuningOptions | None = None
     end_to_end: EndToEndOptions | None = None
@@ -118,7 +117,7 @@ class CalibrationWork:
 
     @property
     def _batch_samples(self) -> int:
-        most = tokens_per_batch(self.device, tuned=self.tuning is not None)
+        most = tokens_per_batch("cpu", tuned=self.tuning is not None)
         return max(1, most // max(1, self.seq_len))
 
     @property

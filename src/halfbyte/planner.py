@@ -219,7 +219,6 @@ def calibration_work(
         seq_len=length,
         observed=observed,
         offload=offload,
-        device=device,
         dtype=compute_dtype(dtype, stored_dtype(checkpoint, device), device, max(s.weights.num_bits for s in schemes)),
         tuning=tuning_of(recipe, sample_tokens),
         end_to_end=end_to_end_of(recipe, sample_tokens),

@@ -19,15 +19,16 @@ LOGIT_COPIES = 4  # as the model has them, as float32, masked, cumulative
 # Fixed numbers rather than what is free at the time: the batch size changes rounding, and so the text.
 MAX_ROWS = {"cpu": 64, "cuda": 256}
 MAX_CACHE_BYTES = {"cpu": 2 << 30, "cuda": 16 << 30}
-MEMINFO, STATUS, OWN_GROUPS = Path("/proc/meminfo"), Path("/proc/self/status"), Path("/proc/self/cgroup")
+MEMINFO, STATUS = Path("/proc/meminfo"), Path("/proc/self/status")
+OWN_GROUPS, MOUNTS = Path("/proc/self/cgroup"), Path("/proc/self/mountinfo")
 
 
 @dataclass(frozen=True, slots=True)
 class Cgroup:
     """Where the kernel accounts for the memory of a group of processes: a container's, or one that systemd-run made.
 
-    Groups lie in groups, and each may have a limit, so all from the process's own up to the outermost count. A
-    container often sees its own group as the outermost, under whatever path the host gave it.
+    Groups lie in groups, and each may have a limit, so all from the process's own up to the outermost that is mounted
+    count. A container mostly sees its own group as the outermost, while the path to it may still be the host's.
 
     The page cache counts as used, though the kernel drops it for whoever asks for memory. A file that is written and
     then read (a download that is hashed) is in the active part, which is dropped as well when the inactive one is gone;
@@ -37,13 +38,13 @@ class Cgroup:
     Attributes:
         folder: of the outermost group.
         controller: how ``/proc/self/cgroup`` names what keeps this account.
-        limit, used: names of files with bytes; the first may hold the word ``max``.
+        limits, used: names of files with bytes; a limit may be the word ``max``, or absent.
         cached, mapped: names in its ``memory.stat`` of the page cache's parts, and of what is mapped of them.
     """
 
     folder: Path
     controller: str
-    limit: str
+    limits: tuple[str, ...]
     used: str
     cached: tuple[str, ...]
     mapped: str
@@ -55,32 +56,43 @@ class Cgroup:
 
     def _groups(self) -> list[Path]:
         """This process's own group and those around it, relative to the outermost, which comes last."""
-        own = Path()
-        with contextlib.suppress(OSError):
-            for line in OWN_GROUPS.read_text(errors="replace").splitlines():
-                _, controllers, path = (*line.split(":", 2), "", "")[:3]
-                if self.controller in controllers.split(","):
-                    own = Path(path.lstrip("/"))
-        return [Path()] if ".." in own.parts else [own, *own.parents]
+        own, mounted = Path("/"), Path("/")
+        for line in _lines(OWN_GROUPS):
+            _, controllers, path = (*line.split(":", 2), "", "")[:3]
+            if self.controller in controllers.split(","):
+                own = Path("/", path)
+        for line in _lines(MOUNTS):
+            fields = line.split(" ")
+            if fields[4:5] == [str(self.folder)]:
+                mounted = Path(fields[3])
+        if ".." in own.parts or not own.is_relative_to(mounted):
+            return [Path()]
+        inside = own.relative_to(mounted)
+        return [inside, *inside.parents]
 
     def _left(self, folder: Path) -> int | None:
-        try:
-            limit, used = (int((folder / name).read_text()) for name in (self.limit, self.used))
-        except (OSError, ValueError):
+        limits = [number for name in self.limits if (number := _number(folder / name)) is not None]
+        used = _number(folder / self.used)
+        if not limits or used is None:
             return None
         stat = _amounts(folder / "memory.stat")
         droppable = max(0, sum(stat.get(name, 0) for name in self.cached) - stat.get(self.mapped, 0))
-        return max(0, limit - max(0, used - droppable))
+        return max(0, min(limits) - max(0, used - droppable))
 
 
 CGROUPS = (
     Cgroup(
-        Path("/sys/fs/cgroup"), "", "memory.max", "memory.current", ("inactive_file", "active_file"), "file_mapped"
+        Path("/sys/fs/cgroup"),
+        "",
+        ("memory.max", "memory.high"),
+        "memory.current",
+        ("inactive_file", "active_file"),
+        "file_mapped",
     ),  # version 2
     Cgroup(
         Path("/sys/fs/cgroup/memory"),
         "memory",
-        "memory.limit_in_bytes",
+        ("memory.limit_in_bytes",),
         "memory.usage_in_bytes",
         ("total_inactive_file", "total_active_file"),
         "total_mapped_file",
@@ -100,8 +112,8 @@ def available_memory_bytes(device: str = "cpu", *, processes: int = 1) -> int:
     if torch.device(device).type == "cuda":
         free, _ = torch.cuda.mem_get_info(torch.device(device))
         return int(free)
-    containers = [c.available_bytes() for c in CGROUPS]
-    shared = min([_machine_bytes(), *(b for b in containers if b is not None)])
+    groups = [g.available_bytes() for g in CGROUPS]
+    shared = min([_machine_bytes(), *(b for b in groups if b is not None)])
     return max(0, min([shared // processes, *_left_by_limits()]))
 
 
@@ -127,12 +139,24 @@ def _machine_bytes() -> int:
 def _amounts(path: Path) -> dict[str, int]:
     """Bytes by name from a file of the kernel's: ``name 123`` or ``Name: 123 kB`` a line. None where it is absent."""
     found = {}
-    with contextlib.suppress(OSError):
-        for line in path.read_text(errors="replace").splitlines():
-            name, *words = line.replace(":", " ").split() or [""]
-            if words and words[0].isdecimal():
-                found[name] = int(words[0]) * (1024 if words[1:] == ["kB"] else 1)
+    for line in _lines(path):
+        name, *words = line.replace(":", " ").split() or [""]
+        if words and words[0].isdecimal():
+            found[name] = int(words[0]) * (1024 if words[1:] == ["kB"] else 1)
     return found
+
+
+def _number(path: Path) -> int | None:
+    """What a file with one number says."""
+    words = " ".join(_lines(path)).split()
+    return int(words[0]) if len(words) == 1 and words[0].isdecimal() else None
+
+
+def _lines(path: Path) -> list[str]:
+    """None where it cannot be read."""
+    with contextlib.suppress(OSError):
+        return path.read_text(errors="replace").splitlines()
+    return []
 
 
 def rows_per_batch(config: Mapping[str, Any], seq_len: int, device: str = "cpu") -> int:

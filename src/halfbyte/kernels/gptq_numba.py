@@ -24,6 +24,8 @@ import torch
 
 PANEL = 128
 ROWS = 32
+# Columns that are rounded before those behind them are touched; :func:`update_later` is written out for so many. numba
+# keeps compiled kernels by file: after a change here, refine_numba's are compiled anew only when that file changes too.
 BLOCK = 8
 
 Array = npt.NDArray[np.float32]
@@ -44,8 +46,8 @@ def torchs_threads() -> Iterator[None]:
 def update_later(columns: Array, matrix: Array, offset: int, first: int, width: int) -> None:
     """``columns[k] -= sum_j columns[j] matrix[offset + j, offset + k]``, j the block from ``first``, all k behind it.
 
-    A column that is still open is read and written once for all of a block's, not once for each; the sum has the same
-    order.
+    A column that is still open is read and written once for all of a block's, not once for each; terms are subtracted
+    in the order of their columns.
 
     Args:
         columns: ``[PANEL, ROWS]`` float32.

@@ -27,7 +27,7 @@ def _descend(
         b = task // chunks
         first = task % chunks * ROWS
         count = min(ROWS, rows - first)
-        slope = np.zeros((PANEL, ROWS), dtype=np.float32)  # a column that is done holds by what it moved
+        slope = np.zeros((PANEL, ROWS), dtype=np.float32)  # a finished column holds how far it moved
         code = np.zeros((PANEL, ROWS), dtype=np.int8)
         scale = np.ones(ROWS, dtype=np.float32)
         zero = np.zeros(ROWS, dtype=np.float32)

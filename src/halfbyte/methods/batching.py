@@ -1,7 +1,7 @@
 """How much memory a batch of Linears takes to be solved, and how many of them fit.
 
 A batch needs what each of its Linears would need alone, all at once, but for the scale search and the rounded weights,
-which take one Linear after the other. :mod:`halfbyte.estimates` reckons single Linears alike.
+which take one Linear after the other. :mod:`halfbyte.estimates` reckons single Linears by itself, less closely.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def solving_bytes(batch: int, rows: int, width: int, fmt: WeightFormat) -> int:
     """Peak of :func:`halfbyte.methods.gptq.quantize_gptq_batch`, with the Hessians, their factors and the weights.
 
     Of ``n`` inputs and ``N`` weights each: H and R (8 n^2 bytes), the weight and the weight without dead inputs (8 N);
-    then the scale search's candidates; then its error or the weight in the order of its columns and codes (5 N), five
-    panels of 128 columns, and either the codes in the other order (N) or, once for the batch, a strip of rows three
-    times.
+    then the scale search's candidates; then its error or the weight in the order of its columns, and codes (5 N), and
+    five panels of 128 columns. Groups wider than a panel are refitted in strips of rows, three of all columns at a
+    time; on a GPU rounding errors are, too, one Linear after the other.
 
     Args:
         batch: how many Hessians.
@@ -48,7 +48,9 @@ def solving_bytes(batch: int, rows: int, width: int, fmt: WeightFormat) -> int:
     scales = rows * fmt.groups(width)
     held = batch * (8 * width**2 + 8 * rows * width + 8 * scales)
     searching = 28 * min(CANDIDATES_PER_CALL, scales * len(shares(fmt)))
-    moving = batch * (5 * rows * width + 5 * 4 * PANEL * rows) + max(batch * rows, 12 * min(STRIP, rows)) * width
+    panels, strip = batch * 5 * 4 * PANEL * rows, 12 * min(STRIP, rows) * width
+    wide = width > PANEL * fmt.groups(width)
+    moving = batch * 5 * rows * width + (panels + batch * strip if wide else max(panels, strip))
     return held + max(searching, moving)
 
 

@@ -48,7 +48,7 @@ DOUBLE_LIMIT = 4096
 DIRECTLY = 256
 DIRECTLY_ON_GPU = 1024  # there a small factorisation takes as long as a larger one
 DEFAULT_STEPS = GptqSteps()
-STRIP = 256  # of a symmetric product, of which less than a strip too much is computed
+STRIP = 256  # rows at a time; of a symmetric product, no more than a strip of each row is computed in vain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

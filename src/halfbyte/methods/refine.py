@@ -107,22 +107,16 @@ def refine(
                 square = hessians[:, part, part].clone()
                 square.diagonal(dim1=1, dim2=2).add_(damping[:, part])
                 here = slope[:, :, part.start - panel.start : part.stop - panel.start]
-                if refit and width <= PANEL:
-                    v = codes[:, :, part].to(torch.float32).sub_(zeros[:, :, g, None])
-                    product = torch.bmm(v, square)
-                    change = _refit((v * here).sum(dim=2), (v * product).sum(dim=2), scales[:, :, g], scale_dtype)
-                    steps = v.mul_(change.unsqueeze(2))
-                    here.sub_(product.mul_(change.unsqueeze(2)))
-                else:
-                    steps = torch.zeros_like(here, memory_format=torch.contiguous_format)
-                if descent:
-                    scale, zero = scales[:, :, g].contiguous(), zeros[:, :, g].contiguous()
-                    descend(here, square, codes[:, :, part], scale, zero, fmt.q_min, fmt.q_max, steps)
+                of_group = (codes[:, :, part], scales[:, :, g], zeros[:, :, g])
+                steps = _steps(
+                    here, square, *of_group, fmt, scale_dtype, refit=refit and width <= PANEL, descent=descent
+                )
                 error[:, :, part].sub_(steps)
                 if part.stop < panel.stop:
                     later = slice(part.stop, panel.stop)
                     rest = slope[:, :, later.start - panel.start :]
                     rest.baddbmm_(steps, hessians[:, part, later], alpha=-1.0)
+                del steps, here  # before the next are made
             if sweep == sweeps - 1:
                 own = error[:, :, panel]
                 left.mul_(2.0).baddbmm_(own, hessians[:, panel, panel])
@@ -137,6 +131,37 @@ def _panels(n: int, width: int) -> Iterator[slice]:
     for first in range(0, n, whole):
         for start in range(first, first + whole, step):
             yield slice(start, min(start + step, first + whole))
+
+
+def _steps(
+    slope: torch.Tensor,
+    square: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    fmt: WeightFormat,
+    scale_dtype: torch.dtype,
+    *,
+    refit: bool,
+    descent: bool,
+) -> torch.Tensor:
+    """Refine one group's scales and codes in place; returns by how much its weights moved, ``[batch, rows, width]``.
+
+    Args:
+        slope: ``E H`` of its columns; follows the scales that move.
+        square: the damped H of its columns.
+    """
+    if refit:
+        v = codes.to(torch.float32).sub_(zeros.unsqueeze(2))
+        product = torch.bmm(v, square)
+        change = _refit((v * slope).sum(dim=2), (v * product).sum(dim=2), scales, scale_dtype)
+        steps = v.mul_(change.unsqueeze(2))
+        slope.sub_(product.mul_(change.unsqueeze(2)))
+    else:
+        steps = torch.zeros_like(slope, memory_format=torch.contiguous_format)
+    if descent:
+        descend(slope, square, codes, scales.contiguous(), zeros.contiguous(), fmt.q_min, fmt.q_max, steps)
+    return steps
 
 
 def _refit(slope: torch.Tensor, curve: torch.Tensor, scales: torch.Tensor, scale_dtype: torch.dtype) -> torch.Tensor:

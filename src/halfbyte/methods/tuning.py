@@ -46,7 +46,7 @@ from halfbyte.ranks import Ranks
 from halfbyte.recipe import Recipe
 
 BETAS = (0.9, 0.99)
-# Samples of so many tokens are what the steps of STANDARD, HIGH and EndToEndOptions are counted in.
+# STANDARD, HIGH and EndToEndOptions count samples of so many tokens.
 SAMPLE_TOKENS = 512
 
 
