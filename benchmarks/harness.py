@@ -108,15 +108,15 @@ def memory_group(limit: int) -> Iterator[Path]:
     root = Path("/sys/fs/cgroup")
     unified = (root / "cgroup.controllers").exists()
     group = (root if unified else root / "memory") / f"halfbyte-benchmark-{os.getpid()}"
-    limits = ("memory.swap.max", "0", "memory.max") if unified else ("memory.swappiness", "0", "memory.limit_in_bytes")
+    swap, most = ("memory.swap.max", "memory.max") if unified else ("memory.swappiness", "memory.limit_in_bytes")
     try:
         try:
             if unified:
                 (root / "cgroup.subtree_control").write_text("+memory")
             group.mkdir()
-            if (group / limits[0]).exists():
-                (group / limits[0]).write_text(limits[1])
-            (group / limits[2]).write_text(str(limit))
+            if (group / swap).exists():
+                (group / swap).write_text("0")
+            (group / most).write_text(str(limit))
         except OSError as error:
             why = f"no group with a limit of memory can be made here: {error}"
             raise SystemExit(f"{why}\nrun without --group") from None
