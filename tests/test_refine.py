@@ -121,6 +121,22 @@ def test_a_refitted_scale_is_the_least_squares_one(symmetric: bool, size: int | 
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("size", [None, 32])
+def test_a_scale_that_should_be_negative_gets_small_but_stays_what_float16_holds(
+    symmetric: bool, size: int | None
+) -> None:
+    """Correlated columns can turn a group against its own sign; AWQ and GPTQ keep scales in float16."""
+    linear = Linear(6, 160, WeightFormat(num_bits=4, symmetric=symmetric, group_size=size))
+    opposite = 2 * linear.zeros[:, :1] - linear.codes[:, : size or 160]
+    linear.codes[:, : size or 160] = opposite.clamp(linear.fmt.q_min, linear.fmt.q_max).to(torch.int8)
+    start, before = linear.scales[:, 0].clone(), linear.error(damped=True)
+    linear.refine(descent=False)
+    torch.testing.assert_close(linear.scales[:, 0], start / 16, rtol=0, atol=0)
+    assert linear.error(damped=True) < before
+    assert torch.equal(linear.scales, linear.scales.half().float())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
 def test_after_descent_no_single_code_can_do_better(symmetric: bool) -> None:
     linear = Linear(4, 96, WeightFormat(num_bits=4, symmetric=symmetric, group_size=32), torch.float32)
     linear.refine(refit=False, sweeps=50)

@@ -4,7 +4,8 @@ GPTQ goes through the columns once and never looks back. The objective stays its
 ``tr(E H E^T)`` with ``E = W - W_q`` and the damped H:
 
 - **refit** (closed form): along the integers ``v = q - z`` of one row's group the error is a parabola in the scale, and
-  least at ``s + (E H)_g v / (v H_gg v)``; taken as it is rounded to the stored dtype, where that still gains;
+  least at ``s + (E H)_g v / (v H_gg v)``; taken as it is rounded to the stored dtype, where that still gains, and
+  never below a sixteenth of s;
 - **descent** (coordinate descent on codes; QuantEase, arXiv 2309.01885): each code goes to the grid point nearest to
   where its own parabola is least.
 
@@ -26,6 +27,8 @@ from halfbyte.kernels.dispatch import PANEL, descend, rounding_error
 from halfbyte.kernels.general import STRIP
 from halfbyte.methods.scales import LEAST_SCALE
 from halfbyte.schemes import WeightFormat
+
+SMALLEST_MOVE = 2.0**-4
 
 
 def output_energy(weights: torch.Tensor, hessians: torch.Tensor) -> torch.Tensor:
@@ -165,8 +168,12 @@ def _steps(
 
 
 def _refit(slope: torch.Tensor, curve: torch.Tensor, scales: torch.Tensor, scale_dtype: torch.dtype) -> torch.Tensor:
-    """Move one group's scales ``[batch, rows]``, each to the least of its parabola; returns by how much they moved."""
-    wanted = scales + torch.where(curve > 0, slope / curve, 0.0)
+    """Move one group's scales ``[batch, rows]``, each to the least of its parabola; returns by how much they moved.
+
+    A parabola may be least at zero or below it, where no scale can be: such a scale moves to `SMALLEST_MOVE` of what
+    it was, which AWQ's and GPTQ's float16 still holds.
+    """
+    wanted = torch.maximum(scales + torch.where(curve > 0, slope / curve, 0.0), scales * SMALLEST_MOVE)
     new = wanted.to(scale_dtype).to(torch.float32).clamp(min=LEAST_SCALE[scale_dtype])
     change = new - scales
     gains = (2 * change * slope > change.square() * curve) & torch.isfinite(new)
