@@ -12,7 +12,7 @@
 #              convert, and read its own (minutes; HALFBYTE_AUTOAWQ=FOLDER, an unpacked autoawq source, adds AutoAWQ)
 # make bench-peers  measure other quantisers and halfbyte on the same tokens, each in an environment of its own (hours);
 #              without the variables: a model from PyPI and texts that are here already
-#                MODEL="DIR ..."  CALIBRATION=FILE  VALIDATION=FILE  RUNS=3  PEERS_ARGS="--variant='--method rtn'"
+#                MODEL="DIR ..."  CALIBRATION=FILE  VALIDATION=FILE  RUNS=3  PEERS_ARGS="--variant='--effort high'"
 # make bench-gpu    on a GPU, with random weights in the shapes of Llama 3 8B: seconds a block, beside llm-compressor
 #
 # torch: where there is no NVIDIA GPU, the version in constraints.txt is installed first, so that a CPU build wins where
@@ -32,7 +32,7 @@ MODEL       ?=
 CALIBRATION ?=
 VALIDATION  ?=
 RUNS        ?= 3
-PEERS_ARGS  ?=
+PEERS_ARGS  ?= --variant='--effort high'
 
 .PHONY: demo test test-vllm test-triton test-llamacpp test-libraries test-serve test-eval lint bench-peers bench-gpu clean
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import platform
 import subprocess
@@ -120,6 +121,9 @@ def main() -> None:
     means = {v: sum(r["relative_error"][v] / r["relative_error"]["rtn"] for r in rows) / len(rows) for v in VARIANTS}
     result = {
         "model": arguments.model.name,
+        "blocks": sorted(chosen),
+        "group_size": arguments.group_size,
+        "text_sha256": hashlib.sha256(arguments.text.read_bytes()).hexdigest(),
         "what": {v: words for v, (words, _) in VARIANTS.items()},
         "mean_error_relative_to_rtn": means,
         "linears": rows,

@@ -109,7 +109,11 @@ def render(result: dict[str, Any]) -> str:
         rates = [f"{r['rates'][kind] / 1e9:.0f}" for kind in ("linears", "second moments")]
         rows.append([str(i + 1), *rates, *(f"{t:.0f}" for t in times), *shares])
     m = result["machine"]
-    lines = [harness.table(rows), "", f"{m['cpu']}, {m['cores']} cores; {result['date']}"]
+    lines = [
+        harness.table(rows),
+        "",
+        f"{m['cpu']}, {m['cores']} cores; {result['date']}, commit {str(result['commit']['commit'])[:12]}",
+    ]
     return "\n".join(lines)
 
 

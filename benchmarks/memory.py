@@ -58,7 +58,7 @@ def arguments() -> argparse.Namespace:
     mixed = works.add_parser("mixture", help="quantise the shapes of Qwen3-235B-A22B")
     mixed.add_argument("--layers", type=int, default=1)
     limited = works.add_parser("limit", help="a checkpoint larger than the memory limit")
-    limited.add_argument("--layers", type=int, default=28)
+    limited.add_argument("--layers", type=int, default=32)
     limited.add_argument("--width", type=int, default=2048)
     limited.add_argument("--limit-mib", type=int, default=1200)
     limited.add_argument("--group", action="store_true", help="limit all memory by a control group (Linux, as root)")
@@ -191,7 +191,8 @@ def limit(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     source, allowed = scratch / "llama", options.limit_mib * 2**20
     size = ["--width", str(options.width), "--layers", str(options.layers)]
     made = harness.json_from([sys.executable, MAKER, "llama", source, *size])
-    run = {"work": "quantize", "layers": options.layers, "limit_bytes": allowed, "page_cache_too": options.group}
+    run = {"work": "quantize", "layers": options.layers, "width": options.width}
+    run |= {"limit_bytes": allowed, "page_cache_too": options.group}
     if options.group:
         harness.forget_pages(source)
         with harness.memory_group(allowed) as group:

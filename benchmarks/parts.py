@@ -21,7 +21,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         DEFAULT: AS_IT_IS,
         "smoothing=off": Variant(what="outliers stay in the inputs", steps={"smoothing": False}),
         "shrinkage=off": UNSHRUNK,
-        "true_sequential=off": UNSEQUENTIAL,
+        "true_sequential=off": replace(UNSEQUENTIAL, what=f"{UNSEQUENTIAL.what}, and nothing smoothed"),
         "effort=high": HIGH,
         "effort=high, end_to_end=off": HIGH_BY_BLOCK,
     },

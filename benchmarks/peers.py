@@ -281,6 +281,8 @@ def run(job: Job, taking_part: Sequence[Competitor]) -> dict[str, Any]:
             "group_size": job.group_size,
             "calibration_text": job.text.name,
             "calibration_text_sha256": file_digest([job.text]),
+            "validation_text": job.options.validation_text.name,
+            "validation_text_sha256": file_digest([job.options.validation_text]),
             "samples": options.samples,
             "seq_len": options.seq_len,
             "windows_sha256": tokens["sha256"],

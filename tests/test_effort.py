@@ -376,6 +376,21 @@ def test_a_killed_run_ends_in_the_same_codes_and_norms(tiny_model: Models, tmp_p
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def test_what_is_not_smoothed_is_noted(tiny_model: Models, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.json"
+    words = "nothing is smoothed: true_sequential = false in the recipe observes all inputs of a block at once"
+    for scheme, steps, noted in (
+        ("W8A8", {"true_sequential": False}, True),
+        ("W8A8", {"true_sequential": False, "smoothing": False}, False),
+        ("W8A8", {}, False),
+        ("W8A16", {"true_sequential": False}, False),
+    ):
+        size = {} if scheme == "W8A8" else {"group_size": 32}
+        recipe.write_text(json.dumps({"scheme": scheme, "gptq": steps} | size))
+        made = halfbyte.plan(tiny_model("llama"), recipe=recipe, calibration="random-tokens")
+        assert (words in made.notes) is noted
+
+
 def test_what_is_not_tuned_is_noted(tiny_model: Models, tmp_path: Path) -> None:
     recipe = tmp_path / "r.json"
     recipe.write_text(json.dumps({"scheme": "W4A16", "group_size": 32, "gptq": BOTH}))

@@ -113,3 +113,14 @@ def test_without_triton_the_cpu_solves(tiny_model: Models, tmp_path: Path, monke
     source = tiny_model("llama")
     quantize(source, tmp_path / "out", group_size=32, calibration="random-tokens", samples=8, seq_len=32, device="cuda")
     assert verify(tmp_path / "out", source=source).passed
+
+
+def test_a_model_tuned_as_a_whole_on_the_gpu(tiny_model: Models, tmp_path: Path) -> None:
+    """Blocks, then all scales together."""
+    source, out = tiny_model("llama", num_hidden_layers=3), tmp_path / "out"
+    size = {"group_size": 32, "samples": 64, "seq_len": 64}
+    made = quantize(source, out, scheme="W4A16", calibration="random-tokens", effort="high", device="cuda", **size)
+    assert verify(out, source=source).passed
+    assert len(made.tuning) == 3
+    assert made.end_to_end is not None
+    assert made.end_to_end.kept == (made.end_to_end.kl_after < made.end_to_end.kl_before)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import gpu
@@ -47,6 +46,8 @@ def test_it_runs_in_one_command(tmp_path: Path) -> None:
     peer = result["same_matrices"]["llm-compressor"]
     assert "hessians_s" in peer or "llm-compressor is not installed" in peer["skipped"]
     assert done.stdout.strip() == gpu.render(result).strip()
+    result["shares"]["block"], result["card"]["bfloat16_nominal"] = 0.3, 2 * rate
+    assert "30.0 % of the measured rate and 15.0 % of its maker's (--effort low)" in gpu.render(result)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -76,15 +77,21 @@ def test_the_relative_error_is_that_of_outputs() -> None:
     assert relative_error(w, q, x.T @ x) == pytest.approx(expected, rel=1e-4)
 
 
-def test_nested_stages_count_once() -> None:
+def test_nested_stages_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: now[0])
+
+    def wait(seconds: float) -> None:
+        now[0] += seconds
+
     clock = gpu.Clock(CPU)
-    inner = clock.timed(lambda: time.sleep(0.05), "second moments")
+    inner = clock.timed(lambda: wait(0.5), "second moments")
 
     def outer() -> None:
-        time.sleep(0.02)
+        wait(0.25)
         inner()
         inner()
 
     clock.timed(outer, "forward")()
-    assert clock.spent["second moments"] >= 0.1
-    assert 0.02 <= clock.spent["forward"] < 0.06
+    assert clock.spent["second moments"] == 1.0
+    assert clock.spent["forward"] == 0.25

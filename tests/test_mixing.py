@@ -104,6 +104,7 @@ def test_which_schemes_can_be_mixed() -> None:
     assert wider(W4.with_group_size("channel")) == W8.with_group_size("channel")
     assert wider(W8) is None
     assert mixing_problem([W4]) is None
+    assert mixing_problem([preset("W3A16"), preset("W2A16")]) is None
     assert mixing_problem([W4, W8]) is None
     assert "W8A16 has them everywhere" in str(mixing_problem([W8]))
     for name in ("W4A16_ASYM", "W8A8", "FP8_DYNAMIC"):

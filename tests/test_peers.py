@@ -181,6 +181,10 @@ def test_results_that_are_kept_can_be_rendered(path: Path) -> None:
         assert f"{stored['summary'][name]['wall_s']['median']:.0f} |" in shown
 
 
+def test_the_page_shows_the_results_that_are_kept() -> None:
+    assert report.PAGE.read_text(encoding="utf-8") == report.page(), "run benchmarks/report.py"
+
+
 def test_rounded_inputs_are_those_of_halfbyte() -> None:
     """The cross-check's eight-bit inputs, which it computes by itself; a row of zeros stays what it is."""
     x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))

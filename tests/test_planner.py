@@ -234,7 +234,9 @@ def test_schemes_that_not_every_engine_loads_say_so(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "tiny", TINY, config(2, 256))
     for scheme in PRESETS.values():
         notes = plan(source, scheme=scheme.name).notes
-        assert ([n for n in notes if "vLLM" in n] == [scheme.note]) is (scheme.name in ("W3A16", "W2A16", "W4A8"))
+        assert ([n for n in notes if "vLLM" in n] == [scheme.note]) is (
+            scheme.name in ("W3A16", "W2A16", "W8A16", "W4A8")
+        )
         assert any(scheme.name in n for n in notes) is bool(scheme.note)
 
 

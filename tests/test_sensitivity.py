@@ -417,6 +417,8 @@ def test_the_plan(source: Path, options: dict[str, Any]) -> None:
     assert {t.scheme for t in made.tensors if t.action == "quantize"} == {"W4A16 or W8A16"}
     assert "measuring sensitivities" in made.estimates["time"].parts
     assert "measuring 24 units on 160 calibration tokens" in made.notes[0]
+    assert made.notes[1:] == [preset("W8A16").note]
+    assert "no kernel" in made.notes[1]
 
 
 def test_rounding_to_nearest_needs_a_little_text(source: Path, options: dict[str, Any]) -> None:

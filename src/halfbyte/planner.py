@@ -324,12 +324,18 @@ def make_plan(
             f"{size.units} units on {measured} calibration tokens"
             + ("" if size.observed else "; for this alone, rounding to nearest needs calibration text")
         )
+        notes += {preset(WIDER).note}.difference(notes)
     if size.tuning is not None and largest_experts(tensors) * size.dtype.itemsize > RESIDENT_EXPERTS:
         size = replace(size, tuning=None, end_to_end=None)
         notes.append("blocks are not tuned after GPTQ: their experts are too many to be in memory together")
     unused = [key for key in ("tune_codes", "tune_norms") if getattr(recipe.gptq, key)]
     if size.tuning is None and unused:
         notes.append(f"{' and '.join(unused)} in the recipe change nothing, because blocks are not tuned")
+    rounded = any(s.activations is not None and s.activations.kind == "int" for s in schemes.values())
+    if rounded and recipe.method == "gptq" and recipe.gptq.smoothing and not recipe.gptq.true_sequential:
+        notes.append(
+            "nothing is smoothed: true_sequential = false in the recipe observes all inputs of a block at once"
+        )
     size = settle_offload(checkpoint, tensors, size)
     summary = _summary(checkpoint, blocks, recipe, tensors, size, problems, notes, budget)
     return WorkPlan(

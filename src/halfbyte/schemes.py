@@ -158,6 +158,10 @@ _FEW_BITS = (
     "vLLM serves {name} on NVIDIA GPUs alone, and only where the humming kernels are installed; its CPU, AMD and Intel "
     "backends have no kernel for it (as of 0.32). transformers loads it anywhere, with compressed-tensors 0.19 or newer"
 )
+_W8A16 = (
+    "vLLM serves W8A16 on GPUs; its CPU backend has no kernel for it (as of 0.32), nor for mixtures with it. "
+    "transformers loads it anywhere"
+)
 _W4A8 = (
     "vLLM reads packed W4A8 in recent versions (0.32 does) on NVIDIA GPUs and on CPUs with AVX512. Which kernel it "
     "takes decides whether inputs are rounded to 8 bits (humming) or left as they are (Marlin, Machete)"
@@ -197,6 +201,7 @@ PRESETS: dict[str, Scheme] = {
             weights=WeightFormat(num_bits=8, group_size=128),
             activations=None,
             storage="pack-quantized",
+            note=_W8A16,
         ),
         Scheme(
             name="W8A8",

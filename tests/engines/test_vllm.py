@@ -51,6 +51,7 @@ PACKED = {
     "W4A16": Packed({"scheme": "W4A16", "group_size": 32}),
     "W4A16 by rows": Packed({"scheme": "W4A16", "group_size": "channel"}),
     "W4A16_ASYM": Packed({"scheme": "W4A16_ASYM", "group_size": 64}),
+    "W4A8": Packed({"scheme": "W4A8", "group_size": 32}),
     "mixed": Packed(MIXED, wide=True),
     "mixed, vLLM alone": Packed(MIXED),
 }

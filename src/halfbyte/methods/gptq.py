@@ -7,13 +7,15 @@ For one Linear with inputs X (``[tokens, in]``) and weight W (``[out, in]``) GPT
 small, column by column. Where we differ from the paper:
 
 - Columns are visited by descending ``diag(H)``, but scales belong to the original groups and are fixed beforehand, so
-  the file needs no ``g_idx`` (llm-compressor calls this *static* activation order).
+  the file needs no ``g_idx`` (``--act-order`` with ``--static-groups`` in the code of GPTQ's authors, github.com/
+  IST-DASLab/gptq; llm-compressor calls it *static* activation order).
 - The factor ``R`` with ``H^-1 = R^T R`` comes without inverting H: ``H = U U^T`` with U upper triangular (a Cholesky
   factorisation that runs from the last column to the first), and ``R = U^-1``. One factorisation and one triangular
   inverse, both by halves and in one matrix's memory.
 - Scales minimise the rounding error weighted by ``1 / R_jj^2``. That is the weight an error in column j has in GPTQ's
-  own objective, ``sum_j (w_j - w_q,j)^2 / R_jj^2``, once the open columns have absorbed what they can; ``diag(H)``
-  ignores that they do. (Ablation: docs/benchmarks.md.)
+  own objective, ``sum_j (w_j - w_q,j)^2 / R_jj^2``, once the open columns have absorbed what they can (the cost of one
+  rounded weight in Optimal Brain Compression, arXiv 2208.11580); ``diag(H)`` ignores that they do. To search scales by
+  it is ours. (Ablation: docs/benchmarks.md.)
 - After the columns, scales and codes are refined against the whole Hessian, see ``refine``.
 - Many Linears of one shape, as a mixture of experts has them, are solved in one batch: tensors have a leading dimension
   over Hessians, and every step works on all of them at once. One Linear is a batch of one. Each Hessian has its own

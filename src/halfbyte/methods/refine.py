@@ -3,9 +3,10 @@
 GPTQ goes through the columns once and never looks back. The objective stays its own,
 ``tr(E H E^T)`` with ``E = W - W_q`` and the damped H:
 
-- **refit** (closed form): along the integers ``v = q - z`` of one row's group the error is a parabola in the scale, and
-  least at ``s + (E H)_g v / (v H_gg v)``; taken as it is rounded to the stored dtype, where that still gains, and
-  never below a sixteenth of s;
+- **refit** (closed form; scales and codes as coordinates of one least-squares problem: COMQ, arXiv 2403.07134): along
+  the integers ``v = q - z`` of one row's group the error is a parabola in the scale, and least at
+  ``s + (E H)_g v / (v H_gg v)``; taken as it is rounded to the stored dtype, where that still gains, and never below a
+  sixteenth of s;
 - **descent** (coordinate descent on codes; QuantEase, arXiv 2309.01885): each code goes to the grid point nearest to
   where its own parabola is least.
 
