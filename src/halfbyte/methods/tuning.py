@@ -122,9 +122,9 @@ class EndToEndOptions:
     chunk_bytes: int = 32 << 20
 
 
-# With these rates of codes, where a recipe asks for them, latents go no further than 0.013 and 0.05 of a code in all:
+# With these rates of codes, where a recipe asks for them, latents go no further than 0.014 and 0.05 of a code in all:
 # GPTQ's solution is kept but for codes next to a border.
-STANDARD = TuningOptions(steps=8, scale_rate=1e-2, code_rate=2e-3)
+STANDARD = TuningOptions(steps=8, scale_rate=1e-2, code_rate=3e-3)
 HIGH = TuningOptions(steps=100, samples_per_step=2, code_rate=1e-3)
 
 
