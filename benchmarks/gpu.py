@@ -283,17 +283,15 @@ def the_peer(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 def render(result: dict[str, Any]) -> str:
     """The result as Markdown; uses nothing but the result."""
     card, found, work = result["card"], result["blocks"], result["work"]
-    nominal = card["bfloat16_nominal"]
+    nominal, percent = card["bfloat16_nominal"], 100 * result["shares"]["block"]
+    of_nominal = f" and {percent * card['bfloat16_measured'] / nominal:.1f} % of its maker's" if nominal else ""
     lines = [
         f"{card['name']}, commit {str(result['commit']['commit'])[:10]}, {result['seconds']:.0f} s in all",
         f"bfloat16: {card['bfloat16_measured'] / 1e12:.1f} TFLOP/s measured"
         + (f", {nominal / 1e12:.0f} by its maker" if nominal else ""),
         f"block of {work['shapes']['hidden']} / {work['shapes']['inner']}, {work['samples']} x {work['seq_len']} "
         f"tokens, W4A16 g{work['group_size']}: {found['block_s']:.2f} s, "
-        f"{100 * result['shares']['block']:.1f} % of the measured rate"
-        + (f" and {100 * result['shares']['block'] * card['bfloat16_measured'] / nominal:.1f} % of" if nominal else "")
-        + (" its maker's" if nominal else "")
-        + " (--effort low); "
+        f"{percent:.1f} % of the measured rate{of_nominal} (--effort low); "
         f"{found['standard_block_s']:.2f} s at standard",
     ]
     if card["kernels_fail_because"]:
