@@ -12,7 +12,7 @@ import torch
 from conftest import Models
 from halfbyte import blocks, pipeline, quantize
 from halfbyte.checkpoint.layout import Layout
-from halfbyte.checkpoint.reader import open_checkpoint
+from halfbyte.checkpoint.reader import Checkpoint, open_checkpoint
 from halfbyte.errors import OutputError
 from halfbyte.gpu import full_float32, to_host, works_ahead
 from halfbyte.read_ahead import ReadAhead
@@ -147,3 +147,34 @@ def test_float32_is_kept_whole_on_a_gpu_and_given_back() -> None:
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_what_is_not_quantised_is_copied_while_the_model_is_built(
+    tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copying, copy, build = threading.Event(), Layout.copy, blocks.build_on_meta
+
+    def copied(self: Layout, folder: Path, source: Checkpoint, name: str) -> str:
+        copying.set()
+        return copy(self, folder, source, name)
+
+    def built(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.nn.Module:
+        assert copying.wait(60)
+        return build(checkpoint, dtype)
+
+    monkeypatch.setattr(Layout, "copy", copied)
+    monkeypatch.setattr(blocks, "build_on_meta", built)
+    quantize(tiny_model("llama"), tmp_path / "out", **WORK)
+    assert copying.is_set()
+
+
+def test_a_disk_that_fills_while_copying_leaves_nothing(
+    tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> str:
+        raise OutputError("the disk is full", where="somewhere")
+
+    monkeypatch.setattr(Layout, "copy", failing)
+    with pytest.raises(OutputError, match="the disk is full"):
+        quantize(tiny_model("llama"), tmp_path / "out", **WORK)
+    assert list(tmp_path.iterdir()) == []

@@ -1,6 +1,6 @@
 """``python -m halfbyte`` is ``halfbyte``."""
 
-from halfbyte.cli.main import entry_point
+from halfbyte.cli.main import process
 
 if __name__ == "__main__":
-    entry_point()
+    process()

@@ -285,26 +285,22 @@ class Job:
         """All stages that the journal does not list as finished."""
         blocks = self.work.blocks
         facts = self.run.journal
-        # Building the module tree also proves that every planned module is a Linear of this architecture.
-        model = StreamedModel.of(Weights.of(self.checkpoint), self.device, self.work.calibration.dtype)
-        self._require_linears(model)
-        self._solver = self._choose_solver()
         if self.run.fresh and self.ranks.first:
             self._require_space()
-        if self.work.budget is not None:
-            self._spend(self.work.budget, model)
-        layout = self._layout = Layout.of(self.work.outputs)
-        if self.run.fresh and self.ranks.first:
-            layout.create(self.run.checkpoint)
-        calibration = self._calibration()
-        if self.run.fresh:
-            self.reporter.start("copying what is not quantised", len(blocks.outside))
-            digests = {}
-            for name in blocks.outside if self.ranks.first else ():
-                digests[name] = layout.copy(self.run.checkpoint, self.checkpoint, name)
-                self.reporter.advance()
-        else:
-            digests = dict(facts["digests"])
+        with ThreadPoolExecutor(1) as copier:
+            copied = None if self.work.budget is not None else self._copy_outside(copier)
+            # Building the module tree also proves that every planned module is a Linear of this architecture.
+            model = StreamedModel.of(Weights.of(self.checkpoint), self.device, self.work.calibration.dtype)
+            self._require_linears(model)
+            self._solver = self._choose_solver()
+            if self.work.budget is not None:
+                self._spend(self.work.budget, model)
+            if copied is None:
+                copied = self._copy_outside(copier)
+            calibration = self._calibration()
+            digests = dict(copied) if self.run.fresh else dict(facts["digests"])
+        layout = self._layout
+        if not self.run.fresh:
             self.reporter.say(f"resuming: {facts['stage']} of {blocks.num_blocks} blocks are done")
         self._digests = digests
         records = [from_plain(LinearRecord, r) for r in facts.get("linears", [])]
@@ -371,6 +367,27 @@ class Job:
         return self.ranks.decide(
             lambda: self._finish(calibration, records, smoothing, pairs, tuning, together, digests, timings)
         )
+
+    def _copy_outside(self, copier: ThreadPoolExecutor) -> Iterator[tuple[str, str]]:
+        """Lay the files out and begin to copy what is not quantised, beside whatever comes next.
+
+        Returns:
+            names and digests, each once it is there; nothing where another rank copies, or a run is resumed.
+        """
+        layout = self._layout = Layout.of(self.work.outputs)
+        if not (self.run.fresh and self.ranks.first):
+            return iter(())
+        layout.create(self.run.checkpoint)
+        outside = self.work.blocks.outside
+        digests = copier.map(partial(layout.copy, self.run.checkpoint, self.checkpoint), outside)
+
+        def waited() -> Iterator[tuple[str, str]]:
+            self.reporter.start("copying what is not quantised", len(outside))
+            for copied in zip(outside, digests, strict=True):
+                yield copied
+                self.reporter.advance()
+
+        return waited()
 
     def _tune_together(self, stream: Stream) -> EndToEndRecord | None:
         """Tune the scales of all blocks that are written, and write those that are better."""

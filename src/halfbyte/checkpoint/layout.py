@@ -35,7 +35,7 @@ from halfbyte.errors import OutputError
 from halfbyte.records import write_json
 
 MAX_SHARD_BYTES = 5 * 10**9
-COPY_CHUNK_BYTES = 16 << 20
+COPY_CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,16 +139,17 @@ class Layout:
             self._write_at(folder, info, 0, bytes_of(part))
             return digest_of(part)
         digest = hashlib.sha256()
+        buffer = memoryview(bytearray(min(COPY_CHUNK_BYTES, origin.size_bytes)))
         with open(source.path / origin.file, "rb", buffering=0) as f:
             f.seek(origin.offset)
             done = 0
             while done < origin.size_bytes:
-                chunk = f.read(min(COPY_CHUNK_BYTES, origin.size_bytes - done))
-                if not chunk:
+                count = f.readinto(buffer[: origin.size_bytes - done])
+                if not count:
                     raise OutputError(f"source file ends inside tensor {name}", where=str(source.path / origin.file))
-                digest.update(chunk)
-                self._write_at(folder, info, done, memoryview(chunk))
-                done += len(chunk)
+                digest.update(buffer[:count])
+                self._write_at(folder, info, done, buffer[:count])
+                done += count
         return digest.hexdigest()
 
     def _write_at(self, folder: Path, info: TensorInfo, start: int, data: memoryview) -> None:

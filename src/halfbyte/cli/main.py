@@ -16,6 +16,7 @@ import click
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.heap import prefer_huge_pages
+from halfbyte.startup import collect_less, end_process
 
 # name -> (module that defines `command`, one-line help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -75,6 +76,7 @@ def entry_point() -> None:
     prefer_huge_pages()
     try:
         cli.main(standalone_mode=False)
+        sys.stdout.flush()
     except HalfbyteError as e:
         fail(str(e), e.exit_status, result_printed=e.result_printed)
     except click.exceptions.Exit as e:
@@ -92,6 +94,18 @@ def entry_point() -> None:
     except Exception:
         traceback.print_exc()
         fail("this is a bug in halfbyte; please report it with the lines above", INTERNAL_ERROR_STATUS)
+
+
+def process() -> None:
+    """What a process of its own does: :func:`entry_point`, and then end at once."""
+    collect_less()
+    status = 0
+    try:
+        entry_point()
+    except SystemExit as e:
+        status = e.code if isinstance(e.code, int) else int(e.code is not None)
+    end_process(status)
+    sys.exit(status)
 
 
 def fail(message: str, status: int, *, result_printed: bool = False) -> None:
