@@ -300,7 +300,7 @@ class StreamedModel:
                     for parameter, _ in list(module.named_parameters(recurse=False)):
                         name = self._existing(f"{path}.{leaf}", parameter)
                         self._place(module, parameter, self.weights.dense(name))
-                        if not bool(torch.isfinite(module.get_parameter(parameter)).all()):
+                        if not all_finite(module.get_parameter(parameter)):
                             raise not_finite(name)
             yield
         finally:
@@ -595,11 +595,9 @@ def require_finite(
     Raises:
         NumericsError: with the block, the module, the sample and what to do.
     """
-    if bool(torch.isfinite(output.sum())):
+    if all_finite(output):
         return
     finite = torch.isfinite(output).flatten(1).all(dim=1)
-    if bool(finite.all()):  # the sum overflowed, the values did not
-        return
     row = int(torch.nonzero(~finite)[0])
     culprit: list[str] = []
     handles = []
@@ -623,10 +621,15 @@ def require_finite(
     )
 
 
+def all_finite(x: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite, at the cost of a sum where that is so (a sum may overflow by itself)."""
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+
+
 def require_finite_weights(modules: Mapping[str, nn.Linear]) -> None:
     """Stop on NaN or infinity in a weight, naming it."""
     for name, module in modules.items():
-        if not module.weight.is_meta and not bool(torch.isfinite(module.weight).all()):
+        if not module.weight.is_meta and not all_finite(module.weight):
             raise not_finite(f"{name}.weight")
 
 

@@ -31,6 +31,7 @@ from halfbyte.blocks import (
     Arguments,
     Interner,
     StreamedModel,
+    all_finite,
     not_finite,
     require_finite,
     require_finite_weights,
@@ -682,7 +683,7 @@ class Job:
         scheme = self.work.schemes[name]
         stored = self.checkpoint.read(f"{name}.weight")
         weight = stored.to(torch.float32)
-        if not bool(torch.isfinite(weight).all()):
+        if not all_finite(weight):
             raise not_finite(f"{name}.weight")
         result = quantize_rtn(weight, scheme.weights, stored.dtype)
         bits = scheme.weights.bits_per_weight(weight.shape[1], weight.shape[0], scale_bits=8 * stored.dtype.itemsize)
