@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from conftest import Models
 from halfbyte import blocks, pipeline, quantize
 from halfbyte.checkpoint.layout import Layout
 from halfbyte.checkpoint.reader import Checkpoint, open_checkpoint
-from halfbyte.errors import OutputError
+from halfbyte.errors import ArchitectureError, OutputError
 from halfbyte.gpu import full_float32, to_host, works_ahead
 from halfbyte.read_ahead import ReadAhead
 from halfbyte.weights import Weights
@@ -177,4 +178,27 @@ def test_a_disk_that_fills_while_copying_leaves_nothing(
     monkeypatch.setattr(Layout, "copy", failing)
     with pytest.raises(OutputError, match="the disk is full"):
         quantize(tiny_model("llama"), tmp_path / "out", **WORK)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_cannot_be_built_does_not_wait_for_all_copies(
+    tiny_model: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copying, copied = threading.Event(), []
+
+    def slow(self: Layout, folder: Path, source: Checkpoint, name: str) -> str:
+        copied.append(name)
+        copying.set()
+        time.sleep(0.5)
+        return ""
+
+    def failing(*_: object) -> torch.nn.Module:
+        assert copying.wait(60)
+        raise ArchitectureError("no such architecture", where="somewhere")
+
+    monkeypatch.setattr(Layout, "copy", slow)
+    monkeypatch.setattr(blocks, "build_on_meta", failing)
+    with pytest.raises(ArchitectureError, match="no such architecture"):
+        quantize(tiny_model("llama"), tmp_path / "out", **WORK)
+    assert len(copied) == 1
     assert list(tmp_path.iterdir()) == []

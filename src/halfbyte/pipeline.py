@@ -288,7 +288,9 @@ class Job:
         facts = self.run.journal
         if self.run.fresh and self.ranks.first:
             self._require_space()
-        with ThreadPoolExecutor(1) as copier:
+        with contextlib.ExitStack() as stack:
+            copier = ThreadPoolExecutor(1)
+            stack.callback(copier.shutdown, cancel_futures=True)  # whoever fails does not wait for all copies
             copied = None if self.work.budget is not None else self._copy_outside(copier)
             # Building the module tree also proves that every planned module is a Linear of this architecture.
             model = StreamedModel.of(Weights.of(self.checkpoint), self.device, self.work.calibration.dtype)
