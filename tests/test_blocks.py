@@ -14,7 +14,7 @@ import tiny
 import zoo
 from conftest import Models
 from halfbyte import statistics
-from halfbyte.blocks import Arguments, Interner, StreamedModel, is_plain_causal, run_block
+from halfbyte.blocks import Arguments, Interner, StreamedModel, all_finite, is_plain_causal, run_block
 from halfbyte.calibration import Batch
 from halfbyte.checkpoint.reader import open_checkpoint
 from halfbyte.statistics import Collector, SecondMoment
@@ -169,3 +169,19 @@ def test_blocks_leave_memory_when_done(tiny_model: Models) -> None:
     with model.head():
         assert not any(p.is_meta for p in model.model.get_output_embeddings().parameters())  # type: ignore[operator]
     assert all(p.is_meta for p in model.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("values", "finite"),
+    [
+        ([], True),
+        ([1.0, -2.0], True),
+        ([3e38] * 4, True),  # whose sum is not finite
+        ([torch.inf, -torch.inf], False),
+        ([torch.inf, 1.0], False),
+        ([torch.nan, 1.0], False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_are_finite_one_by_one(values: list[float], finite: bool, dtype: torch.dtype) -> None:
+    assert all_finite(torch.tensor(values, dtype=dtype)) is finite

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from halfbyte.calibration.chat_frame import chat_frame
 from halfbyte.calibration.hub import parse
 from halfbyte.calibration.memory import rows_per_batch
 from halfbyte.calibration.preallocated import preallocated_cache
-from halfbyte.calibration.self_generated import MIN_P, Writer, draw, place
+from halfbyte.calibration.self_generated import MIN_P, Writer, draw, load_model, place
 from halfbyte.calibration.sequences import digest_of_sequences
 from halfbyte.errors import (
     CalibrationError,
@@ -282,6 +283,20 @@ def test_self_writes_full_sequences_the_same_every_time(model_path: Path, capfd:
     assert got == as_lists(run("self", model_path, samples=5, seq_len=40))
     assert got != as_lists(run("self", model_path, samples=5, seq_len=40, seed=1))
     assert "2 of them as conversations" in first.record.description
+
+
+def test_self_leaves_no_model_behind(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[Any]] = []
+
+    def load(*given: Any) -> Any:
+        model = load_model(*given)
+        model.itself = [model]  # a cycle, which reference counts alone do not free
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("halfbyte.calibration.self_generated.load_model", load)
+    run("self", model_path, samples=2, seq_len=40)
+    assert [model() for model in loaded] == [None]
 
 
 def test_self_without_a_template_writes_plain_texts(model_path: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import floor
 import operations
 import pytest
 import torch
@@ -51,3 +52,16 @@ def test_second_moments_are_one_triangle_of_each_distinct_input(tiny_model: Mode
     expected = layers * sum(TOKENS * w * (w + 1) for w in widths)
     for passes in (1, 2):
         assert operations.operations(source, SAMPLES, SEQ_LEN, passes=passes)["second moments"] == expected
+
+
+def test_the_best_rate_of_all_runs_counts_for_all() -> None:
+    operations = {"one pass": {"linears": 600.0, "second moments": 60.0}, "two passes": {"linears": 1200.0}}
+    slow, fast = {"linears": 10.0, "second moments": 30.0}, {"linears": 20.0, "second moments": 20.0}
+    runs = [
+        {"operations": operations, "rates_around": [slow, slow], "wall_s": 99.0},
+        {"operations": operations, "rates_around": [slow, fast], "wall_s": 66.0},
+    ]
+    for run, wall in zip(floor.by_the_best_rate(runs), (99.0, 66.0), strict=True):
+        assert run["rates"] == {"linears": 20.0, "second moments": 30.0}
+        assert run["floor_s"] == {"one pass": 32.0, "two passes": 60.0}
+        assert run["wall_s"] == wall

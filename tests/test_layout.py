@@ -7,16 +7,18 @@ import hashlib
 import json
 import os
 import struct
+import threading
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from halfbyte.checkpoint.layout import Layout, TensorSpec
-from halfbyte.checkpoint.reader import DTYPE_NAMES, DTYPES, element_bytes, open_checkpoint
+from halfbyte.checkpoint.reader import DTYPE_NAMES, DTYPES, TensorInfo, element_bytes, open_checkpoint
 from halfbyte.errors import OutputError
 from halfbyte.records import read_json
 
@@ -195,6 +197,26 @@ def test_copies_are_byte_for_byte_and_hashed(chunk: int, tmp_path: Path, monkeyp
     for name, t in of.items():
         assert layout.copy(tmp_path / "out", source, name) == hashlib.sha256(raw(t)).hexdigest()
     assert_holds(tmp_path / "out", of)
+
+
+def test_a_copy_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "out").mkdir()
+    save_file({"a": torch.arange(1.0, 101.0)}, tmp_path / "source" / "model.safetensors")
+    (tmp_path / "source" / "config.json").write_text("{}")
+    source, stop, write = open_checkpoint(tmp_path / "source"), threading.Event(), Layout._write_at
+    layout = Layout.of([TensorSpec(name="a", dtype="F32", shape=(100,))])
+    layout.create(tmp_path / "out")
+
+    def once(self: Layout, folder: Path, info: TensorInfo, start: int, data: memoryview) -> None:
+        write(self, folder, info, start, data)
+        stop.set()
+
+    monkeypatch.setattr("halfbyte.checkpoint.layout.COPY_CHUNK_BYTES", 40)
+    monkeypatch.setattr(Layout, "_write_at", once)
+    with pytest.raises(CancelledError):
+        layout.copy(tmp_path / "out", source, "a", stop)
+    assert load_file(tmp_path / "out" / "model.safetensors")["a"].tolist() == [*range(1, 11), *[0] * 90]
 
 
 def test_a_source_that_shrinks_is_an_error(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -259,6 +260,38 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "calibration": ({"calibration": "random-tokens"}, 'is "random-tokens"'),
     "method": ({"method": "rtn"}, 'method was "gptq", is "rtn"'),
 }
+
+
+def usage(free: int) -> Any:
+    """What `shutil.disk_usage` says of a disk, as far as anybody looks."""
+    return SimpleNamespace(free=free)
+
+
+def test_a_disk_that_is_too_small_is_said_at_once(
+    source: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free=1000))
+    with pytest.raises(OutputError, match=r"\d\.\d\d GB are needed there and 0\.00 GB are free"):
+        halfbyte.quantize(source, tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_run_has_allocated_is_not_wanted_twice(
+    source: Path, options: dict[str, Any], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("in the middle of it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("halfbyte.blocks.build_on_meta", failing)
+        with pytest.raises(RuntimeError):
+            halfbyte.quantize(source, tmp_path / "out", **options)
+    held = sum(512 * f.stat().st_blocks for f in partial_of(tmp_path / "out").rglob("*.safetensors"))
+    assert held > (whole / "model.safetensors").stat().st_size // 2
+    needed = round(halfbyte.plan(source, **options).estimates["disk"].value)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free=needed - held))
+    halfbyte.quantize(source, tmp_path / "out", resume=True, **options)
+    assert contents(tmp_path / "out") == contents(whole)
 
 
 @pytest.mark.parametrize("change", list(CHANGES))

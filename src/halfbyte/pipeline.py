@@ -11,6 +11,7 @@ import datetime
 import platform
 import resource
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -289,9 +290,11 @@ class Job:
         if self.run.fresh and self.ranks.first:
             self._require_space()
         with contextlib.ExitStack() as stack:
-            copier = ThreadPoolExecutor(1)
-            stack.callback(copier.shutdown, cancel_futures=True)  # whoever fails does not wait for all copies
-            copied = None if self.work.budget is not None else self._copy_outside(copier)
+            # Whoever fails meanwhile does not wait for what is still to be copied.
+            copier, stop = ThreadPoolExecutor(1), threading.Event()
+            stack.callback(copier.shutdown, cancel_futures=True)
+            stack.callback(stop.set)
+            copied = None if self.work.budget is not None else self._copy_outside(copier, stop)
             # Building the module tree also proves that every planned module is a Linear of this architecture.
             model = StreamedModel.of(Weights.of(self.checkpoint), self.device, self.work.calibration.dtype)
             self._require_linears(model)
@@ -299,7 +302,7 @@ class Job:
             if self.work.budget is not None:
                 self._spend(self.work.budget, model)
             if copied is None:
-                copied = self._copy_outside(copier)
+                copied = self._copy_outside(copier, stop)
             calibration = self._calibration()
             digests = dict(copied) if self.run.fresh else dict(facts["digests"])
         layout = self._layout
@@ -371,7 +374,7 @@ class Job:
             lambda: self._finish(calibration, records, smoothing, pairs, tuning, together, digests, timings)
         )
 
-    def _copy_outside(self, copier: ThreadPoolExecutor) -> Iterator[tuple[str, str]]:
+    def _copy_outside(self, copier: ThreadPoolExecutor, stop: threading.Event) -> Iterator[tuple[str, str]]:
         """Lay the files out and begin to copy what is not quantised, beside whatever comes next.
 
         Returns:
@@ -382,7 +385,7 @@ class Job:
             return iter(())
         layout.create(self.run.checkpoint)
         outside = self.work.blocks.outside
-        digests = copier.map(partial(layout.copy, self.run.checkpoint, self.checkpoint), outside)
+        digests = copier.map(partial(layout.copy, self.run.checkpoint, self.checkpoint, stop=stop), outside)
 
         def waited() -> Iterator[tuple[str, str]]:
             self.reporter.start("copying what is not quantised", len(outside))
@@ -481,7 +484,7 @@ class Job:
     def _require_space(self) -> None:
         """Stop before long work when the disk cannot hold the output and the hidden states."""
         needed = self.work.plan.estimates["disk"].value
-        free = shutil.disk_usage(self.run.partial).free
+        free = shutil.disk_usage(self.run.partial).free + held_in(self.run.checkpoint)
         if free < needed:
             raise OutputError(
                 f"{needed / 1e9:.2f} GB are needed there and {free / 1e9:.2f} GB are free",
@@ -774,6 +777,11 @@ class Job:
             f"{timings[-1]['seconds']:.1f} s, peak {timings[-1]['peak_bytes'] / 2**30:.2f} GiB, ETA {remaining:.0f} s"
         )
         self.reporter.say(" ".join(facts))
+
+
+def held_in(folder: Path) -> int:
+    """Bytes of disk that files in a folder take, which an interrupted run may have left there."""
+    return sum(512 * f.stat().st_blocks for f in folder.glob("*") if f.is_file())
 
 
 @dataclass(slots=True)

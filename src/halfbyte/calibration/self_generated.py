@@ -21,6 +21,7 @@ difference grows with the square of the length.
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ def self_generated(request: Request) -> Found:
         write(model, writers, request, generator, barred=barred, start=start, stops=stops)
         sequences += [torch.tensor(w.tokens, dtype=torch.int64) for w in writers]
     request.reporter.finish()
+    del model
+    gc.collect()  # a model may refer to itself, and its memory is wanted for what comes next
     return Found(
         sequences=sequences,
         description=f"{request.samples} x {request.seq_len} tokens that the model wrote itself"

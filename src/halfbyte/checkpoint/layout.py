@@ -14,7 +14,9 @@ import json
 import os
 import shutil
 import struct
+import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,8 +133,12 @@ class Layout:
                 raise AssertionError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} was announced as {info}")
             self._write_at(folder, info, 0, bytes_of(tensor.cpu()))
 
-    def copy(self, folder: Path, source: Checkpoint, name: str) -> str:
-        """Copy one tensor's bytes from the source under its own name, in chunks; returns their sha256."""
+    def copy(self, folder: Path, source: Checkpoint, name: str, stop: threading.Event | None = None) -> str:
+        """Copy one tensor's bytes from the source under its own name, in chunks; returns their sha256.
+
+        Raises:
+            CancelledError: ``stop`` was set meanwhile.
+        """
         origin, info = source.tensors[name], self.tensors[name]
         if origin.slab is not None:
             part = source.read(name)
@@ -144,6 +150,8 @@ class Layout:
             f.seek(origin.offset)
             done = 0
             while done < origin.size_bytes:
+                if stop is not None and stop.is_set():
+                    raise CancelledError
                 count = f.readinto(buffer[: origin.size_bytes - done])
                 if not count:
                     raise OutputError(f"source file ends inside tensor {name}", where=str(source.path / origin.file))

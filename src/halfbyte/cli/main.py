@@ -76,7 +76,6 @@ def entry_point() -> None:
     prefer_huge_pages()
     try:
         cli.main(standalone_mode=False)
-        sys.stdout.flush()
     except HalfbyteError as e:
         fail(str(e), e.exit_status, result_printed=e.result_printed)
     except click.exceptions.Exit as e:
