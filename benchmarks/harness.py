@@ -294,6 +294,11 @@ def today() -> str:
     return datetime.date.today().isoformat()
 
 
+def kept(pattern: str) -> list[Path]:
+    """Result files of a pattern, those that newer ones have replaced included."""
+    return sorted([*RESULTS.glob(pattern), *(RESULTS / "earlier").glob(pattern)])
+
+
 def write_result(path: Path, result: dict[str, Any]) -> None:
     """Write a result file and say where."""
     path.parent.mkdir(parents=True, exist_ok=True)

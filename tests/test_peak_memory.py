@@ -57,8 +57,10 @@ def foretold_and_measured(node: Any) -> Iterator[tuple[float, float]]:
             yield from foretold_and_measured(child)
 
 
-FILES = [*harness.RESULTS.glob("*.json"), *(harness.RESULTS / "earlier").glob("*.json")]
-KEPT = {path.name: list(foretold_and_measured(json.loads(path.read_text()))) for path in FILES}
+KEPT = {
+    str(path.relative_to(harness.RESULTS)): list(foretold_and_measured(json.loads(path.read_text())))
+    for path in harness.kept("*.json")
+}
 BOTH = sorted(name for name, pairs in KEPT.items() if pairs)
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import harness
 import layer_errors
 import peers
 import pytest
@@ -173,10 +174,7 @@ def test_the_picture_needs_scores(result: dict[str, Any], tmp_path: Path) -> Non
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
 
 
-KEPT = sorted([*report.RESULTS.glob("*peers*.json"), *(report.RESULTS / "earlier").glob("*peers*.json")])
-
-
-@pytest.mark.parametrize("path", KEPT, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", harness.kept("*peers*.json"), ids=lambda p: p.name)
 def test_results_that_are_kept_can_be_rendered(path: Path) -> None:
     stored = json.loads(path.read_text(encoding="utf-8"))
     shown = peers.render(stored)

@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 
-# New objects before the collector looks at them, instead of 700. Where a model is dropped, it is asked to look at once.
+# New objects before the collector looks at them, instead of 700. Self calibration, which drops a model, asks it to.
 COLLECT_EVERY = 10_000
 
 
